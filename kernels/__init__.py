@@ -1,0 +1,1 @@
+"""Fused log-probabilities: logprob.py holds the torch reference, which is also the CPU path."""

@@ -1,0 +1,537 @@
+"""One decoder-only transformer for the Qwen2, Qwen3, Llama and Mistral families; Hugging Face weights in and out.
+
+Token ids go in as one flat list, the tokens of all rows one after another, so that embeddings, norms and linear layers
+never see padding. Only attention knows which token belongs to which row, and it is handed in as a function
+`attend(layer, q, k, v)`: packed rows for learning and prefill (`Segments` below), a KV cache for decoding (rollout.py).
+That is the whole difference between sampling and learning; everything else is the same code.
+
+Letters in shape comments: B rows, T tokens, D width, H heads, K key/value heads, E head width, V vocabulary.
+"""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig
+
+from kernels.logprob import linear_logprob
+
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral")  # of config.json's model_type
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# configuration
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the forward pass has to know, read from config.json by `read_config`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    max_positions: int
+    rope: dict  # rope_type, rope_theta and what that type needs besides
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool  # Qwen3: an RMSNorm over each head of q and k
+    tied: bool  # the head is the embedding matrix
+    windows: tuple  # a layer: how many keys a query sees, itself included; None is all of them
+
+
+def read_config(folder):
+    """Read `folder`/config.json into a ModelConfig. Raises FileNotFoundError, ValueError: the field that we cannot honour."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no config.json here; a model is a folder in Hugging Face format")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if raw.get("model_type") not in FAMILIES:
+        raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not one of {', '.join(FAMILIES)}")
+    for field in ("quantization_config", "auto_map"):
+        if raw.get(field):
+            raise ValueError(f"{path}: {field} is set; only plain weights of a built-in architecture are loaded")
+    hf = AutoConfig.from_pretrained(folder)  # fills in what older files leave out, and gathers the rope fields
+    check_supported(hf, path)
+    family, windows = hf.model_type, [None] * hf.num_hidden_layers
+    if family == "mistral":
+        windows = [hf.sliding_window] * hf.num_hidden_layers
+    elif family in ("qwen2", "qwen3"):
+        windows = [hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types]
+    attention_bias = getattr(hf, "attention_bias", False)
+    return ModelConfig(
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        intermediate_size=hf.intermediate_size,
+        layers=hf.num_hidden_layers,
+        heads=hf.num_attention_heads,
+        kv_heads=hf.num_key_value_heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        norm_eps=hf.rms_norm_eps,
+        max_positions=hf.max_position_embeddings,
+        rope=dict(hf.rope_parameters),
+        qkv_bias=family == "qwen2" or attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=getattr(hf, "mlp_bias", False),
+        qk_norm=family == "qwen3",
+        tied=hf.tie_word_embeddings,
+        windows=tuple(windows),
+    )
+
+
+def check_supported(hf, path):
+    """Raise ValueError naming the first field of a transformers config that this module would get wrong."""
+    rope = hf.rope_parameters or {}
+    if rope.get("rope_type", "default") not in ROPE_TYPES:
+        raise ValueError(f"{path}: rope_type {rope.get('rope_type')!r} is not one of {', '.join(ROPE_TYPES)}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{path}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported, only 1.0")
+    if hf.hidden_act != "silu":
+        raise ValueError(f"{path}: hidden_act {hf.hidden_act!r} is not supported, only 'silu'")
+    if hf.num_attention_heads % hf.num_key_value_heads:
+        raise ValueError(f"{path}: num_attention_heads is not a multiple of num_key_value_heads")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# rotary positions
+
+
+def rope_frequencies(config):
+    """Radians a position for each pair of a head, [E/2] in fp32, and the factor on cos and sin (1 but for yarn).
+
+    Su et al. 2021 (arXiv 2104.09864): pair i turns by theta^(-2i/E) a position. The scaled types stretch that to longer
+    contexts: `linear` turns all pairs slower; `llama3` and `yarn` only those that turn less than once or so in the
+    original context, with a ramp between; `dynamic` changes nothing up to max_position_embeddings, where we stop anyway.
+    """
+    rope, width = config.rope, config.head_dim
+    kind, theta = rope.get("rope_type", "default"), rope["rope_theta"]
+    frequency = theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)  # [E/2]
+    if kind == "linear":
+        return frequency / rope["factor"], 1.0
+    if kind == "llama3":
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # within the original context
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretched by factor, 1: as it was
+        return frequency * (keep + (1 - keep) / rope["factor"]), 1.0
+    if kind == "yarn":
+        return yarn_frequencies(frequency, rope, width, config.max_positions)
+    return frequency, 1.0
+
+
+def yarn_frequencies(frequency, rope, width, max_positions):
+    """YaRN (Peng et al. 2023, arXiv 2309.00071, section 3.2 and 3.4): interpolate the slow pairs, keep the fast ones."""
+    original = rope["original_max_position_embeddings"]
+    factor = rope["factor"] or max_positions / original
+
+    def pair_that_turns(times):  # index of the pair that makes that many turns in the original context
+        return width * math.log(original / (times * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+
+    low, high = pair_that_turns(rope.get("beta_fast") or 32), pair_that_turns(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    stretch = ((torch.arange(width // 2) - low) / (high - low or 0.001)).clamp(0, 1)  # 0: as it was, 1: by factor
+
+    def magnitude(weight=1.0):
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    scale = rope.get("attention_factor")
+    if scale is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        scale = magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"])
+    return frequency * (1 - stretch + stretch / factor), magnitude() if scale is None else scale
+
+
+def rotate(x, cos, sin):
+    """Turn each head's (first half, second half) pairs: x [T, H, E], cos and sin [T, 1, E/2]."""
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# layers, named as in Hugging Face checkpoints
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in fp32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention but for the attending itself, which is the caller's `attend`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.shape = (-1, config.head_dim)
+        q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=config.o_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, attend):
+        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, self.shape)), cos, sin)  # [T, H, E]
+        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, self.shape)), cos, sin)  # [T, K, E]
+        v = self.v_proj(x).unflatten(-1, self.shape)  # [T, K, E]
+        return self.o_proj(attend(q, k, v).flatten(-2))  # [T, H, E] -> [T, D]
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """The policy. `forward` is the learner's: log-probabilities of responses; `hidden` serves every other caller."""
+
+    def __init__(self, config, source=None):
+        super().__init__()
+        self.config = config
+        self.source = source  # the folder that config.json comes from; written again by save_pretrained
+        self.checkpointing = False  # recompute each layer in the backward pass instead of keeping its activations
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.embed_tokens.weight
+        with torch.device("cpu"):  # real numbers even while the rest is built on the meta device
+            frequency, self.rope_scale = rope_frequencies(config)
+        self.register_buffer("rope_frequency", frequency, persistent=False)  # stays fp32: parameters alone are cast
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+        """A model from a folder in Hugging Face format (config.json and safetensors, in one file or sharded).
+
+        Raises FileNotFoundError or ValueError, naming the file and the tensor or field, rather than load half a model.
+        """
+        with torch.device("meta"):
+            model = cls(read_config(folder), source=Path(folder))
+        model.load_state_dict(read_weights(folder, model, dtype), assign=True, strict=False)  # names checked there
+        if model.config.tied:
+            model.lm_head.weight = model.embed_tokens.weight
+        return model.to(device).requires_grad_(True)
+
+    def save_pretrained(self, folder):
+        """Write config.json and fp32 safetensors to `folder`; transformers and vLLM load them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        raw = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        raw.pop("torch_dtype", None)  # the older name of dtype
+        (folder / "config.json").write_text(json.dumps({**raw, "dtype": "float32"}, indent=2) + "\n")
+        if (self.source / "generation_config.json").exists():
+            shutil.copyfile(self.source / "generation_config.json", folder / "generation_config.json")
+        weights = {hf_name(name): p.detach().float().cpu().contiguous() for name, p in self.named_parameters()}
+        save_torch_state_dict(weights, folder, max_shard_size="5GB")
+
+    @torch.no_grad()
+    def copy_from(self, other):
+        """Refresh these weights from another model's *in place*, cast to this one's dtype."""
+        for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
+            mine.copy_(theirs)
+
+    def hidden(self, tokens, positions, attend):
+        """Hidden states before the head: tokens [T], positions [T] -> [T, D]. `attend(layer, q, k, v)` attends."""
+        x = self.embed_tokens(tokens)  # [T, D]
+        angle = positions[:, None, None].float() * self.rope_frequency  # [T, 1, E/2]
+        cos, sin = (angle.cos() * self.rope_scale).to(x.dtype), (angle.sin() * self.rope_scale).to(x.dtype)
+        for index, layer in enumerate(self.layers):
+
+            def attend_here(q, k, v, index=index):
+                return attend(index, q, k, v)
+
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, attend_here, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, attend_here)
+        return self.norm(x)
+
+    def logits(self, tokens):
+        """Plain next-token logits, [B, T] -> [B, T, V]: for tests and exercises, training never builds them."""
+        pack = Pack.prompts(tokens, torch.full((len(tokens),), tokens.shape[1]), self.config.windows)
+        return self.lm_head(self.hidden(pack.tokens, pack.positions, pack.attend)).unflatten(0, tokens.shape)
+
+    def forward(self, rows, temperature=1.0):
+        """Log-probability and entropy of the response tokens of `rows` (a rollout.Rollout), each [B, R], zero past the end.
+
+        R is the longest response. Prompts are computed once a question: rows with the same `question` share theirs.
+        """
+        pack = Pack.responses(rows, self.config.windows).to(self.rope_frequency.device)
+        hidden = self.hidden(pack.tokens, pack.positions, pack.attend)
+        predictors = take(hidden, pack.predictor)  # [N, D]: where each of the N response tokens is predicted
+        flat = linear_logprob(predictors, self.lm_head.weight, pack.target, temperature)
+        padded = [x.new_zeros(pack.response.shape).masked_scatter(pack.response, x) for x in flat]
+        return padded[0], padded[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# packed rows: which tokens a micro-batch has, and who attends to whom
+
+
+def take(x, index):
+    """x[index] over the first dimension. As an embedding look-up, because the backward of that adds up in a fixed order."""
+    return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
+
+
+def ragged(lengths):
+    """[G, max(lengths)] of bool: True at the first lengths[g] places of row g."""
+    return torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+def numbered(filled, start=0):
+    """[G, T] of int64: start, start+1, ... over the True places of `filled` in reading order, 0 elsewhere."""
+    index = torch.zeros(filled.shape, dtype=torch.int64)
+    index[filled] = torch.arange(start, start + int(filled.sum()))
+    return index
+
+
+class Segments:
+    """A padded view of some flat tokens for attention: query [G, Tq] and key [G, Tk] hold flat indices.
+
+    The first query of row g stands at key number start[g]; query j sees the keys up to number start[g] + j (fewer
+    under a sliding window). Padding lies behind the real keys, so the causal mask is all the mask there is.
+    """
+
+    def __init__(self, query, filled, key, start, windows):
+        self.query, self.filled, self.key = query, filled, key
+        start = start[:1] if bool((start == start[0]).all()) else start  # one mask for all rows where it is the same
+        query_at = start[:, None, None, None] + torch.arange(query.shape[1])[:, None]  # [G or 1, 1, Tq, 1]
+        key_at = torch.arange(key.shape[1])  # [Tk]
+        causal = key_at <= query_at  # [G or 1, 1, Tq, Tk]
+        self.masks = {w: causal if w is None else causal & (key_at > query_at - w) for w in set(windows)}
+
+    def attend(self, window, q, k, v):
+        """q [T, H, E], k and v [T, K, E] -> [the real queries in reading order, H, E]."""
+        q, k, v = (take(x, index).transpose(1, 2) for x, index in ((q, self.query), (k, self.key), (v, self.key)))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[window], enable_gqa=True)  # [G, H, Tq, E]
+        return out.transpose(1, 2)[self.filled]
+
+
+@dataclass
+class Pack:
+    """The flat tokens of a micro-batch: first each question's prompt, once, then the responses.
+
+    The last token of a response predicts nothing that counts, so it is a target but never an input:
+
+        prompt a b c, responses d e and f g h      tokens     a b c | d | f g
+                                                   target     d e | f g h
+                                                   predictor  c d | c f g     (as places in tokens)
+    """
+
+    windows: tuple
+    tokens: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T]
+    segments: list  # of Segments that cover the tokens in order
+    target: torch.Tensor | None = None  # [N] response tokens
+    predictor: torch.Tensor | None = None  # [N] the flat place whose hidden state predicts each target
+    response: torch.Tensor | None = None  # [B, R] True where row b has a response token
+
+    @classmethod
+    def prompts(cls, tokens, lengths, windows):
+        """Rows of their own, tokens [B, T] right-padded: prefill, and plain logits."""
+        filled = ragged(lengths)
+        index = numbered(filled)
+        segments = [Segments(index, filled, index, torch.zeros_like(lengths), windows)]
+        return cls(windows, tokens[filled], torch.arange(filled.shape[1]).expand(filled.shape)[filled], segments)
+
+    @classmethod
+    def responses(cls, rows, windows):
+        """Prompts once a question, then every response behind its own; rows is a rollout.Rollout on the CPU."""
+        first, owner = first_rows(rows.question)
+        prompts = cls.prompts(rows.tokens[first, : int(rows.prompt_length.max())], rows.prompt_length[first], windows)
+        response = ragged(rows.response_length)  # [B, R]
+        inputs = ragged(rows.response_length - 1)  # [B, R-1]
+        if not inputs.numel():  # every response is a single token, and the prompts predict those
+            inputs = torch.zeros(len(first) and len(owner), 1, dtype=torch.bool)
+        at = rows.prompt_length[:, None] + torch.arange(response.shape[1])  # [B, R] column of rows.tokens
+        target = rows.tokens.gather(1, at.clamp(max=rows.tokens.shape[1] - 1))  # [B, R]
+        prompt_at = prompts.segments[0].query[owner]  # [B, Tp] flat places of each row's prompt
+        input_at = numbered(inputs, start=len(prompts.tokens))  # [B, R-1]
+        key = prompt_then(prompt_at, input_at, rows.prompt_length)  # [B, Tp + R-1]
+        last = prompt_at.gather(1, rows.prompt_length[:, None] - 1)  # [B, 1] the prompt's last token predicts the first
+        predictor = torch.cat((last, input_at), 1)[:, : response.shape[1]]  # [B, R]
+        return cls(
+            windows,
+            torch.cat((prompts.tokens, target[:, : inputs.shape[1]][inputs])),
+            torch.cat((prompts.positions, at[:, : inputs.shape[1]][inputs])),
+            prompts.segments + ([Segments(input_at, inputs, key, rows.prompt_length, windows)] if inputs.any() else []),
+            target[response],
+            predictor[response],
+            response,
+        )
+
+    def attend(self, layer, q, k, v):
+        return torch.cat([segment.attend(self.windows[layer], q, k, v) for segment in self.segments])
+
+    def to(self, device):
+        """Move every index to the model's device; they are built on the CPU, where their sizes are known without a sync."""
+        for holder in (self, *self.segments):
+            for name, value in vars(holder).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(holder, name, value.to(device))
+        for segment in self.segments:
+            segment.masks = {window: mask.to(device) for window, mask in segment.masks.items()}
+        return self
+
+
+def first_rows(question):
+    """The first row of each distinct question [Q], and for each row which of those it belongs to [B]."""
+    _, owner = torch.unique(question, return_inverse=True)
+    first = torch.full((int(owner.max()) + 1,), len(owner)).scatter_reduce(0, owner, torch.arange(len(owner)), "amin")
+    return first, owner
+
+
+def prompt_then(prompt_at, input_at, prompt_length):
+    """Each row's prompt places and right behind them its response places: [B, Tp], [B, Tr] -> [B, Tp + Tr]."""
+    behind = torch.arange(prompt_at.shape[1] + input_at.shape[1]) - prompt_length[:, None]  # [B, Tp + Tr]
+    prompt_at = F.pad(prompt_at, (0, input_at.shape[1]))
+    return torch.where(behind < 0, prompt_at, input_at.gather(1, behind.clamp(0, input_at.shape[1] - 1)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files and names
+
+
+def hf_name(name):
+    """The Hugging Face checkpoint's name of one of our parameters."""
+    return name if name.startswith("lm_head") else f"model.{name}"
+
+
+def read_weights(folder, model, dtype):
+    """{our name: tensor in dtype} for every parameter of `model`; names and shapes are checked before anything is kept."""
+    where = weight_files(folder)
+    wanted = {hf_name(name): (name, p.shape) for name, p in model.named_parameters()}
+    missing, extra = sorted(wanted.keys() - where.keys()), sorted(where.keys() - wanted.keys())
+    # old Llama files carry their rotary frequencies, and some tied ones the head a second time
+    extra = [n for n in extra if not n.endswith("rotary_emb.inv_freq") and not (model.config.tied and n == "lm_head.weight")]
+    if missing or extra:
+        what = f"lacks the tensor {missing[0]}" if missing else f"has a tensor that config.json leaves no place for, {extra[0]}"
+        raise ValueError(f"{folder}: {what} ({len(missing)} missing, {len(extra)} left over); do weights and config belong together?")
+    weights = {}
+    for path in sorted({where[name] for name in wanted}):
+        with open_safetensors(path) as file:
+            for name in file.keys():
+                if name in wanted and where[name] == path:
+                    ours, shape = wanted[name]
+                    tensor = file.get_tensor(name)
+                    if tensor.shape != shape:
+                        raise ValueError(f"{path}: {name} is {list(tensor.shape)}, config.json says {list(shape)}")
+                    weights[ours] = tensor.to(dtype)
+    return weights
+
+
+def weight_files(folder):
+    """{Hugging Face tensor name: path of the safetensors file that holds it}."""
+    folder = Path(folder)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        try:
+            where = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, AttributeError):
+            raise ValueError(f"{index}: not a safetensors index (a JSON object with a weight_map)") from None
+        absent = sorted({str(path) for path in where.values() if not path.is_file()})
+        if absent:
+            raise FileNotFoundError(f"{absent[0]}: this shard is missing, {index.name} names it; copy or download it again")
+        held = {path: open_safetensors(path).keys() for path in set(where.values())}
+        lost = sorted(name for name, path in where.items() if name not in held[path])
+        if lost:
+            raise ValueError(f"{where[lost[0]]}: lacks the tensor {lost[0]} that {index.name} says it has")
+        return where
+    if single.is_file():
+        return dict.fromkeys(open_safetensors(single).keys(), single)
+    raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json (pickled weights are not read)")
+
+
+def open_safetensors(path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
+
+
+OWNERS = {  # the start of a bare model name -> who publishes it on the hub
+    "Qwen": "Qwen", "Llama-3.2-3B-Oat-Zero": "sail", "Llama": "meta-llama", "Meta-Llama": "meta-llama",
+    "Mistral": "mistralai", "Ministral": "mistralai", "DeepSeek": "deepseek-ai", "Skywork": "Skywork", "SmolLM": "HuggingFaceTB",
+}  # fmt: skip
+FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"]
+
+
+def resolve(name):
+    """The local folder of a model: `name` itself, or that of a hub id, downloaded at the first call.
+
+    A bare name gets its owner: Qwen2.5-Math-1.5B is Qwen/Qwen2.5-Math-1.5B. Raises FileNotFoundError with what to do.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"{name}: no such folder")
+    repo = name
+    if "/" not in name:
+        owner = next((o for start, o in OWNERS.items() if name.lower().startswith(start.lower())), None)
+        if owner is None:
+            raise FileNotFoundError(f"{name}: neither a folder nor a model name whose owner is known; give owner/name")
+        repo = f"{owner}/{name}"
+    try:
+        return Path(snapshot_download(repo, allow_patterns=FILES + TOKENIZER_FILES))
+    except hub_errors.GatedRepoError:
+        why = f"is gated: accept its licence at https://huggingface.co/{repo} and set HF_TOKEN"
+    except hub_errors.RepositoryNotFoundError:
+        why = "is not on the hub: check the spelling (or set HF_TOKEN if it is private)"
+    except hub_errors.HFValidationError:
+        why = "is not a hub id: owner/name is"
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled):
+        why = "is not in the local cache and the hub cannot be reached: download it elsewhere and give --model its folder"
+    except OSError as error:
+        why = f"could not be downloaded ({error}); check space and rights in HF_HOME, then run again: it resumes"
+    raise FileNotFoundError(f"{repo} {why}") from None
