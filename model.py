@@ -8,9 +8,10 @@ That is the whole difference between sampling and learning; everything else is t
 Letters in shape comments: B rows, T tokens, D width, H heads, K key/value heads, E head width, V vocabulary.
 """
 
+import errno
 import json
 import math
-import shutil
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,18 @@ from transformers import AutoConfig
 
 from kernels.logprob import linear_logprob
 
-FAMILIES = ("qwen2", "qwen3", "llama", "mistral")  # of config.json's model_type
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "ministral")  # of config.json's model_type
+ROPE_TYPES = {  # rope_type: the fields that it cannot do without
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "head_dim", "max_position_embeddings")  # fmt: skip
+POSITIVE = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+            "attention_factor", "beta_fast", "beta_slow")  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
@@ -59,24 +70,14 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no config.json here; a model is a folder in Hugging Face format")
+    check_fields(read_json(path), path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if raw.get("model_type") not in FAMILIES:
-        raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not one of {', '.join(FAMILIES)}")
-    for field in ("quantization_config", "auto_map"):
-        if raw.get(field):
-            raise ValueError(f"{path}: {field} is set; only plain weights of a built-in architecture are loaded")
-    hf = AutoConfig.from_pretrained(folder)  # fills in what older files leave out, and gathers the rope fields
-    check_supported(hf, path)
-    family, windows = hf.model_type, [None] * hf.num_hidden_layers
-    if family == "mistral":
-        windows = [hf.sliding_window] * hf.num_hidden_layers
-    elif family in ("qwen2", "qwen3"):
-        windows = [hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types]
-    attention_bias = getattr(hf, "attention_bias", False)
-    return ModelConfig(
+        hf = AutoConfig.from_pretrained(folder)  # fills in what older files leave out, and gathers the rope fields
+    except Exception as error:  # its checks raise a dozen types
+        raise ValueError(f"{path}: transformers refuses it ({one_line(error)})") from None
+    family = hf.model_type
+    attention_bias = family in ("qwen3", "llama") and hf.attention_bias  # the others ignore the field
+    config = ModelConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
         intermediate_size=hf.intermediate_size,
@@ -89,24 +90,80 @@ def read_config(folder):
         rope=dict(hf.rope_parameters),
         qkv_bias=family == "qwen2" or attention_bias,
         o_bias=attention_bias,
-        mlp_bias=getattr(hf, "mlp_bias", False),
+        mlp_bias=family == "llama" and hf.mlp_bias,
         qk_norm=family == "qwen3",
         tied=hf.tie_word_embeddings,
-        windows=tuple(windows),
+        windows=layer_windows(hf, path),
     )
+    if config.heads % config.kv_heads:
+        raise ValueError(f"{path}: num_attention_heads {config.heads} is no multiple of num_key_value_heads {config.kv_heads}")
+    if config.head_dim % 2 or not config.head_dim:
+        raise ValueError(f"{path}: head_dim {config.head_dim} is not even, but rotary positions turn pairs")
+    if config.rope["rope_theta"] is None:
+        raise ValueError(f"{path}: rope_theta is null")
+    return config
 
 
-def check_supported(hf, path):
-    """Raise ValueError naming the first field of a transformers config that this module would get wrong."""
-    rope = hf.rope_parameters or {}
-    if rope.get("rope_type", "default") not in ROPE_TYPES:
-        raise ValueError(f"{path}: rope_type {rope.get('rope_type')!r} is not one of {', '.join(ROPE_TYPES)}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{path}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported, only 1.0")
-    if hf.hidden_act != "silu":
-        raise ValueError(f"{path}: hidden_act {hf.hidden_act!r} is not supported, only 'silu'")
-    if hf.num_attention_heads % hf.num_key_value_heads:
-        raise ValueError(f"{path}: num_attention_heads is not a multiple of num_key_value_heads")
+def check_fields(raw, path):
+    """Raise ValueError naming the first field of config.json that this module would get wrong."""
+    if raw.get("model_type") not in FAMILIES:
+        raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not one of {', '.join(FAMILIES)}")
+    for field in ("quantization_config", "auto_map"):
+        if raw.get(field):
+            raise ValueError(f"{path}: {field} is set; only plain weights of a built-in architecture are loaded")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"{path}: rope_scaling or rope_parameters is not an object of plain values")
+    fields = {**raw, **rope}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in list(ROPE_TYPES):
+        raise ValueError(f"{path}: rope_type {kind!r} is not one of {', '.join(ROPE_TYPES)}")
+    lacking = [field for field in ROPE_TYPES[kind] if rope.get(field) is None]
+    if lacking:
+        raise ValueError(f"{path}: rope_type {kind!r} needs the field {lacking[0]}")
+    for field in SIZES:
+        largest = 1024 if field == "num_hidden_layers" else 2**24  # positions are exact in fp32 up to there
+        value = raw.get(field)
+        if value is not None and not (type(value) is int and 1 <= value <= largest):
+            raise ValueError(f"{path}: {field} {value!r} is not a whole number from 1 to {largest}")
+    for field in POSITIVE:
+        value = fields.get(field)
+        if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
+            raise ValueError(f"{path}: {field} {value!r} is not a positive number")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError(f"{path}: low_freq_factor is not below high_freq_factor")
+    for field, only in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
+        if fields.get(field, only) not in (only, None):
+            raise ValueError(f"{path}: {field} {fields[field]!r} is not supported, only {only!r}")
+
+
+def layer_windows(hf, path):
+    """For each layer how many keys a query sees, itself included, or None for all. `hf` is transformers' config."""
+    window = None if hf.model_type == "llama" else hf.sliding_window
+    kinds = ["full_attention" if window is None else "sliding_attention"] * hf.num_hidden_layers
+    if hf.model_type in ("qwen2", "qwen3", "ministral"):  # layers may differ
+        kinds = hf.layer_types
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ValueError(f"{path}: layer_types has {kind!r}; only full_attention and sliding_attention are supported")
+        if kind == "sliding_attention" and (window is None or window < 1):
+            raise ValueError(f"{path}: sliding_window {window} is not a positive number, but there are layers that use it")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def one_line(error):
+    """The last line of what an exception says: wrappers put the reason there."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+
+
+def read_json(path):
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -131,14 +188,13 @@ def rope_frequencies(config):
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretched by factor, 1: as it was
         return frequency * (keep + (1 - keep) / rope["factor"]), 1.0
     if kind == "yarn":
-        return yarn_frequencies(frequency, rope, width, config.max_positions)
+        return yarn_frequencies(frequency, rope, width)
     return frequency, 1.0
 
 
-def yarn_frequencies(frequency, rope, width, max_positions):
+def yarn_frequencies(frequency, rope, width):
     """YaRN (Peng et al. 2023, arXiv 2309.00071, section 3.2 and 3.4): interpolate the slow pairs, keep the fast ones."""
-    original = rope["original_max_position_embeddings"]
-    factor = rope["factor"] or max_positions / original
+    original, factor = rope["original_max_position_embeddings"], rope["factor"]
 
     def pair_that_turns(times):  # index of the pair that makes that many turns in the original context
         return width * math.log(original / (times * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
@@ -266,13 +322,13 @@ class Transformer(nn.Module):
         """Write config.json and fp32 safetensors to `folder`; transformers and vLLM load them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        raw = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        raw = read_json(self.source / "config.json")
         raw.pop("torch_dtype", None)  # the older name of dtype
         (folder / "config.json").write_text(json.dumps({**raw, "dtype": "float32"}, indent=2) + "\n")
         if (self.source / "generation_config.json").exists():
-            shutil.copyfile(self.source / "generation_config.json", folder / "generation_config.json")
+            (folder / "generation_config.json").write_bytes((self.source / "generation_config.json").read_bytes())
         weights = {hf_name(name): p.detach().float().cpu().contiguous() for name, p in self.named_parameters()}
-        save_torch_state_dict(weights, folder, max_shard_size="5GB")
+        save_torch_state_dict(weights, folder, max_shard_size=SHARD_SIZE)
 
     @torch.no_grad()
     def copy_from(self, other):
@@ -324,8 +380,8 @@ def take(x, index):
 
 
 def ragged(lengths):
-    """[G, max(lengths)] of bool: True at the first lengths[g] places of row g."""
-    return torch.arange(int(lengths.max())) < lengths[:, None]
+    """[G, max(lengths)] of bool (one column at least): True at the first lengths[g] places of row g."""
+    return torch.arange(max(int(lengths.max()), 1)) < lengths[:, None]
 
 
 def numbered(filled, start=0):
@@ -390,9 +446,7 @@ class Pack:
         first, owner = first_rows(rows.question)
         prompts = cls.prompts(rows.tokens[first, : int(rows.prompt_length.max())], rows.prompt_length[first], windows)
         response = ragged(rows.response_length)  # [B, R]
-        inputs = ragged(rows.response_length - 1)  # [B, R-1]
-        if not inputs.numel():  # every response is a single token, and the prompts predict those
-            inputs = torch.zeros(len(first) and len(owner), 1, dtype=torch.bool)
+        inputs = ragged(rows.response_length - 1)  # [B, R-1]; all False where every response is a single token
         at = rows.prompt_length[:, None] + torch.arange(response.shape[1])  # [B, R] column of rows.tokens
         target = rows.tokens.gather(1, at.clamp(max=rows.tokens.shape[1] - 1))  # [B, R]
         prompt_at = prompts.segments[0].query[owner]  # [B, Tp] flat places of each row's prompt
@@ -441,6 +495,8 @@ def prompt_then(prompt_at, input_at, prompt_length):
 # ----------------------------------------------------------------------------------------------------------------------
 # files and names
 
+SHARD_SIZE = "5GB"  # the largest safetensors file that is written
+
 
 def hf_name(name):
     """The Hugging Face checkpoint's name of one of our parameters."""
@@ -448,55 +504,80 @@ def hf_name(name):
 
 
 def read_weights(folder, model, dtype):
-    """{our name: tensor in dtype} for every parameter of `model`; names and shapes are checked before anything is kept."""
+    """{our name: tensor in dtype} for every parameter of `model`; names, shapes and dtypes are checked on the way."""
     where = weight_files(folder)
     wanted = {hf_name(name): (name, p.shape) for name, p in model.named_parameters()}
-    missing, extra = sorted(wanted.keys() - where.keys()), sorted(where.keys() - wanted.keys())
-    # old Llama files carry their rotary frequencies, and some tied ones the head a second time
-    extra = [n for n in extra if not n.endswith("rotary_emb.inv_freq") and not (model.config.tied and n == "lm_head.weight")]
-    if missing or extra:
-        what = f"lacks the tensor {missing[0]}" if missing else f"has a tensor that config.json leaves no place for, {extra[0]}"
-        raise ValueError(f"{folder}: {what} ({len(missing)} missing, {len(extra)} left over); do weights and config belong together?")
+    check_names(folder, wanted.keys(), where.keys(), model.config.tied)
     weights = {}
     for path in sorted({where[name] for name in wanted}):
         with open_safetensors(path) as file:
-            for name in file.keys():
-                if name in wanted and where[name] == path:
-                    ours, shape = wanted[name]
-                    tensor = file.get_tensor(name)
-                    if tensor.shape != shape:
-                        raise ValueError(f"{path}: {name} is {list(tensor.shape)}, config.json says {list(shape)}")
-                    weights[ours] = tensor.to(dtype)
+            for name in [name for name in wanted if where[name] == path]:
+                tensor, (ours, shape) = file.get_tensor(name), wanted[name]
+                if tensor.shape != shape:
+                    raise ValueError(f"{path}: {name} is {list(tensor.shape)}, config.json says {list(shape)}")
+                if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                    raise ValueError(f"{path}: {name} is {tensor.dtype}; only float32, float16 and bfloat16 are read")
+                weights[ours] = tensor.to(dtype)
+    if model.config.tied and "lm_head.weight" in where:
+        head = open_safetensors(where["lm_head.weight"]).get_tensor("lm_head.weight").to(dtype)
+        if not torch.equal(head, weights["embed_tokens.weight"]):
+            raise ValueError(f"{folder}: config.json sets tie_word_embeddings, but lm_head.weight is not the embedding")
     return weights
+
+
+def check_names(folder, wanted, held, tied):
+    """Raise ValueError unless the files hold exactly the tensors that the model has parameters for."""
+    missing, extra = sorted(wanted - held), sorted(held - wanted)
+    # old Llama files carry their rotary frequencies, and some tied ones the head a second time
+    extra = [n for n in extra if not n.endswith("rotary_emb.inv_freq") and not (tied and n == "lm_head.weight")]
+    if missing or extra:
+        what = f"lacks the tensor {missing[0]}" if missing else f"has a tensor that config.json leaves no place for, {extra[0]}"
+        raise ValueError(
+            f"{folder}: {what} ({len(missing)} missing, {len(extra)} left over); do weights and config belong together?"
+        )
 
 
 def weight_files(folder):
     """{Hugging Face tensor name: path of the safetensors file that holds it}."""
     folder = Path(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        try:
-            where = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (ValueError, KeyError, AttributeError):
-            raise ValueError(f"{index}: not a safetensors index (a JSON object with a weight_map)") from None
-        absent = sorted({str(path) for path in where.values() if not path.is_file()})
-        if absent:
-            raise FileNotFoundError(f"{absent[0]}: this shard is missing, {index.name} names it; copy or download it again")
-        held = {path: open_safetensors(path).keys() for path in set(where.values())}
-        lost = sorted(name for name, path in where.items() if name not in held[path])
-        if lost:
-            raise ValueError(f"{where[lost[0]]}: lacks the tensor {lost[0]} that {index.name} says it has")
-        return where
-    if single.is_file():
+    if single.is_file():  # it wins where both stand, as in transformers
         return dict.fromkeys(open_safetensors(single).keys(), single)
-    raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json (pickled weights are not read)")
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{folder}: no model.safetensors and no {index.name}; pickled weights (pytorch_model.bin) are not read, "
+            "transformers' from_pretrained and save_pretrained convert them"
+        )
+    try:
+        where = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+    except (KeyError, AttributeError, TypeError):
+        raise ValueError(
+            f"{index}: not a safetensors index, a JSON object whose weight_map names a file for each tensor"
+        ) from None
+    absent = sorted({path for path in where.values() if not path.is_file()})
+    if absent:
+        raise FileNotFoundError(f"{absent[0]}: this shard is missing, {index.name} names it; copy or download it again")
+    held = {path: set(open_safetensors(path).keys()) for path in set(where.values())}
+    lost = sorted(name for name, path in where.items() if name not in held[path])
+    if lost:
+        raise ValueError(f"{where[lost[0]]}: lacks the tensor {lost[0]} that {index.name} says it has")
+    return where
 
 
 def open_safetensors(path):
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({one_line(error)}); copy or download it again") from None
+
+
+def check_vocabulary(config, tokenizer):
+    """Raise ValueError where the tokenizer has ids that the model has no embedding for; the other way round is usual."""
+    ids = max(tokenizer.get_vocab().values()) + 1
+    if ids > config.vocab_size:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: the tokenizer has {ids} ids, but the model's vocab_size is {config.vocab_size}"
+        )
 
 
 OWNERS = {  # the start of a bare model name -> who publishes it on the hub
@@ -512,8 +593,11 @@ def resolve(name):
 
     A bare name gets its owner: Qwen2.5-Math-1.5B is Qwen/Qwen2.5-Math-1.5B. Raises FileNotFoundError with what to do.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder):
+        return Path(folder)
+    if os.path.exists(folder):
+        raise FileNotFoundError(f"{name}: a file; a model is the folder that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: no such folder")
     repo = name
@@ -523,15 +607,21 @@ def resolve(name):
             raise FileNotFoundError(f"{name}: neither a folder nor a model name whose owner is known; give owner/name")
         repo = f"{owner}/{name}"
     try:
-        return Path(snapshot_download(repo, allow_patterns=FILES + TOKENIZER_FILES))
-    except hub_errors.GatedRepoError:
-        why = f"is gated: accept its licence at https://huggingface.co/{repo} and set HF_TOKEN"
-    except hub_errors.RepositoryNotFoundError:
-        why = "is not on the hub: check the spelling (or set HF_TOKEN if it is private)"
-    except hub_errors.HFValidationError:
-        why = "is not a hub id: owner/name is"
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled):
-        why = "is not in the local cache and the hub cannot be reached: download it elsewhere and give --model its folder"
-    except OSError as error:
-        why = f"could not be downloaded ({error}); check space and rights in HF_HOME, then run again: it resumes"
-    raise FileNotFoundError(f"{repo} {why}") from None
+        return Path(snapshot_download(repo, allow_patterns=FILES + TOKENIZER_FILES))  # resumes what was broken off
+    except (OSError, RuntimeError, hub_errors.HTTPError, hub_errors.HFValidationError) as error:
+        raise FileNotFoundError(f"{repo}: {download_advice(repo, error)}") from None
+
+
+def download_advice(repo, error):
+    """What to do about a failed download, by its error: the hub's own, the network's (httpx) or the disk's."""
+    if isinstance(error, hub_errors.GatedRepoError):
+        return f"gated; accept its licence at https://huggingface.co/{repo} and set HF_TOKEN"
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
+        return "neither a folder here nor on the hub; check the spelling (or set HF_TOKEN if it is private)"
+    if isinstance(error, hub_errors.HFValidationError):
+        return "neither a folder here nor a hub id, which is owner/name"
+    if isinstance(error, (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled)):
+        return "not complete in the local cache, and the hub cannot be reached; download it elsewhere and give its folder"
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return "the disk is full; free some space or set HF_HOME to a larger disk, then run again: it resumes"
+    return f"the download broke off ({one_line(error)}); run again: it resumes"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from model import Pack
+from model import Pack, ragged
 
 STREAMS = {"train": 0, "eval": 1}  # evaluation never shares its random numbers with training
 
@@ -38,6 +38,10 @@ class Rollout:
         """The rows of an index or mask, as a Rollout."""
         return Rollout(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
+    def mask(self):
+        """[B, R] True at response tokens, R the longest response of these rows: from lengths, so a trained EOS counts."""
+        return ragged(self.response_length)
+
     def response(self, row):
         """The token ids of one response, as a list."""
         start = int(self.prompt_length[row])
@@ -57,6 +61,7 @@ def mix(x):
 
 def fold(key, value):
     """Fold one more counter (int or int64 tensor) into a key [B]."""
+    value = torch.as_tensor(value, device=key.device)  # tensors wrap around at 64 bits, Python's integers do not
     return mix(key + (value + 1) * -0x61C8864680B583EB)  # the odd 64-bit number nearest 2^64 / golden ratio
 
 
@@ -104,7 +109,7 @@ def sample(logits, u, temperature=1.0, top_p=1.0):
 
 def keep_nucleus(logits, top_p):
     """Set to -inf all but the smallest set of most likely tokens whose probabilities reach top_p, [B, V] -> [B, V]."""
-    probability, order = logits.softmax(-1).sort(-1, descending=True, stable=True)
+    probability, order = torch.sort(logits.softmax(-1), dim=-1, descending=True, stable=True)
     before = probability.cumsum(-1) - probability  # mass of the tokens that are likelier
     return logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), float("-inf"))
 
@@ -119,7 +124,8 @@ class KVCache:
     def __init__(self, model, slots, capacity):
         config, like = model.config, model.embed_tokens.weight
         shape = (config.layers, slots, capacity, config.kv_heads, config.head_dim)
-        self.k, self.v = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        # zeros, not empty: what is not yet filled is masked out, but 0 x NaN would not be 0
+        self.k, self.v = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
         self.windows = config.windows
         self.length = torch.zeros(0, dtype=torch.int64)  # [B] filled places of the live rows, which are slots 0 to B-1
 

@@ -1,0 +1,274 @@
+"""What a run measures and shows: metrics, the progress line, curves.png, the before/after table, the ledger, responses.
+
+The true answers are read here and nowhere else (but for --reward gold): training cannot look at them by accident.
+"""
+
+import json
+import math
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws to files, no display needed
+import matplotlib.pyplot as plt
+
+import questions
+
+# ----------------------------------------------------------------------------------------------------------------------
+# metrics
+
+
+def standard_error(values):
+    """Of the mean of independent values: sqrt(variance / n), the variance with ddof 1; 0 for a single one.
+
+    >>> round(standard_error([0.0, 1.0, 1.0, 0.0]), 4)
+    0.2887
+    """
+    if len(values) < 2:
+        return 0.0
+    center = mean(values)
+    return math.sqrt(sum((v - center) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def describe(groups):
+    """Metrics of responses that need neither a vote nor a true answer."""
+    flat = [response for group in groups for response in group]
+    return {
+        "response_tokens": mean(r.tokens for r in flat),
+        "truncated": mean(not r.finished for r in flat),
+        "no_answer": mean(r.answer is None for r in flat),
+    }
+
+
+def compare_with_truth(asked, answers, labels, rewards):
+    """Metrics of a vote against the true answers, over the questions that have one: for the report only."""
+    rows = defaultdict(list)
+    for question, row, label, reward in zip(asked, answers, labels, rewards, strict=True):
+        if question.answer is not None:
+            truth = correct(question, row)
+            rows["ground_truth_ratio"].append(mean(truth))
+            rows["label_accuracy"].append(correct(question, [label])[0])
+            rows["reward_accuracy"].append(mean(r == t for r, t in zip(reward, truth, strict=True)))
+            rows[f"pass@{len(row)}"].append(max(truth))
+    return {name: mean(values) for name, values in rows.items()}
+
+
+def correct(question, answers):
+    """1.0 or 0.0 for each answer to a question whose true answer is known."""
+    return [float(a is not None and questions.same_answer(question.answer, a, question.kind)) for a in answers]
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the ledger
+
+# What became of a question, by whether its majority was right before and after and which way pass@1 went. Sharpening
+# is the cheap part of TTRL, learning the real one, corruption its price (TTRL-Guard, arXiv 2605.19444, asks for this).
+FATES = {
+    "learned": "majority wrong, then right",
+    "sharpened": "right before and after, and more often",
+    "held": "right before and after, as often",
+    "weakened": "right before and after, but less often",
+    "missed": "majority wrong before and after",
+    "corrupted": "majority right, then wrong",
+}
+
+
+def fate(before, after):
+    """What became of a question, one of FATES, from its two evaluation records.
+
+    >>> fate({"majority_right": False, "pass@1": 0.2}, {"majority_right": True, "pass@1": 0.7})
+    'learned'
+    """
+    if not before["majority_right"]:
+        return "learned" if after["majority_right"] else "missed"
+    if not after["majority_right"]:
+        return "corrupted"
+    change = after["pass@1"] - before["pass@1"]
+    return "sharpened" if change > 0 else "weakened" if change < 0 else "held"
+
+
+def ledger(before, after):
+    """A row for each question whose answer is known: its fate, pass@1 and majority before and after."""
+    return [
+        {
+            "id": b["id"],
+            "truth": b["truth"],
+            "fate": fate(b, a),
+            "pass@1": [b["pass@1"], a["pass@1"]],
+            "majority": [b["majority"], a["majority"]],
+        }
+        for b, a in zip(before, after, strict=True)
+        if b["truth"] is not None
+    ]
+
+
+def summarize(state):
+    """The numbers of a finished run for summary.json: metrics before, after and at the best evaluation, and the ledger."""
+    before, after, best = state["before"], state["after"], state["best"]
+    rows = ledger(before["records"], after["records"])
+    counts = Counter(row["fate"] for row in rows)
+    return {
+        "steps": state["step"],
+        "before": before["metrics"],
+        "after": after["metrics"],
+        "best": {"step": best["step"], **best["metrics"]},
+        "ledger": {name: counts[name] for name in FATES},
+        "questions": rows,
+    }
+
+
+def read_metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def speeds(out):
+    """Means over the steps of a run for summary.json; {} if it made none."""
+    lines = [line for line in read_metrics(out) if "train/rollout_tokens_per_s" in line]
+    names = ("rollout_tokens_per_s", "train_tokens_per_s")
+    means = {name: sum(line[f"train/{name}"] for line in lines) / len(lines) for name in names if lines}
+    return {**means, **({"peak_memory_gb": max(line["train/peak_memory_gb"] for line in lines)} if lines else {})}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# on the screen
+
+
+def progress(line, evaluation):
+    """The end of the progress bar: newest pass@1, and majority ratio, reward and speed of this step."""
+    parts = [f"pass@1 {evaluation['pass@1']:.3f}"] if "pass@1" in evaluation else []
+    parts.append(f"majority {line['train/majority_ratio']:.2f}" if "train/majority_ratio" in line else "")
+    parts.append(f"reward {line['train/reward']:.2f}" if "train/reward" in line else "")
+    parts.append(f"{line['train/rollout_tokens_per_s']:,.0f} tok/s" if "train/rollout_tokens_per_s" in line else "")
+    return ", ".join(part for part in parts if part)
+
+
+def table(columns):
+    """Metrics side by side as text: columns is {heading: metrics}; a metric's `name_se` is its standard error.
+
+    >>> print(table({"before": {"pass@1": 0.25, "pass@1_se": 0.05}, "after": {"pass@1": 0.5, "pass@1_se": 0.04}}))
+                                 before            after
+    pass@1                0.250 ± 0.050    0.500 ± 0.040
+    """
+    names = dict.fromkeys(name for metrics in columns.values() for name in metrics if not name.endswith("_se") and name != "step")
+    lines = [" " * 18 + "".join(f"{heading:>17}" for heading in columns)]
+    for name in sorted(names, key=lambda n: (not n.startswith(("pass@1", "maj", "pass", "greedy")), n != "pass@1")):
+        cells = []
+        for metrics in columns.values():
+            error = f" ± {metrics[name + '_se']:.3f}" if name + "_se" in metrics else ""
+            digits = 1 if name == "response_tokens" else 3
+            cells.append(f"{metrics[name]:.{digits}f}{error}" if name in metrics else "")
+        lines.append(f"{name:<18}" + "".join(f"{cell:>17}" for cell in cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def render(summary, state):
+    """All that is printed at the end of a run: table, ledger, three responses before and after."""
+    best = f"best (step {summary['best']['step']})"
+    parts = ["", table({"before": summary["before"], "after": summary["after"], best: summary["best"]})]
+    if summary["questions"]:
+        parts += ["", f"What became of the {len(summary['questions'])} questions:"]
+        parts += [f"  {count:4d} {name:<10} {FATES[name]}" for name, count in summary["ledger"].items()]
+    parts.append(responses(state["before"]["records"], state["after"]["records"]))
+    return "\n".join(parts)
+
+
+def responses(before, after, how_many=3):
+    """The first sample to a few questions, before and after; a learned and a corrupted one are shown if there are any."""
+
+    def interest(pair):
+        order = ["learned", "corrupted", "sharpened"]
+        what = fate(*pair) if pair[0]["truth"] is not None else ""
+        return order.index(what) if what in order else len(order)
+
+    pairs = sorted(zip(before, after, strict=True), key=interest)
+    firsts = {interest(pair): pair for pair in reversed(pairs)}  # one of each kind, then whatever is left
+    chosen = (list(firsts.values())[::-1] + [pair for pair in pairs if pair not in firsts.values()])[:how_many]
+    blocks = []
+    for b, a in chosen:
+        truth = f", truth {b['truth']}" if b["truth"] is not None else ""
+        what = f" ({fate(b, a)})" if b["truth"] is not None else ""
+        blocks.append(f"\n{shorten(b['prompt'])}{truth}{what}")
+        blocks += [f"  {when} (majority {r['majority']}): {shorten(r['response'])}" for when, r in (("before", b), ("after", a))]
+    return "\n".join(blocks)
+
+
+def shorten(text, length=160):
+    """One line of a text: its start and, since the answer stands there, its end."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# curves.png
+
+
+def draw_curves(out, eval_samples):
+    """Redraw out/curves.png from out/metrics.jsonl."""
+    lines = read_metrics(out)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    draw_accuracy(left, lines, f"eval/maj@{eval_samples}")
+    draw_labels(middle, lines)
+    draw_policy(right, lines)
+    for axes in (left, middle, right):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+    temporary = Path(out) / "curves.tmp.png"
+    figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    temporary.replace(Path(out) / "curves.png")
+
+
+def series(lines, name):
+    """(steps, values) of a metric over the lines that have it."""
+    points = [(line["step"], line[name]) for line in lines if name in line]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def draw_accuracy(axes, lines, maj):
+    steps, values = series(lines, "eval/pass@1")
+    axes.set_title("accuracy in evaluation" if steps else "no true answers: agreement in evaluation")
+    if not steps:
+        axes.plot(*series(lines, "eval/majority_ratio"), "o-", label="majority ratio")
+    else:
+        _, errors = series(lines, "eval/pass@1_se")
+        low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
+        axes.fill_between(steps, low, high, alpha=0.2, color="C0", label="± standard error over questions")
+        axes.plot(steps, values, "o-", color="C0", label="pass@1")
+        majority = series(lines, maj)
+        if majority[1]:
+            axes.plot(*majority, "s-", color="C1", label=maj.removeprefix("eval/"))
+            axes.axhline(majority[1][0], ls="--", color="C1", label=f"initial {maj.removeprefix('eval/')}")
+    axes.set_ylim(0, 1.02)
+    axes.legend(loc="lower right")
+
+
+def draw_labels(axes, lines):
+    axes.set_title("training: is the vote right?")
+    names = {"label_accuracy": "label accuracy", "reward_accuracy": "reward accuracy", "majority_ratio": "majority ratio",
+             "ground_truth_ratio": "share of right samples"}  # fmt: skip
+    for name, label in names.items():
+        steps, values = series(lines, f"train/{name}")
+        if steps:
+            axes.plot(steps, values, label=label)
+    axes.set_ylim(0, 1.02)
+    axes.legend(loc="lower right")
+
+
+def draw_policy(axes, lines):
+    axes.set_title("training: policy")
+    drawn = []
+    for name, color in (("reward", "C2"), ("entropy", "C3")):
+        steps, values = series(lines, f"train/{name}")
+        drawn += axes.plot(steps, values, color=color, label=name + (" (nats a token)" if name == "entropy" else ""))
+    axes.set_ylim(bottom=0)
+    lengths = axes.twinx()
+    steps, values = series(lines, "train/response_tokens")
+    drawn += lengths.plot(steps, values, color="C4", ls=":", label="response tokens (right axis)")
+    lengths.set_ylim(bottom=0)
+    axes.legend(handles=drawn, loc="best")

@@ -1,0 +1,782 @@
+"""questions.py: loading, prompts, extraction, equality. Hostile text runs in a process that is killed after 10 s."""
+
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import random
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from http.client import IncompleteRead
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import questions
+from questions import BENCHMARKS, Question, benchmark_of, encode_prompt, extract_answer, load, same_answer
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files are not at hand")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equality
+
+EQUAL = r"""
+1/2 | 0.5
+\frac{1}{2} | .5
+\frac12 | \dfrac{1}{2}
+\frac 59 | 5/9
+-\frac{3}{8} | -0.375
+\frac{-3}{8} | -3/8
+025 | 25
+142.0 | 142
+1,000 | 1000
+10,\!080 | 10080
+1{,}000{,}000 | 1000000
+\$18.90 | 18.9
+\$32,\!348 | 32348
+$7$ | 7
+\(7\) | 7
+7. | 7
+−3 | -3
++4 | 4
+50\% | 0.5
+50% | 50
+50\% | \frac{1}{2}
+50 percent | 50\%
+12.5\% | 0.125
+90^\circ | 90
+90^{\circ} | 90°
+90 degrees | 90
+12 \text{ cm} | 12
+12 cm | 12
+864 \mbox{ inches}^2 | 864
+15\mbox{ cm}^2 | 15 \text{ square cm}
+\frac{270}7\text{ degrees} | \frac{270}{7}
+2 \sqrt{5} | \sqrt{20}
+\frac{\sqrt{3}}{3} | \frac{1}{\sqrt{3}}
+11\sqrt2 | 11 \sqrt{2}
+1\frac{4}{5} | 1.8
+137 \frac{1}{2} | 137.5
+2^{10} | 1024
+2^{-1} | 0.5
+2^{100} | 1267650600228229401496703205376
+6.72 \times 10^{-5} | .0000672
+(-\infty, 2) \cup (3, \infty) | (3,\infty) \cup (-\infty,2)
+(3,4] | \left(3, 4\right]
+x \in [-2,7] | [-2,7]
+x > 3 | (3, \infty)
+1 < x < 2 | (1, 2)
+x \le 3 | 3 \ge x
+\{1,2,3\} | \{3,2,1\}
+1,2 | 2, 1
+3, 5, 7 | \{3,5,7\}
+1 \pm \sqrt{19} | 1+\sqrt{19}, 1-\sqrt{19}
+\{1\pm\sqrt{5},-2\} | \{-2, 1-\sqrt{5}, 1+\sqrt{5}\}
+\left( 3, \frac{\pi}{2} \right) | (3, \pi/2)
+(1,-16,-4,43) | (1, -16, -4, 43)
+\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix} | \begin{pmatrix} 0.2 \\ -3.6 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}
+\text{Evelyn} | evelyn
+\text{(B)} | B
+\text{even} | \textbf{even}
+x=5 | 5
+x = \sqrt{12} | 2\sqrt{3}
+y = 2x + 3 | 3 + 2x
+y = 2x + 3 | 2x - y + 3 = 0
+2x + 3y = 6 | 4x + 6y = 12
+(a+5)(b+2) | (b+2)(5+a)
+x^3+3x-6 | 3x - 6 + x^3
+-2+7i | 7i - 2
+(1+i)(1-i) | 2
+\sin^2 x + \cos^2 x | 1
+\log_2 8 | 3
+5! | 120
+\binom{5}{2} | 10
+52_8 | 52_{8}
+52_8 | 42
+2k+2 | 2(k+1)
+p - q | -q + p
+\infty | infinity
+"""
+UNEQUAL = r"""
+1/2 | 1/3
+1/3 | 0.333333
+50 | 0.5
+50\% | 5000\%
+5\% | 50\%
+.0000672 | 0.0000671
+6.72 \times 10^{-5} | .0000671
+5 \times 10^{-8} | 0
+1,000 | 1
+12 | 21
+-3 | 3
+3.14 | \pi
+\sqrt{2} | 1.414214
+2^{10} | 1023
+3t | 3
+3R^2 | 3r^2
+xy | xz
+(1,2) | (2,1)
+(1,-2) | (15,-29)
+(3,4] | [3,4]
+(3,4] | (3,4)
+\{1,2\} | \{1,2,3\}
+1,2 | 1,3
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix} 2 \\ 1 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \end{pmatrix} | \begin{pmatrix} 1 \\ 2 \end{pmatrix}
+\text{Evelyn} | \text{Navin}
+\text{east} | \text{seat}
+east | seat
+x=5 | y=5
+x=5 | x=6
+5 | 2x + z = 5
+x > 3 | x < 3
+x > 3 | x \ge 3
+y = 2x + 3 | y = 2x - 3
+1 + 2i | 1 - 2i
+52_8 | 52_9
+9^{9^{9^9}} | 9^{9^{9}}
+\int_0^1 x dx | \frac{1}{2}
+A | B
+\frac{1}{0} | \frac{2}{0}
+"""
+CHOICE = "B | (B) | 1\nb | B | 1\n\\text{C} | C | 1\nD. 4 m | D | 1\nA | B | 0\nA | A or B | 0"
+
+
+def pairs(table):
+    return [tuple(part.strip() for part in line.split(" | ")) for line in table.splitlines() if line]
+
+
+@pytest.mark.parametrize("a,b", pairs(EQUAL))
+def test_equal(a, b):
+    assert same_answer(a, b) is True and same_answer(b, a) is True
+
+
+@pytest.mark.parametrize("a,b", pairs(UNEQUAL))
+def test_unequal(a, b):
+    assert same_answer(a, b) is False and same_answer(b, a) is False
+
+
+@pytest.mark.parametrize("a,b,expected", pairs(CHOICE))
+def test_choices(a, b, expected):
+    assert same_answer(a, b, kind="choice") is same_answer(b, a, kind="choice") is bool(int(expected))
+
+
+def test_equality_is_the_same_when_each_side_is_unreduced():
+    """The cache sorts its pair; the comparison underneath must not depend on that order."""
+    for a, b in pairs(EQUAL + UNEQUAL):
+        assert questions._same.__wrapped__(a, b) == questions._same.__wrapped__(b, a), (a, b)
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["aime", "amc", "math", "gpqa"])
+def test_gold_answers_equal_themselves(name):
+    """100 %, no exception; as they stand, in a box, and, so that string equality does not hide it, respelled."""
+    for question in load(str(DATA / f"{name}.json")):
+        gold, kind = question.answer, question.kind
+        assert same_answer(gold, gold, kind)
+        boxed = extract_answer(f"We get 7, then $\\boxed{{{gold}}}$. Done with 3", kind)
+        assert boxed is not None and same_answer(boxed, gold, kind), gold
+        assert same_answer("$ " + gold.replace(r"\frac", r"\dfrac").replace(",", ", ") + " $.", gold, kind), gold
+
+
+@needs_data
+def test_gold_formulas_are_understood_rather_than_only_spelled():
+    for question in load(str(DATA / "math.json")):
+        gold = questions._clean(question.answer)
+        assert questions._values(gold) or questions._words(gold) or questions._formula(gold) is not None, gold
+
+
+# Every pair of differently spelled gold answers of MATH-500 that counts as equal. A percent, based numeral or degree
+# stands for both its readings; a point may be written without its brackets, and a list is a set.
+SAME_GOLD = r"""
+(-2,1) | -2,1
+-2,1 | 1,-2
+10,\!080 | 10080
+120 | 120^\circ
+15 | 15\mbox{ cm}^2
+2 \sqrt{5} | 2\sqrt{5}
+204_5 | 54
+30 | 30^\circ
+36 | 36^\circ
+36 | 40_9
+36 | \$36
+36^\circ | 40_9
+36^\circ | \$36
+40 | 40_9
+40_9 | \$36
+42 | 52_8
+5 | x=5
+90 | 90^\circ
+\frac14 | \frac{1}{4}
+"""
+
+
+@needs_data
+@pytest.mark.long
+def test_different_gold_answers_differ():
+    """All 45,150 pairs of MATH-500, about three minutes."""
+    gold = sorted({question.answer for question in load(str(DATA / "math.json"))})
+    equal = [pair for pair in itertools.combinations(gold, 2) if same_answer(*pair)]
+    assert equal == pairs(SAME_GOLD)
+
+
+@needs_data
+def test_a_sample_of_different_gold_answers_differs():
+    gold = sorted({question.answer for question in load(str(DATA / "math.json"))})
+    known = {frozenset(pair) for pair in pairs(SAME_GOLD)}
+    for pair in random.Random(0).sample(list(itertools.combinations(gold, 2)), 500):
+        assert same_answer(*pair) is (frozenset(pair) in known), pair
+    assert all(same_answer(*pair) for pair in pairs(SAME_GOLD))
+
+
+def test_512_ordinary_responses_are_graded_in_time():
+    """The aim is 2 s on an idle core; asserted in CPU seconds, with room for a slow one."""
+    generator = random.Random(1)
+    latex = [r"\frac{\sqrt{3}}{2}", r"\frac{1}{2}\sqrt{3}", r"\frac{\pi}{6}", "x^2+1", "(1,2)", r"2\sqrt{3}", "1+x^2"]
+    answers = [generator.choice(latex) if i % 8 == 0 else str(generator.randrange(40)) for i in range(512)]
+    text = "Let us think step by step. " * 60
+    same_answer("x+1", "1+x")  # the imports, 0.5 s once a run, are not on the clock
+    for function in questions._same, questions._formula, questions._values, questions._clean:
+        function.cache_clear()
+    began, found = time.process_time(), []
+    for answer in answers:
+        found.append(extract_answer(f"{text} So the answer is $\\boxed{{{answer}}}$."))
+    classes = []
+    for answer in found:
+        if not any(same_answer(answer, first) for first in classes):
+            classes.append(answer)
+    seconds = time.process_time() - began
+    print(f"512 responses, {len(classes)} classes: {seconds:.2f} s")
+    assert found == answers and seconds < 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Extraction
+
+MATH_EXTRACTION = [
+    (r"so \boxed{42}", "42"),
+    (r"\boxed{1} no, \boxed{2}.", "2"),
+    (r"\boxed{\frac{1}{2}} is it", r"\frac{1}{2}"),
+    (r"\boxed{ \left\{1, \frac{2}{3}\right\} }", r"\left\{1, \frac{2}{3}\right\}"),
+    (r"\boxed{3} then \boxed{4", "3"),
+    (r"\boxed{(0, 1]} and {", "(0, 1]"),
+    (r"{ a stray \boxed{5}", "5"),
+    (r"} a stray \boxed{5}", "5"),
+    (r"\boxed {6}", "6"),
+    (r"\fbox{6}", "6"),
+    (r"$\boxed 7$ done", "7"),
+    (r"$\boxed{1}$ or $\boxed 7$ done", "7"),
+    (r"\boxed{\boxed{8}}", "8"),
+    (r"\\boxed{8}", "8"),
+    (r"\boxed{}", None),
+    (r"about 12 \boxed{ }", None),
+    ("The answer is 42.", "42"),
+    ("The answer is: 42", "42"),
+    ("the final ANSWER IS 42 apples, of 50.", "42 apples, of 50"),
+    ("The answer is 12 cm because 3 x 4 = 12.", "12"),
+    (r"The answer is $\frac{3}{4}$, as 5 shows", r"\frac{3}{4}"),
+    (r"The answer is \(x+1\). I hope 9", "x+1"),
+    ("The answer is 1. No, the answer is **2**.", "2"),
+    ("The answer is 3.5.", "3.5"),
+    ("The answer is 1,234 dollars.", "1,234"),
+    ("The answer is 2x + 3.\nCheck 8", "2x + 3"),
+    ("3 times 4 makes 12", "12"),
+    ("it costs 1,234.50 in all", "1,234.50"),
+    ("it falls by -7", "-7"),
+    ("so 3/4 of it", "3/4"),
+    ("at 50% now", "50%"),
+    ("no number here", None),
+    ("", None),
+    ("x2 and y3", None),
+    ("The answer is", None),
+]
+TRUNCATED = [
+    (r"so \boxed{42} and then 7", "42"),
+    ("3 times 4 makes 12", None),
+    (r"12 \boxed{4", None),
+    ("the answer is 14", None),
+    ("The answer is 14. Let me check: 7", "14"),
+    (r"so \boxed 1", None),
+]
+CHOICE_EXTRACTION = [
+    (r"\boxed{B}", "B"),
+    (r"\boxed{(C)}", "C"),
+    (r"\boxed{\text{D}}", "D"),
+    (r"\boxed{\text{(D) } 5}", "D"),
+    (r"\boxed{A. Vitamin C}", "A"),
+    (r"Option A says 5; \boxed{5}, the answer is (B).", "B"),
+    ("The answer is (C), not D.", "C"),
+    ("The answer is **C**. D is wrong", "C"),
+    ("Answer: B", "B"),
+    (r"the answer is $\boxed{A}$", "A"),
+    ("I think B, or rather C", "C"),
+    ("It must be D, as a rule of a thumb", "D"),
+    ("So B. A planet would be denser", "B"),
+    ("So A is right, a true statement", "A"),
+    ("a cat and DNA", None),
+    ("The answer is a planet", None),
+]
+
+
+@pytest.mark.parametrize("text,expected", MATH_EXTRACTION)
+def test_extraction(text, expected):
+    assert extract_answer(text) == expected
+
+
+@pytest.mark.parametrize("text,expected", TRUNCATED)
+def test_extraction_from_truncated(text, expected):
+    assert extract_answer(text, truncated=True) == expected
+
+
+@pytest.mark.parametrize("text,expected", CHOICE_EXTRACTION)
+def test_extraction_of_choices(text, expected):
+    assert extract_answer(text, kind="choice") == expected
+
+
+def test_truncated_choice_is_not_guessed():
+    assert extract_answer("Comparing B and C, option B", kind="choice", truncated=True) is None
+    assert extract_answer(r"\boxed{B} and C", kind="choice", truncated=True) == "B"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile text
+
+HOSTILE = [
+    "9^{9^{9^9}}", "10^{10^{10}}", "9^9^9^9", "(9^{9999})^{9999}", "9**9**9**9", "2^{99999999}", "1e999999999",
+    "999999999!", "(((5!)!)!)!", "(99999999)_{5}", r"\binom{99999999}{5000000}", r"\binom{x}{100}", "9!!!!!!!!",
+    r"[0, 9^{9^{9^9}}]", r"\sqrt[999999999]{2}", r"\sum_{i=1}^{10^9} i!", r"\int e^{x^2}\sin(x^3) dx", r"\det{(1)}",
+    r"\lim_{x \to 0} x^{x^x}", r"\operatorname{eye}(100000)", r"\prod_{i=1}^{999999} i", r"(x+y+z+1)^{9999}",
+    r"(x^{60}+y)^{60}", r"\begin{pmatrix} 1 & x \\ x & 1 \end{pmatrix}^{9999}", "2^{x}+3^{y}=x^{y}", "x^5-x+1=\\sin x",
+    '__import__("os").system("touch /tmp/ttrl-was-here")', r"\text{__import__('os').system('touch /tmp/ttrl-was-here')}",
+    "__import__('os')._exit(3)", "exec(open(0).read())", r"\variable{__import__('os')}", "exit()", "quit()", "lambda: 0",
+    "{" * 10_000 + "}" * 10_000, "\\boxed{" * 10_000 + "1" + "}" * 10_000, "(" * 90 + "1" + ")" * 90, "-" * 190 + "1",
+    r"\frac{1}{" * 20 + "2" + "}" * 20, r"\frac" * 39 + "1", r"\sqrt" * 39 + "2", r"\frac{2024}{\pi} \pm \sqrt{\sqrt[7]{\sqrt{5}}}", r"\cos(\sqrt{\frac{\infty+97}{x+1}})",
+    r"9^9999^9999", r"2^{1/97}+3^{1/89}", "{{{{{{{{1", "|" * 150, "[(" * 100,
+    "\x00", "1\x002", "7" * 1_000_000, "1," * 500_000, "\\boxed{" + "7" * 1_000_000 + "}", "\\boxed{" * 140_000,
+    "\\boxed" * 160_000, "answer is " * 100_000, "the answer is " + " " * 1_000_000, "A" * 1_000_000, "A " * 500_000,
+    "$" * 1_000_000, "\\(" * 500_000, "," * 1_000_000, "1/" * 500_000, "-" * 1_000_000, "\\" * 1_000_000, "}" * 1_000_000,
+    "\u202e42\u202c", "\u200b\u200f", "\ud800", "\U0001f600" * 300, "٣٤", "１２", "²", "½", "", " ", "\n" * 100_000, "%", "$", "\\",
+    r"\text{" * 30, r"\frac{}{}", r"\frac{1}{0}", "0/0", "1/0", r"\infty-\infty", "0^0", "0^{-1}", r"\log 0", r"\tan(\pi/2)",
+    r"\cos(\frac{(2^{60})x}{|n|})", r"\sqrt{2+\sqrt{3+\sqrt{5+\sqrt{7+\sqrt{11}}}}}", "x" * 200, "1+" * 99 + "1", "x^" * 99 + "x",
+    r"\begin{pmatrix}" + "1&" * 80 + r"1\end{pmatrix}", r"\{" + "1," * 90 + r"1\}", r"1 \pm 2" * 20, "a=b=" * 40, "1<" * 90 + "2",
+]  # fmt: skip
+
+
+def grade_everywhere(text):
+    """All that a response meets on its way through the grader."""
+    for kind, truncated in itertools.product(("math", "choice"), (False, True)):
+        for found in extract_answer(text, kind, truncated), text:
+            for other in "5", r"\sqrt{2}", "x=1", text + " ", text + "+1":
+                if found is not None:
+                    assert same_answer(found, other, kind) in (True, False)
+    assert same_answer(text, text)
+
+
+def _worker(pipe):
+    grade_everywhere("5")  # the imports are not on the clock
+    while True:
+        text, began = pipe.recv(), time.perf_counter()
+        try:
+            grade_everywhere(text)
+            error = None
+        except BaseException as problem:  # reported to the test, whatever it is
+            error = repr(problem)[:200]
+        pipe.send((time.perf_counter() - began, error, questions.grading_timeouts))
+
+
+class Grader:
+    """A process that grades one text at a time and is killed when one takes over 10 s."""
+
+    def __enter__(self):
+        self.pipe, end = multiprocessing.Pipe()
+        self.process = multiprocessing.get_context("spawn").Process(target=_worker, args=(end,), daemon=True)
+        self.process.start()
+        end.close()
+        return self
+
+    def grade(self, text, limit=10):
+        self.pipe.send(text)
+        try:
+            assert self.pipe.poll(limit + (60 if not hasattr(self, "warm") else 0)), f"over {limit} s: {text[:80]!r}"
+            self.warm = True
+            seconds, error, timeouts = self.pipe.recv()
+        except EOFError:
+            raise AssertionError(f"the grader died of {text[:80]!r}") from None
+        assert error is None and seconds < limit and timeouts == 0, (text[:80], error, seconds, timeouts)
+        return seconds
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.join()
+
+
+def test_hostile_text_neither_runs_nor_raises_nor_hangs():
+    marker = Path("/tmp/ttrl-was-here")
+    marker.unlink(missing_ok=True)
+    with Grader() as grader:
+        took = {text: grader.grade(text) for text in HOSTILE}
+    slowest = sorted(took, key=took.get)[-3:]
+    print("slowest:", [(text[:40], round(took[text], 2)) for text in slowest])
+    assert not marker.exists()
+
+
+LATEX_WORDS = (
+    r"\frac{1}{2} \frac \sqrt{ \sqrt[3]{ \boxed{ } { ^ _ ( ) [ ] | ! , ; : = < > + - * / % $ & \\ . 0 1 2 9 17 99 1000 0.5 x y i e n"
+    r" \pi \infty \pm \cup \in \le \cdot \times \text{ \left( \right) \{ \} ^\circ \% \sin \log \ln \begin{pmatrix} \end{pmatrix}"
+    r" \binom{5}{2} 2^{10} answer\ is A B (C) and or cm eval __import__ \operatorname \int \sum \lim \det \!"
+).split()
+ANY_TEXT = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(LATEX_WORDS), max_size=24).map("".join))
+
+
+def fuzz(count, number):
+    with Grader() as grader:
+
+        @seed(number)
+        @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(ANY_TEXT)
+        def check(text):
+            grader.grade(text)
+
+        check()
+
+
+def test_1000_random_strings():
+    fuzz(1_000, 1)
+
+
+@pytest.mark.long
+def test_20000_random_strings():
+    fuzz(20_000, 2)
+
+
+def test_refused_text_never_reaches_the_parser(monkeypatch):
+    import latex2sympy2_extended
+
+    calls = []
+    monkeypatch.setattr(latex2sympy2_extended, "latex2sympy", lambda latex, **_: calls.append(latex))
+    questions._formula.cache_clear()
+    for text in HOSTILE[:26]:
+        questions._formula(questions._clean(text))
+    questions._formula.cache_clear()
+    assert calls == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The time limit
+
+
+@pytest.fixture
+def slow_formula(monkeypatch):
+    """Each comparison of formulas takes 20 s, in pieces that a signal can interrupt."""
+    monkeypatch.setattr(questions, "_formula", lambda _: [time.sleep(0.01) for _ in range(2000)])
+    monkeypatch.setattr(questions, "TIME_LIMIT", 0.3)
+    questions._same.cache_clear()
+    yield
+    questions._same.cache_clear()
+
+
+def test_time_limit_stops_and_counts(slow_formula):
+    before, began = questions.grading_timeouts, time.monotonic()
+    assert same_answer("x+1", "1+x") is False
+    assert time.monotonic() - began < 3 and questions.grading_timeouts == before + 1
+    assert same_answer("1+x", "x+1") is False and questions.grading_timeouts == before + 1  # remembered
+
+
+def test_time_limit_leaves_an_outer_alarm_alone(slow_formula):
+    rang = []
+    outer = signal.signal(signal.SIGALRM, lambda *_: rang.append(time.monotonic()))
+    try:
+        began = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, 0.8)
+        same_answer("x+2", "2+x")
+        assert not rang and signal.getitimer(signal.ITIMER_REAL)[0] > 0
+        time.sleep(0.8)  # interrupted sleeps go on, so the alarm has rung when this returns
+        assert len(rang) == 1 and 0.7 < rang[0] - began < 1.2
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, outer)
+
+
+def test_grading_works_in_another_thread():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(same_answer(r"\sqrt{99}", r"3\sqrt{11}")))
+    thread.start()
+    thread.join()
+    assert results == [True]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def write(tmp_path, content, name="q.json"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def test_load_json(tmp_path):
+    rows = [{"prompt": "1+1?", "answer": 2, "id": 7}, {"prompt": "Which?", "kind": "choice", "answer": "B"}, {"prompt": "?"}]
+    assert load(write(tmp_path, json.dumps(rows))) == [
+        Question("1+1?", "2", "7", "math"), Question("Which?", "B", "1", "choice"), Question("?", None, "2", "math")
+    ]  # fmt: skip
+
+
+def test_load_jsonl_with_bom_crlf_blank_lines_and_line_separator(tmp_path):
+    text = '\ufeff{"prompt": "a\u2028b", "answer": 142.0}\r\n\r\n{"prompt": "c", "unique_id": "t/1"}\r\n'
+    assert load(write(tmp_path, text, "q.JSONL")) == [Question("a\u2028b", "142.0", "0"), Question("c", None, "t/1")]
+
+
+def test_load_json_with_bom_and_empty_answer(tmp_path):
+    assert load(write(tmp_path, '\ufeff[\r\n{"prompt": "p", "answer": " "}]')) == [Question("p", None, "0")]
+
+
+def test_load_a_prompt_of_a_million_characters(tmp_path):
+    assert len(load(write(tmp_path, json.dumps([{"prompt": "x" * 1_000_000}])))[0].prompt) == 1_000_000
+
+
+BAD = [
+    ("[]", "q.json", "has no questions"),
+    ("", "q.json", "has no questions"),
+    ("", "q.jsonl", "has no questions"),
+    ('{"prompt": "x"}', "q.json", "one array"),
+    ("[{]", "q.json", "not valid JSON"),
+    ("[" * 100_000, "q.json", "not valid JSON"),
+    ('{"prompt": "x"}\nnot json\n', "q.jsonl", "line 2: is not valid JSON"),
+    ("[3]", "q.json", "row 1: is not an object"),
+    ('[{"prompt": "x"}, {"answer": "1"}]', "q.json", 'row 2: "prompt" must be'),
+    ('[{"prompt": " \\n"}]', "q.json", 'row 1: "prompt" must be'),
+    ('[{"prompt": 5}]', "q.json", 'row 1: "prompt" must be'),
+    ('{"prompt": "x"}\n{"prompt": ""}', "q.jsonl", 'line 2: "prompt" must be'),
+    ('[{"prompt": "x", "id": "a"}, {"prompt": "y", "id": "a"}]', "q.json", "row 2: \"id\" 'a' is that of"),
+    ('[{"prompt": "x", "id": 1}, {"prompt": "y"}]', "q.json", "row 2: \"id\" '1' is that of"),
+    ('[{"prompt": "x", "answer": ["1"]}]', "q.json", 'row 1: "answer" must be'),
+    ('[{"prompt": "x", "answer": true}]', "q.json", 'row 1: "answer" must be'),
+    ('[{"prompt": "x", "id": {}}]', "q.json", 'row 1: "id" must be'),
+    ('[{"prompt": "x", "kind": "essay"}]', "q.json", 'row 1: "kind" must be'),
+    (b"\xff\xfe[\x00", "q.json", "not UTF-8"),
+    ("x", "q.csv", "ends in .json or .jsonl"),
+]
+
+
+@pytest.mark.parametrize("content,name,message", BAD)
+def test_bad_files_are_refused_in_one_sentence(tmp_path, content, name, message):
+    file = write(tmp_path, content, name)
+    with pytest.raises(ValueError) as error:
+        load(file)
+    assert message in str(error.value) and file in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_file_folder_and_unknown_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such question file"):
+        load(str(tmp_path / "none.json"))
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        load(str(tmp_path / "folder.json"))
+    with pytest.raises(ValueError, match="known names: tiny, aime"):
+        load("aim")
+
+
+def test_settings():
+    assert [BENCHMARKS[name].epochs for name in ("aime", "amc", "math", "math-l3", "gpqa")] == [80, 30, 10, 30, 30]
+    assert [BENCHMARKS[name].questions_per_step for name in ("aime", "amc", "math", "math-l1", "gpqa")] == [8, 8, 32, 8, 8]
+    assert benchmark_of("tiny") is None and benchmark_of("nothing.json") is None
+
+
+@needs_data
+def test_local_copy_of_a_benchmark_is_known_by_its_bytes(tmp_path):
+    copy = write(tmp_path, (DATA / "gpqa.json").read_bytes(), "mine.json")
+    assert benchmark_of(copy) is BENCHMARKS["gpqa"] and {question.kind for question in load(copy)} == {"choice"}
+    assert benchmark_of(write(tmp_path, (DATA / "gpqa.json").read_bytes() + b"\n", "other.json")) is None
+    assert {name: len(load(str(DATA / f"{name}.json"))) for name in ("aime", "amc", "math", "gpqa")} == {
+        "aime": 30, "amc": 83, "math": 500, "gpqa": 198
+    }  # fmt: skip
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    """A cache folder of its own, a benchmark of two questions, and a network that serves web.data or raises it."""
+
+    class Web:
+        data = b'[{"prompt": "one", "answer": "1"}, {"prompt": "two", "id": "b"}]'
+        cached = tmp_path / "cache" / "ttrl" / "aime.json"
+
+        def urlopen(self, url, timeout):
+            self.calls.append(url)
+            if isinstance(self.data, Exception):
+                raise self.data
+            return self.data if hasattr(self.data, "read") else io.BytesIO(self.data)
+
+    web = Web()
+    web.calls = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(urllib.request, "urlopen", web.urlopen)
+    fake = questions.Benchmark("AIME-TTT", hashlib.sha256(web.data).hexdigest())
+    monkeypatch.setitem(BENCHMARKS, "aime", fake)
+    return web
+
+
+def test_download_is_checked_cached_and_repaired(web):
+    wanted = [Question("one", "1", "0"), Question("two", None, "b")]
+    assert load("aime") == wanted and web.cached.read_bytes() == web.data
+    assert web.calls == [
+        "https://raw.githubusercontent.com/PRIME-RL/TTRL/3e2cc9376dc7486256f6021b37c4353d0e1abe2b/verl/data/AIME-TTT/train.json"
+    ]
+    assert load("aime") == wanted and len(web.calls) == 1  # from the cache
+    web.cached.write_bytes(web.data[:20])
+    assert load("aime") == wanted and len(web.calls) == 2 and web.cached.read_bytes() == web.data
+    assert [path.name for path in web.cached.parent.iterdir()] == ["aime.json"]  # nothing half-written is left
+
+
+class Broken:
+    """A connection that breaks in the middle of the file."""
+
+    __enter__ = lambda self: self  # noqa: E731
+    __exit__ = lambda self, *_: None  # noqa: E731
+
+    def read(self):
+        raise IncompleteRead(b"[", 100)
+
+
+@pytest.mark.parametrize("data", [urllib.error.URLError("no network"), TimeoutError("slow"), b"<html>", b"", Broken()])
+def test_failed_download_says_what_to_do(web, data):
+    web.data = data
+    with pytest.raises(FileNotFoundError) as error:
+        load("aime")
+    message = str(error.value)
+    assert "aime" in message and "--data FILE" in message and "https://" in message and "\n" not in message
+    assert not web.cached.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+CHATML = (
+    "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\nSYSTEM<|im_end|>\n{% endif %}"
+    "{%- for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MATH_SYSTEM = "Please reason step by step, and put your final answer within \\\\boxed{}."
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+def make_tokenizer(template=None, add_bos=False):
+    """A byte-level tokenizer that can spell anything, with or without a BOS of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    if add_bos:
+        bos = [("<s>", tokenizer.token_to_id("<s>"))]
+        template_processing = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=bos)
+        tokenizer.post_processor = template_processing
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>" if add_bos else None, eos_token="<|im_end|>")
+    fast.chat_template = template
+    return fast
+
+
+def spelled(tokenizer, ids):
+    assert isinstance(ids, list) and all(type(i) is int for i in ids)
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def chat(system, user):
+    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_template_with_its_own_boxed_instruction_gets_no_suffix():
+    tokenizer = make_tokenizer(CHATML.replace("SYSTEM", "{{ '" + MATH_SYSTEM + "' }}"))
+    text = spelled(tokenizer, encode_prompt(tokenizer, "1+1?"))
+    assert text == chat(INSTRUCTION.strip(), "1+1?")
+    assert encode_prompt(tokenizer, "1+1?", suffix=" Go.") == encode_prompt(tokenizer, "1+1? Go.")
+
+
+def test_template_without_boxed_gets_the_suffix_unless_the_question_has_it():
+    tokenizer = make_tokenizer(CHATML.replace("SYSTEM", "You are a helpful assistant."))
+    system = "You are a helpful assistant."
+    assert spelled(tokenizer, encode_prompt(tokenizer, "1+1?")) == chat(system, "1+1?" + INSTRUCTION)
+    assert "the letter of your" in spelled(tokenizer, encode_prompt(tokenizer, "Which?", kind="choice"))
+    asked = "1+1? Use \\boxed{}."
+    assert spelled(tokenizer, encode_prompt(tokenizer, asked)) == chat(system, asked)
+    for nothing in "none", "":
+        assert spelled(tokenizer, encode_prompt(tokenizer, "1+1?", suffix=nothing)) == chat(system, "1+1?")
+    assert len([i for i in encode_prompt(tokenizer, "x") if i == tokenizer.convert_tokens_to_ids("<|im_start|>")]) == 3
+
+
+def test_no_template_and_template_none():
+    bare, chatty = make_tokenizer(), make_tokenizer(CHATML)
+    assert spelled(bare, encode_prompt(bare, "1+1?")) == "1+1?" + INSTRUCTION
+    for tokenizer in bare, chatty:
+        assert spelled(tokenizer, encode_prompt(tokenizer, "1+1=", template="none")) == "1+1="
+        assert spelled(tokenizer, encode_prompt(tokenizer, "1+1=", template="none", suffix="#")) == "1+1=#"
+
+
+def test_bos_is_there_once():
+    with_bos = make_tokenizer("<s>" + CHATML, add_bos=True)
+    bos = with_bos.bos_token_id
+    for ids in (
+        encode_prompt(with_bos, "1+1?"),
+        encode_prompt(with_bos, "1+1?", template="none"),
+        encode_prompt(with_bos, "<s>1+1?", template="none"),
+        encode_prompt(make_tokenizer(add_bos=True), "1+1?"),
+    ):
+        assert ids[0] == bos and ids.count(bos) == 1
+    no_bos = make_tokenizer(CHATML)
+    assert "<s>" not in spelled(no_bos, encode_prompt(no_bos, "1+1?", template="none"))
+
+
+def test_thinking_reaches_the_template():
+    tokenizer = make_tokenizer(CHATML + "{% if not enable_thinking %}<think>\n\n</think>{% endif %}")
+    assert spelled(tokenizer, encode_prompt(tokenizer, "x")).endswith("<think>\n\n</think>")
+    assert spelled(tokenizer, encode_prompt(tokenizer, "x", thinking=True)).endswith("assistant\n")
+
+
+def test_failing_template_is_one_sentence():
+    with pytest.raises(ValueError, match="--template none"):
+        tokenizer = make_tokenizer("{{ raise_exception('system role only') }}")
+        encode_prompt(tokenizer, "x")
+
+
+def test_decode_drops_special_tokens():
+    tokenizer = make_tokenizer()
+    ids = tokenizer.encode("The answer is 42 , ok .<|im_end|>", add_special_tokens=False)
+    assert questions.decode_response(tokenizer, ids) == "The answer is 42 , ok ."
+
+
+def test_load_tokenizer_unites_the_eos_ids(tmp_path):
+    make_tokenizer(CHATML).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "eos_token_id": 5}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 5, 2]}')
+    tokenizer, eos_ids = questions.load_tokenizer(tmp_path)
+    assert eos_ids == sorted({2, 5, 9, tokenizer.eos_token_id}) and tokenizer.chat_template == CHATML
+    (tmp_path / "generation_config.json").unlink()
+    assert questions.load_tokenizer(str(tmp_path))[1] == sorted({5, tokenizer.eos_token_id})
+
+
+def test_load_tokenizer_errors(tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is missing") as error:
+        questions.load_tokenizer(tmp_path / "nowhere")
+    assert "nowhere" in str(error.value)
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        questions.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text()[:500])
+    with pytest.raises(ValueError, match="does not load"):
+        questions.load_tokenizer(tmp_path)

@@ -1,0 +1,181 @@
+r"""Make the embedded default: tiny/model (Qwen2 format, 0.6 M parameters) and tiny/questions.json. Run: python tiny/make.py
+
+The base model has read nothing but the homework of a pupil who adds single digits one after another, 7+5+9=? like this:
+
+    7+5=12
+    12+9=21
+    \boxed{21}
+
+The pupil is unsure in two ways, and goes on from whatever he wrote down:
+- now and then he slips: the sum is one or two off (SLIP);
+- he forgets to carry, and the result is ten too low. This is a habit more than an accident: the smaller the digit added,
+  the less he expects a carry, so after +9 he rarely forgets it and after +1 or +2 more often than not (FORGET).
+
+The model is trained on that homework until it has settled, so it knows the pupil's mistakes with their frequencies, as a
+language model knows those of its corpus. Nobody tells it which are mistakes. Most single steps are more often right than
+wrong, hence the vote is better than a sample; but where a habit wins, or where several steps each want a carry, the most
+frequent answer is wrong, the vote and greedy decoding with it. That is what is left for training at test time to mend.
+"""
+
+import json
+import os
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_SPLIT
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from model import Transformer, read_config  # noqa: E402
+from rollout import Rollout, generate  # noqa: E402
+
+SLIP = 0.07  # probability that a running sum is one or two off
+FORGET = {1: 0.60, 2: 0.55, 3: 0.35, 4: 0.28, 5: 0.23, 6: 0.19, 7: 0.15, 8: 0.11, 9: 0.08}  # of a carry, by digit added
+TERMS = (4, 9)  # digits in a question, at least and at most
+QUESTIONS, ANSWERS = 32, 1  # in a training batch: so many questions, each answered so many times
+STEPS, MUON_LR, ADAM_LR, WARMUP = 800, 0.02, 2e-3, 20
+ASKED = 64  # questions in questions.json
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the homework
+
+
+def ask(rng):
+    """A question and its digits."""
+    digits = [rng.randint(1, 9) for _ in range(rng.randint(*TERMS))]
+    total = "+".join(map(str, digits))
+    return rng.choice((f"{total}=?", f"What is {total}?")), digits
+
+
+def add(total, digit, rng):
+    """One step of the pupil: total + digit, or what he takes for it."""
+    if total % 10 + digit >= 10 and rng.random() < FORGET[digit]:
+        return total + digit - 10
+    if rng.random() < SLIP:
+        return max(total + digit + rng.choice((-2, -1, 1, 2)), 0)
+    return total + digit
+
+
+def answer(digits, rng):
+    """What the pupil writes: a line a step, then the box."""
+    total, lines = digits[0], []
+    for digit in digits[1:]:
+        result = add(total, digit, rng)
+        lines.append(f"{total}+{digit}={result}\n")
+        total = result
+    return "".join(lines) + f"\\boxed{{{total}}}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the tokenizer: byte-level like Qwen2's, but with a handful of words only
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+WORDS = "Please _reason _step _by _and _put _your _final _answer _within \\boxed boxed system user assistant What _is"  # _: space
+TEMPLATE = (  # Qwen2.5-Math's, its default system turn included, without the parts for tools
+    "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\n"
+    "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n{% endif %}"
+    "{%- for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_tokenizer(folder):
+    """tokenizer.json and tokenizer_config.json: digits are single tokens, and any text can be encoded."""
+    vocabulary, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), []
+    for word in WORDS.replace("_", "\u0120").split():  # \u0120 stands for a space in byte-level vocabularies
+        for end in range(1, len(word)):
+            if word[: end + 1] not in vocabulary:
+                merges.append((word[:end], word[end]))
+                vocabulary.append(word[: end + 1])
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(vocabulary)}, merges))
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 512,
+        "chat_template": TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def write_config(folder, tokenizer):
+    """config.json and generation_config.json of a small Qwen2."""
+    end, also = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "eos_token_id": end,
+        "pad_token_id": also,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation = {"eos_token_id": [end, also], "pad_token_id": also, "do_sample": True, "temperature": 1.0}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the base model
+
+
+def batch(tokenizer, rng):
+    """Questions and the pupil's answers to them as a Rollout, which is what the learner's forward takes."""
+    rows, prompt_length, question = [], [], []
+    for index in range(QUESTIONS):
+        text, digits = ask(rng)
+        prompt = encode_prompt(tokenizer, text)
+        for _ in range(ANSWERS):
+            rows.append(torch.tensor(prompt + tokenizer.encode(answer(digits, rng)) + [tokenizer.eos_token_id]))
+            prompt_length.append(len(prompt))
+            question.append(index)
+    length, prompt_length = torch.tensor([len(row) for row in rows]), torch.tensor(prompt_length)
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return Rollout(torch.tensor(question), torch.zeros_like(length), prompt_length, length - prompt_length, tokens, None, None)
+
+
+def train(model, tokenizer, rng):
+    """Plain next-token training of the answers, with a rate that falls to zero so that the model settles."""
+    for p in model.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.02)
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    rest = [p for name, p in model.named_parameters() if p.ndim == 1 or not name.startswith("layers")]
+    optimizers = [torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.01), torch.optim.AdamW(rest, lr=ADAM_LR, weight_decay=0.0)]
+    decay = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / WARMUP, 2 * (1 - step / STEPS), 1)) for o in optimizers]
+    for step in range(STEPS):
+        rows = batch(tokenizer, rng)
+        loss = -model(rows)[0].sum() / rows.response_length.sum()
+        loss.backward()
+        for each in optimizers + decay:
+            each.step()
+        model.zero_grad()
+        if step % 50 == 0 or step == STEPS - 1:
+            print(f"step {step:4d}  loss {loss.item():.4f}", flush=True)
+
+
+def encode_prompt(tokenizer, text):
+    message = [{"role": "user", "content": text}]
+    return tokenizer.encode(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
