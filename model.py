@@ -34,10 +34,6 @@ ROPE_TYPES = {  # rope_type: the fields that it cannot do without
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-         "head_dim", "max_position_embeddings")  # fmt: skip
-POSITIVE = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-            "attention_factor", "beta_fast", "beta_slow")  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
@@ -99,9 +95,13 @@ def read_config(folder):
         raise ValueError(f"{path}: num_attention_heads {config.heads} is no multiple of num_key_value_heads {config.kv_heads}")
     if config.head_dim % 2 or not config.head_dim:
         raise ValueError(f"{path}: head_dim {config.head_dim} is not even, but rotary positions turn pairs")
-    if config.rope["rope_theta"] is None:
-        raise ValueError(f"{path}: rope_theta is null")
     return config
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "head_dim", "max_position_embeddings")  # fmt: skip
+POSITIVE = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+            "attention_factor", "beta_fast", "beta_slow")  # fmt: skip
 
 
 def check_fields(raw, path):
@@ -127,8 +127,10 @@ def check_fields(raw, path):
         if value is not None and not (type(value) is int and 1 <= value <= largest):
             raise ValueError(f"{path}: {field} {value!r} is not a whole number from 1 to {largest}")
     for field in POSITIVE:
-        value = fields.get(field)
-        if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
+        value = fields.get(field, 1)
+        if value is None and field in ("attention_factor", "beta_fast", "beta_slow"):
+            continue  # as if it were not there
+        if not (type(value) in (int, float) and 0 < value < math.inf):
             raise ValueError(f"{path}: {field} {value!r} is not a positive number")
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise ValueError(f"{path}: low_freq_factor is not below high_freq_factor")
@@ -517,7 +519,7 @@ def read_weights(folder, model, dtype):
                     raise ValueError(f"{path}: {name} is {list(tensor.shape)}, config.json says {list(shape)}")
                 if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
                     raise ValueError(f"{path}: {name} is {tensor.dtype}; only float32, float16 and bfloat16 are read")
-                weights[ours] = tensor.to(dtype)
+                weights[ours] = tensor.to(dtype, copy=True)  # the original is a view of the file, and changes with it
     if model.config.tied and "lm_head.weight" in where:
         head = open_safetensors(where["lm_head.weight"]).get_tensor("lm_head.weight").to(dtype)
         if not torch.equal(head, weights["embed_tokens.weight"]):
@@ -622,6 +624,8 @@ def download_advice(repo, error):
         return "neither a folder here nor a hub id, which is owner/name"
     if isinstance(error, (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled)):
         return "not complete in the local cache, and the hub cannot be reached; download it elsewhere and give its folder"
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        return f"the hub refuses access ({one_line(error)}); check HF_TOKEN"
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         return "the disk is full; free some space or set HF_HOME to a larger disk, then run again: it resumes"
     return f"the download broke off ({one_line(error)}); run again: it resumes"

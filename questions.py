@@ -242,7 +242,7 @@ def encode_prompt(
     # A template writes its own BOS. Elsewhere the model's BOS is put first, if it uses one, and never twice.
     bos = tokenizer.bos_token_id
     wants_bos = not chat and bos is not None and bos in tokenizer.encode("") and ids[:1] != [bos]
-    return [bos] + ids if wants_bos else ids
+    return [bos, *ids] if wants_bos else ids
 
 
 def decode_response(tokenizer, ids: list[int]) -> str:
@@ -287,10 +287,15 @@ def extract_answer(text: str, kind: str = "math", truncated: bool = False) -> st
     answer = _phrase(text, truncated)
     if answer or truncated:
         return answer
-    number = None
-    for number in NUMBER.finditer(text):
-        pass
+    number = _last(NUMBER, text)
     return number.group() if number else None
+
+
+def _last(pattern: re.Pattern, text: str) -> re.Match | None:
+    last = None
+    for match in pattern.finditer(text):
+        last = match
+    return last
 
 
 def _last_box(text: str) -> str | None:
@@ -311,9 +316,7 @@ def _last_box(text: str) -> str | None:
 
 def _phrase(text: str, truncated: bool) -> str | None:
     """What follows the last "answer is": the formula in dollars, else the number, else the rest of the sentence."""
-    match = None
-    for match in ANSWER_IS.finditer(text):
-        pass
+    match = _last(ANSWER_IS, text)
     if match is None:
         return None
     sentence = text[match.end() : match.end() + 300].strip("*").lstrip()
@@ -367,7 +370,8 @@ UNIT_WORD = (
 UNIT = re.compile(rf"(?<=[\d}}])(?: ?\\text\{{[^{{}}]*\}}| {UNIT_WORD})(?:\^\s*\{{?[23]\}}?)?$")
 PLAIN_NUMBER = re.compile(
     r"(?P<sign>[-+]?) ?(?:\\frac ?(?:\{ ?(?P<a>-?\d+) ?\}|(?P<a1>\d)) ?(?:\{ ?(?P<b>\d+) ?\}|(?P<b1>\d))"
-    r"|(?P<n>\d+) ?/ ?(?P<d>\d+)|(?P<number>\d{1,3}(?:, ?\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(?:_\{?(?P<base>\d+)\}?)?) ?(?P<pct>%?)"
+    r"|(?P<n>\d+) ?/ ?(?P<d>\d+)|(?P<number>\d{1,3}(?:, ?\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)"
+    r"(?:_\{?(?P<base>\d+)\}?)?) ?(?P<pct>%?)"
 )
 
 
@@ -451,19 +455,23 @@ COMMANDS = set(
     "frac sqrt pi cdot times div pm mp infty cup cap setminus in text begin end pmatrix bmatrix matrix vmatrix "
     "sin cos tan cot sec csc arcsin arccos arctan log ln exp binom le leq ge geq lt gt ne neq to emptyset varnothing "
     "mathbb alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi varphi psi omega lfloor rfloor lceil "
-    "rceil lvert rvert quad langle rangle".split()
+    "rceil lvert rvert quad langle rangle".split()  # noqa: SIM905
 )
 INTERVAL_END = re.compile(r"(?:^|(?<=[(\[,<=eqtn])) ?[-+]? ?\\infty ?(?=[,)\]<]|\\le|$)")
 TRIGONOMETRY = {"sin", "cos", "tan", "cot", "sec", "csc"}
 ALLOWED = re.compile(r"[0-9A-Za-z\s+\-*/=<>^_{}()\[\]|!.,;:\\&%]*")
 SMALL_POWER = re.compile(r"\^ ?(?:\{(?:[^{}^!]|\{[^{}^!]*\}){1,24}\}|-?\d+|\\?[A-Za-z]+)")
-SMALL_BINOMIAL = re.compile(r"\\binom ?(?:\{\d{1,3}\} ?\{\d{1,3}\}|\{[j-z]\} ?\{[j-z0-9]\})")
-PLAIN_COMMANDS = re.compile(r"\\(?:frac|cdot|times|pi|le|ge|leq|geq|in|cup|cap|infty|pm|text|(?:begin|end)\{[a-z]+\})(?![a-z])")
+SMALL_BINOMIAL = re.compile(r"\\binom ?\{\d{1,3}\} ?\{\d{1,3}\}")
+PLAIN_COMMANDS = re.compile(
+    r"\\(?:frac|cdot|times|pi|leq?|geq?|in|cup|cap|infty|pm|text|(?:begin|end)\{[a-z]+\})(?![a-z])"
+)
 RELATION = re.compile(r"[=<>]|\\(?:leq?|geq?|lt|gt|neq?)(?![a-z])")
 HARD_TO_SOLVE = re.compile(
     r"\\(?:sqrt|sin|cos|tan|cot|sec|csc|arc\w+|log|ln|exp|binom)(?![a-z])|[!|]|\^ ?(?:\{ ?)?(?:[^\d{ ]|\d\d|[5-9])"
 )
-SMALL_FACTORIAL = re.compile(r"(?<!\d)(?:\d{1,3}|[a-z])!(?!\s*!)")
+SMALL_FACTORIAL = re.compile(r"(?<!\d)\d{1,3}!(?!\s*!)")
+
+DECIMAL = re.compile(r"(?<![\d,.])(\d+)\.(\d+)(?![\d.])")
 
 
 def _refused(latex: str) -> bool:
@@ -473,23 +481,25 @@ def _refused(latex: str) -> bool:
         depth += (character in "{([") - (character in "})]")
         deepest = max(deepest, depth)
     names = re.findall(r"\\([A-Za-z]+)", latex)
-    if len(latex) > MAX_LATEX or deepest > MAX_NESTING or not ALLOWED.fullmatch(latex) or not COMMANDS.issuperset(names):
+    if len(latex) > MAX_LATEX or deepest > MAX_NESTING or not ALLOWED.fullmatch(latex) or set(names) - COMMANDS:
         return True
     powers = SMALL_POWER.findall(latex)
-    exponents = [int(digits) for power in powers for digits in re.findall(r"\d+", power[:30])]
+    exponents = [math.prod(map(int, re.findall(r"[1-9]\d*", power))) for power in powers]
     symbolic = bool(re.search(r"[A-Za-z]", PLAIN_COMMANDS.sub("", latex)))
-    return bool(
-        re.search(r"\^|# ?#", SMALL_POWER.sub("#", latex))  # a tower, or an exponent that is a formula of its own
-        or "\\infty" in INTERVAL_END.sub("", latex)
-        or max(exponents, default=0) > (60 if symbolic else 9999)
-        or re.search(r"[)}\]|] ?\^", latex) and math.prod(exponents) > (20 if symbolic else 9999)  # (x^9+y)^9 expands
-        or "!" in SMALL_FACTORIAL.sub("", latex)
-        or math.prod(int(index or 2) for index in re.findall(r"\\sqrt ?(?:\[ ?(\d) ?\])?", latex)) > 16  # degree of the number
-        or "binom" in SMALL_BINOMIAL.sub("", latex)
-        or re.search(r"[)}\]|]\s*_|\d[eE][-+]?\d|matrix\} ?\^|\* ?\*|\d{41}|\\sqrt ?\[(?! ?\d ?\])|\^ ?\{[^{}]*(?:/|\\frac)[^^]*?\d\d", latex)  # (n)_{k} and 9e9 are evaluated
-        or TRIGONOMETRY.intersection(names) and re.search(r"\d{5}|\^ ?\{?\d\d", latex)  # cos(3^{60} x) is expanded
-        or RELATION.search(latex) and HARD_TO_SOLVE.search(latex)
+    roots = [int(index or 2) for index in re.findall(r"\\sqrt ?(?:\[ ?(\d) ?\])?", latex)]
+    rules = (
+        re.search(r"\^|# ?#", SMALL_POWER.sub("#", latex)),  # a tower, or an exponent that is a formula of its own
+        max(exponents, default=0) > (60 if symbolic else 9999),
+        re.search(r"[)}\]|] ?\^", latex) and math.prod(exponents) > (20 if symbolic else 9999),  # (x^9+y)^9 expands
+        math.prod(roots) > 16 or re.search(r"\\sqrt ?\[(?! ?\d ?\])", latex),  # the degree of an algebraic number
+        re.search(r"\^ ?\{[^{}]*(?:/|\\frac)[^^]*?\d\d", latex),  # a root in another dress
+        "!" in SMALL_FACTORIAL.sub("", latex) or "binom" in SMALL_BINOMIAL.sub("", latex),
+        "\\infty" in INTERVAL_END.sub("", latex),
+        re.search(r"[)}\]|]\s*_|\d[eE][-+]?\d|\* ?\*|matrix\} ?\^|\d{41}", latex),
+        TRIGONOMETRY.intersection(names) and re.search(r"\d{5}|\^ ?\{?\d\d", latex),  # cos(3^{60} x) is expanded
+        RELATION.search(latex) and HARD_TO_SOLVE.search(latex),
     )
+    return any(rules)
 
 
 @lru_cache(maxsize=10_000)
@@ -502,7 +512,7 @@ def _formula(answer: str):
         return None
     latex = normalize_latex(answer, NormalizationConfig(malformed_operators=True, nits=True, boxed="none"))
     # Decimals become fractions, so that nothing is rounded; i is the imaginary unit, which the parser writes I.
-    latex = re.sub(r"(?<![\d,.])(\d+)\.(\d+)(?![\d.])", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}", latex)
+    latex = DECIMAL.sub(lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}", latex)
     latex = re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+|i", lambda m: "I" if m[0] == "i" else m[0], latex)
     if _refused(latex):
         return None

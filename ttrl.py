@@ -617,7 +617,7 @@ def learning_metrics(run, sums, gap_max, norms):
     metrics = {name: value / tokens for name, value in sums.items()}  # entropy, clip_fraction, kl_old_new, kl
     metrics.update(logprob_gap=gap / gap_tokens, logprob_gap_max=reduce({"max": gap_max}, dist.ReduceOp.MAX)["max"])
     if norms:
-        metrics.update(grad_norm=report.mean(norms), lr=run.optimizer.param_groups[0]["lr"])
+        metrics.update(grad_norm=report.mean(norms), grad_norm_max=max(norms), lr=run.optimizer.param_groups[0]["lr"])
     return {**metrics, "updates": len(norms), "trained_tokens": tokens}
 
 

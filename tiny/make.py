@@ -38,7 +38,8 @@ SLIP = 0.07  # probability that a running sum is one or two off
 FORGET = {1: 0.60, 2: 0.55, 3: 0.35, 4: 0.28, 5: 0.23, 6: 0.19, 7: 0.15, 8: 0.11, 9: 0.08}  # of a carry, by digit added
 TERMS = (4, 9)  # digits in a question, at least and at most
 QUESTIONS, ANSWERS = 32, 1  # in a training batch: so many questions, each answered so many times
-STEPS, MUON_LR, ADAM_LR, WARMUP = 800, 0.02, 2e-3, 20
+STEPS, PEAK_LR, WARMUP = 1500, 3e-3, 50
+EMB_STD, BETAS, WD = 0.05, (0.9, 0.98), 0.01
 ASKED = 64  # questions in questions.json
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,20 +159,19 @@ def batch(tokenizer, rng):
 
 def train(model, tokenizer, rng):
     """Plain next-token training of the answers, with a rate that falls to zero so that the model settles."""
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         if p.ndim == 2:
-            torch.nn.init.normal_(p, std=0.02)
-    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
-    rest = [p for name, p in model.named_parameters() if p.ndim == 1 or not name.startswith("layers")]
-    optimizers = [torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.01), torch.optim.AdamW(rest, lr=ADAM_LR, weight_decay=0.0)]
-    decay = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / WARMUP, 2 * (1 - step / STEPS), 1)) for o in optimizers]
+            torch.nn.init.normal_(p, std=EMB_STD if "embed" in name else p.shape[1] ** -0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=BETAS, weight_decay=WD)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / WARMUP, 2 * (1 - step / STEPS), 1))
     for step in range(STEPS):
         rows = batch(tokenizer, rng)
         loss = -model(rows)[0].sum() / rows.response_length.sum()
+        optimizer.zero_grad()
         loss.backward()
-        for each in optimizers + decay:
-            each.step()
-        model.zero_grad()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        decay.step()
         if step % 50 == 0 or step == STEPS - 1:
             print(f"step {step:4d}  loss {loss.item():.4f}", flush=True)
 

@@ -1,0 +1,69 @@
+"""What several test files share: a small random model, a few real questions, and the real program as a subprocess."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # the machine's other core belongs to the subprocesses, and small matrices gain nothing
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory):
+    """A Qwen2 of 3 layers with every parameter drawn at random, biases and norms too, such that nothing is flat."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from model import Transformer
+
+    config = Qwen2Config(vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    hf = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.22 * noise if parameter.dim() > 1 else 1 + 0.3 * noise)
+    folder = tmp_path_factory.mktemp("random_model")
+    hf.save_pretrained(folder)
+    return Transformer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def few_questions(tmp_path_factory):
+    """A file with the first six questions of the embedded set."""
+    path = tmp_path_factory.mktemp("questions") / "six.json"
+    path.write_text(json.dumps(json.loads((ROOT / "tiny" / "questions.json").read_text())[:6]))
+    return path
+
+
+SMALL = ["--votes", "8", "--samples", "6", "--questions-per-step", "3", "--questions-per-update", "2", "--epochs", "2",
+         "--eval-samples", "4", "--eval-every", "2", "--save-every", "1", "--lr", "1e-3", "--max-new-tokens", "48"]  # fmt: skip
+
+
+def command(*arguments, ranks=None, script="ttrl.py"):
+    """The command line of the real program, under torchrun if `ranks` is given."""
+    launcher = [] if ranks is None else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def program(*arguments, ranks=None, script="ttrl.py", code=0):
+    """Run the real program to its end and return it; fails unless it exits with `code`."""
+    done = subprocess.run(
+        command(*arguments, ranks=ranks, script=script), env=environment(), capture_output=True, text=True, timeout=900, cwd="/"
+    )
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]

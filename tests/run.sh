@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Run the tests:  bash tests/run.sh [--all] [arguments of pytest]      --all adds the long tier
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+tier=(-m "not long")
+if [ "${1:-}" = --all ]; then tier=(); shift; fi
+
+source setup.sh test
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+"$PYTHON" -m ruff check --quiet .
+"$PYTHON" -m ruff format --check --quiet .
+"$PYTHON" -m pytest ${tier[@]+"${tier[@]}"} --doctest-modules --durations=10 "$@" \
+    ttrl.py report.py checkpoint.py rollout.py model.py questions.py kernels tests

@@ -1,0 +1,180 @@
+"""The sampler: same tokens whatever the batch, log-probs of the distribution drawn from, right ends, right frequencies."""
+
+import pytest
+import torch
+
+from rollout import Rollout, close_gaps, generate, row_keys, sample, uniform
+
+PROMPTS = [[5, 17, 3, 88, 41], [7, 7, 9], [60, 2, 2, 31, 14, 55, 90, 8], [12]]
+EOS = [1, 2, 3, 4]
+SEED = 92  # one whose uniform numbers all keep away from the edges of the CDF; `nearest_edge` checks it
+
+
+def sampled(model, rows=16, **changes):
+    options = dict(max_new_tokens=40, eos_ids=EOS, seed=SEED, stream="train", step=2)
+    return generate(model, PROMPTS, rows, **{**options, **changes})
+
+
+def test_lengths_ends_and_prompts(random_model):
+    rollout = sampled(random_model)
+    assert len(set(rollout.response_length.tolist())) > 8  # otherwise most of this file proves little
+    assert 0.1 < rollout.finished.float().mean() < 1
+    for row in range(len(rollout)):
+        prompt, response = PROMPTS[rollout.question[row]], rollout.response(row)
+        assert rollout.tokens[row, : len(prompt)].tolist() == prompt
+        assert (response[-1] in EOS) == bool(rollout.finished[row])  # the end is part of the response ...
+        assert not set(response[:-1]) & set(EOS)  # ... and nothing comes after it
+        assert rollout.finished[row] or len(response) == 40
+        assert rollout.tokens[row, len(prompt) + len(response) :].eq(0).all() and rollout.logprob[row, len(response) :].eq(0).all()
+
+
+def test_mask_holds_the_end_of_sequence_token_and_nothing_after_it(random_model):
+    rollout = sampled(random_model)
+    mask = rollout.mask()
+    assert mask.sum(1).equal(rollout.response_length)
+    last = torch.stack([rollout.tokens[r, rollout.prompt_length[r] + mask[r].sum() - 1] for r in range(len(rollout))])
+    assert torch.isin(last, torch.tensor(EOS)).equal(rollout.finished)
+
+
+def nearest_edge(model, rollout, temperature, seed=SEED, stream="train", step=2):
+    """How close the closest uniform number of a rollout came to an edge of the CDF, by a forward pass without a cache."""
+    closest = 1.0
+    for row in range(len(rollout)):
+        length, start = int(rollout.response_length[row]), int(rollout.prompt_length[row])
+        logits = model.logits(rollout.tokens[row : row + 1, : start + length])[0, start - 1 : start + length - 1] / temperature
+        cdf = logits.double().softmax(-1).cumsum(-1)
+        key = row_keys(seed, stream, step, rollout.question[row : row + 1], rollout.sample[row : row + 1])
+        u = uniform(key, torch.arange(length)).double()
+        closest = min(closest, (cdf - u[:, None]).abs().min().item())
+    return closest
+
+
+@torch.no_grad()
+def test_a_response_does_not_depend_on_the_batch(random_model):
+    """Batch 1 = batch 64 = a tight budget with refills = another order = split over two ranks."""
+    whole = sampled(random_model)
+    assert len(whole) == 64
+    responses = [tuple(whole.response(row)) for row in range(64)]
+    assert len(set(responses)) >= 32 and len({len(r) for r in responses}) > 8
+    assert nearest_edge(random_model, whole, temperature=1.0) > 1e-5
+    pairs = list(zip(whole.question.tolist(), whole.sample.tolist(), strict=True))
+    shuffled = [pairs[i] for i in torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()]
+    others = {
+        "alone": [sampled(random_model, [pair]) for pair in pairs],
+        "budget": [sampled(random_model, pairs, budget_tokens=5 * 48)],
+        "order": [sampled(random_model, shuffled)],
+        "ranks": [sampled(random_model, pairs[rank::2]) for rank in range(2)],
+    }
+    for name, parts in others.items():
+        got = {(int(p.question[r]), int(p.sample[r])): (tuple(p.response(r)), p.logprob[r]) for p in parts for r in range(len(p))}
+        for row, pair in enumerate(pairs):
+            tokens, logprob = got[pair]
+            assert tokens == responses[row], (name, pair)
+            gap = logprob[: len(tokens)] - whole.logprob[row, : len(tokens)]
+            assert gap.abs().max() < 1e-4, (name, pair)
+
+
+def test_seed_stream_and_step_each_change_the_responses(random_model):
+    base = sampled(random_model)
+    for change in ({"seed": 12}, {"step": 3}, {"stream": "eval"}):
+        other = sampled(random_model, **change)
+        same = sum(base.response(row) == other.response(row) for row in range(64))
+        assert same < 16, change  # a few short ones may agree by chance
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_those_of_an_uncached_forward(random_model, temperature):
+    """The sampler's numbers (cached decode) against the learner's (packed forward) and the plain logits."""
+    rollout = sampled(random_model, temperature=temperature)
+    logprob, _ = random_model(rollout, temperature)
+    gap = (logprob - rollout.logprob).abs()[rollout.mask()]
+    assert gap.mean() < 1e-5 and gap.max() < 1e-3
+    row = int(rollout.response_length.argmax())
+    start, length = int(rollout.prompt_length[row]), int(rollout.response_length[row])
+    tokens = rollout.tokens[row : row + 1, : start + length]
+    plain = (random_model.logits(tokens)[0, start - 1 : -1] / temperature).log_softmax(-1)
+    plain = plain.gather(1, tokens[0, start:, None])[:, 0]
+    assert (plain - rollout.logprob[row, :length]).abs().max() < 1e-4
+
+
+def test_greedy_takes_the_most_likely_token(random_model):
+    rollout = sampled(random_model, [(0, 0), (0, 5), (1, 0)], temperature=0.0, stream="eval")
+    assert rollout.response(0) == rollout.response(1)
+    start = int(rollout.prompt_length[0])
+    logits = random_model.logits(rollout.tokens[:1, : start + int(rollout.response_length[0])])[0, start - 1 : -1]
+    assert logits.argmax(-1).tolist() == rollout.response(0)
+
+
+def test_training_refuses_what_the_loss_does_not_know(random_model):
+    for change in ({"top_p": 0.95}, {"temperature": 0.0}):
+        with pytest.raises(ValueError, match="evaluation only"):
+            sampled(random_model, **change)
+
+
+def test_a_budget_below_one_row_is_refused(random_model):
+    with pytest.raises(ValueError, match="budget of 20 tokens"):
+        sampled(random_model, budget_tokens=20)
+
+
+def test_the_cache_stays_within_its_budget(random_model, monkeypatch):
+    import rollout
+
+    sizes = []
+    original = rollout.KVCache.__init__
+    monkeypatch.setattr(rollout.KVCache, "__init__", lambda self, model, slots, capacity: (
+        sizes.append(slots * capacity), original(self, model, slots, capacity))[1])  # fmt: skip
+    sampled(random_model, budget_tokens=300)
+    assert 0 < sizes[0] <= 300
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one draw
+
+
+def test_uniform_numbers_are_uniform_and_unrelated():
+    question, index = torch.arange(100).repeat_interleave(100), torch.arange(100).repeat(100)
+    u = torch.stack([uniform(row_keys(0, "train", 0, question, index), torch.full((10000,), p)) for p in range(5)]).double()
+    assert 0 < u.min() and u.max() < 1
+    histogram = torch.histc(u, 100, 0, 1)  # 50,000 in 100 bins
+    assert ((histogram - 500) ** 2 / 500).sum() < 160  # chi-squared with 99 degrees of freedom: 1e-4 quantile
+    grid = u[0].view(100, 100)
+    for a, b in ((u[0], u[1]), (grid[:-1].flatten(), grid[1:].flatten()), (grid[:, :-1].flatten(), grid[:, 1:].flatten())):
+        assert torch.corrcoef(torch.stack((a, b)))[0, 1].abs() < 0.05  # neighbours in position, question and sample
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (1.0, 0.8), (0.6, 0.95)])
+def test_tokens_come_with_their_probability(temperature, top_p):
+    logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 1.5])
+    probability = (logits.double() / temperature).softmax(-1)
+    order = probability.argsort(descending=True)
+    kept = order[: int((probability[order].cumsum(0) < top_p - 1e-9).sum()) + 1] if top_p < 1 else order
+    expected = torch.zeros(5, dtype=torch.float64).index_copy(0, kept, probability[kept] / probability[kept].sum())
+    u = (torch.arange(20000) + 0.5) / 20000  # an even comb, so frequencies are exact to a tooth
+    token, logprob = sample(logits.expand(20000, 5), u, temperature, top_p)
+    frequency = torch.bincount(token, minlength=5).double() / 20000
+    assert (frequency - expected).abs().max() < 1e-4
+    assert (logprob.double() - expected.log()[token]).abs().max() < 1e-5
+
+
+def test_a_token_that_cannot_be_is_never_drawn():
+    logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(3, 5)
+    u = torch.tensor([0.5 / 2**23, 0.5, 1 - 0.5 / 2**23])  # the smallest and the largest there are
+    token, logprob = sample(logits, u)
+    assert token.tolist()[::2] == [1, 3] and token[1] in (1, 3) and logprob.isfinite().all()
+    nearly = torch.full((1, 1000), -3e4)
+    nearly[0, 10] = 0.0
+    assert sample(nearly, torch.tensor([1 - 0.5 / 2**23]))[0].item() == 10  # u * total rounds up to total
+
+
+def test_close_gaps_moves_as_few_rows_as_there_are_gaps():
+    for seed in range(20):
+        going = torch.rand(30, generator=torch.Generator().manual_seed(seed)) < 0.6
+        order = close_gaps(going)
+        assert sorted(order.tolist()) == going.nonzero()[:, 0].tolist()
+        assert (order != torch.arange(len(order))).sum() == (~going[: len(order)]).sum()
+
+
+def test_rows_of_a_rollout_can_be_picked(random_model):
+    rollout = sampled(random_model, 2)
+    part = rollout[torch.tensor([3, 0])]
+    assert isinstance(part, Rollout) and part.response(0) == rollout.response(3) and part.response(1) == rollout.response(0)
