@@ -447,30 +447,28 @@ def _values(answer: str) -> frozenset[Fraction]:
 def _words(answer: str) -> str:
     r"""An answer in words, without case or the \text around it; empty if it is a formula (xyz may be a product)."""
     match = re.fullmatch(r"\\text ?\{([^{}\\]*)\}|(?=.{4})([A-Za-z]{2,}(?: [A-Za-z']+)*)", answer)
-    return " ".join((match.group(1) or match.group(2)).casefold().split()) if match else ""
+    return " ".join((match[1] or match[2] or "").casefold().split()) if match else ""
 
 
 # What the parser gets must be built of these alone; integrals, sums, limits, determinants and the like are refused.
-COMMANDS = set(
-    "frac sqrt pi cdot times div pm mp infty cup cap setminus in text begin end pmatrix bmatrix matrix vmatrix "
-    "sin cos tan cot sec csc arcsin arccos arctan log ln exp binom le leq ge geq lt gt ne neq to emptyset varnothing "
-    "mathbb alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi varphi psi omega lfloor rfloor lceil "
-    "rceil lvert rvert quad langle rangle".split()  # noqa: SIM905
-)
+COMMAND_NAMES = """
+    frac sqrt pi cdot times div pm mp infty cup cap setminus in text begin end pmatrix bmatrix matrix vmatrix sin
+    cos tan cot sec csc arcsin arccos arctan log ln exp binom le leq ge geq lt gt ne neq to emptyset varnothing
+    mathbb alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi varphi psi omega lfloor rfloor
+    lceil rceil lvert rvert quad langle rangle
+"""
+COMMANDS = set(re.findall("[a-z]+", COMMAND_NAMES))
 INTERVAL_END = re.compile(r"(?:^|(?<=[(\[,<=eqtn])) ?[-+]? ?\\infty ?(?=[,)\]<]|\\le|$)")
 TRIGONOMETRY = {"sin", "cos", "tan", "cot", "sec", "csc"}
 ALLOWED = re.compile(r"[0-9A-Za-z\s+\-*/=<>^_{}()\[\]|!.,;:\\&%]*")
 SMALL_POWER = re.compile(r"\^ ?(?:\{(?:[^{}^!]|\{[^{}^!]*\}){1,24}\}|-?\d+|\\?[A-Za-z]+)")
 SMALL_BINOMIAL = re.compile(r"\\binom ?\{\d{1,3}\} ?\{\d{1,3}\}")
-PLAIN_COMMANDS = re.compile(
-    r"\\(?:frac|cdot|times|pi|leq?|geq?|in|cup|cap|infty|pm|text|(?:begin|end)\{[a-z]+\})(?![a-z])"
-)
+PLAIN_COMMANDS = re.compile(r"\\(?:frac|cdot|times|pi|leq?|geq?|in|cup|cap|infty|pm|text|(?:begin|end)\{[a-z]+\})(?![a-z])")
 RELATION = re.compile(r"[=<>]|\\(?:leq?|geq?|lt|gt|neq?)(?![a-z])")
 HARD_TO_SOLVE = re.compile(
     r"\\(?:sqrt|sin|cos|tan|cot|sec|csc|arc\w+|log|ln|exp|binom)(?![a-z])|[!|]|\^ ?(?:\{ ?)?(?:[^\d{ ]|\d\d|[5-9])"
 )
 SMALL_FACTORIAL = re.compile(r"(?<!\d)\d{1,3}!(?!\s*!)")
-
 DECIMAL = re.compile(r"(?<![\d,.])(\d+)\.(\d+)(?![\d.])")
 
 

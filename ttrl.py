@@ -52,7 +52,7 @@ from tqdm import tqdm
 import checkpoint
 import questions
 import report
-from model import TOKENIZER_FILES, Transformer, read_config, resolve
+from model import TOKENIZER_FILES, Transformer, check_vocabulary, read_config, resolve
 from rollout import generate
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -370,6 +370,7 @@ def open_run(c, device):
     folder = Path(__file__).parent / "tiny" / "model" if c.model == "tiny" else Path(first_on_main(lambda: resolve(c.model)))
     model_config = read_config(folder)
     tokenizer, eos_ids = questions.load_tokenizer(folder)
+    check_vocabulary(model_config, tokenizer)
     train_set, train_prompts = ask(c, tokenizer, c.data)
     eval_set, eval_prompts = (train_set, train_prompts) if c.eval_data == c.data else ask(c, tokenizer, c.eval_data)
     if c.reward == "gold" and any(q.answer is None for q in train_set):
@@ -390,10 +391,16 @@ def open_run(c, device):
 
 
 def first_on_main(action):
-    """action() on rank 0, then on the others: what it downloads, the others find in the cache."""
+    """action() on rank 0, then on the others, which find in the cache what it downloaded; its failure is everyone's."""
+    failure = None
     if is_main():
-        action()
-    dist.barrier()
+        try:
+            action()
+        except (ValueError, OSError) as error:
+            failure = error
+    failure = broadcast(failure)
+    if failure:
+        raise failure
     return action()
 
 

@@ -74,7 +74,9 @@ def test_unanimous_group_has_no_advantage(size, value):
 def one_token(ratio, advantage, **options):
     """Loss and its gradient in the log-prob of a single token with the given ratio to the old policy."""
     logprob = torch.tensor([[math.log(ratio)]], requires_grad=True)
-    loss, sums = ttrl.grpo_loss(logprob, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1, dtype=torch.bool), **options)
+    loss, sums = ttrl.grpo_loss(
+        logprob, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1, dtype=torch.bool), **options
+    )
     loss.backward()
     return loss.item(), logprob.grad.item(), sums
 
@@ -103,7 +105,9 @@ def test_clipped_surrogate_by_hand(ratio, advantage, loss, gradient, clipped):
 def test_k3_kl_by_hand(d):
     """k3 = exp(d) - d - 1 with d = ref - new; its gradient in new is 1 - exp(d). The surrogate is silent at A = 0."""
     loss, gradient, sums = one_token(1.0, 0.0, ref_logprob=torch.tensor([[d]]), kl=0.5)
-    assert loss == pytest.approx(0.5 * (math.exp(d) - d - 1), abs=1e-6) and sums["kl"] == pytest.approx(math.exp(d) - d - 1, abs=1e-6)
+    assert loss == pytest.approx(0.5 * (math.exp(d) - d - 1), abs=1e-6) and sums["kl"] == pytest.approx(
+        math.exp(d) - d - 1, abs=1e-6
+    )
     assert gradient == pytest.approx(0.5 * (1 - math.exp(d)), abs=1e-6)
 
 
@@ -146,7 +150,9 @@ def test_learning_rate_rises_then_falls_to_zero_and_the_first_update_moves():
 @pytest.mark.parametrize("count, per_step", [(30, 8), (8, 8), (5, 8), (64, 8)])
 def test_draw_asks_every_question_once_an_epoch_in_a_new_order(count, per_step):
     batches = math.ceil(count / per_step)
-    epochs = [[i for step in range(e * batches, (e + 1) * batches) for i in ttrl.draw(step, count, per_step, seed=3)] for e in range(3)]
+    epochs = [
+        [i for step in range(e * batches, (e + 1) * batches) for i in ttrl.draw(step, count, per_step, seed=3)] for e in range(3)
+    ]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert epochs[0] != epochs[1] and epochs[0] != [i for s in range(batches) for i in ttrl.draw(s, count, per_step, seed=4)]
 

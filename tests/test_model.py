@@ -675,7 +675,7 @@ def test_config_that_is_no_json_is_refused(folder, text):
 
 def test_missing_config_is_refused(folder):
     (folder / "config.json").unlink()
-    refused(folder, folder, "config.json", kind=FileNotFoundError)
+    refused(folder, folder, "no config.json here", kind=FileNotFoundError)
 
 
 SLIDING = ["full_attention", "sliding_attention"]
@@ -802,7 +802,7 @@ def test_a_file_is_not_a_model(tmp_path, asked):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(FileNotFoundError) as caught:
         resolve(str(tmp_path / "model.safetensors"))
-    assert_one_sentence(caught.value, tmp_path, "folder")
+    assert_one_sentence(caught.value, tmp_path, "the folder that holds config.json")
 
 
 def hub_error(kind, status):

@@ -25,7 +25,9 @@ def test_lengths_ends_and_prompts(random_model):
         assert (response[-1] in EOS) == bool(rollout.finished[row])  # the end is part of the response ...
         assert not set(response[:-1]) & set(EOS)  # ... and nothing comes after it
         assert rollout.finished[row] or len(response) == 40
-        assert rollout.tokens[row, len(prompt) + len(response) :].eq(0).all() and rollout.logprob[row, len(response) :].eq(0).all()
+        assert (
+            rollout.tokens[row, len(prompt) + len(response) :].eq(0).all() and rollout.logprob[row, len(response) :].eq(0).all()
+        )
 
 
 def test_mask_holds_the_end_of_sequence_token_and_nothing_after_it(random_model):

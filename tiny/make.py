@@ -18,9 +18,9 @@ frequent answer is wrong, the vote and greedy decoding with it. That is what is 
 """
 
 import json
-import os
 import random
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -32,15 +32,15 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from model import Transformer, read_config  # noqa: E402
+from questions import decode_response, encode_prompt, extract_answer  # noqa: E402
 from rollout import Rollout, generate  # noqa: E402
 
 SLIP = 0.07  # probability that a running sum is one or two off
 FORGET = {1: 0.60, 2: 0.55, 3: 0.35, 4: 0.28, 5: 0.23, 6: 0.19, 7: 0.15, 8: 0.11, 9: 0.08}  # of a carry, by digit added
 TERMS = (4, 9)  # digits in a question, at least and at most
-QUESTIONS, ANSWERS = 32, 1  # in a training batch: so many questions, each answered so many times
-STEPS, PEAK_LR, WARMUP = 1500, 3e-3, 50
-EMB_STD, BETAS, WD = 0.05, (0.9, 0.98), 0.01
+BATCH, STEPS, PEAK_LR, WARMUP = 32, 1000, 3e-3, 50
 ASKED = 64  # questions in questions.json
+MAX_NEW_TOKENS = 96
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the homework
@@ -142,40 +142,86 @@ def write_config(folder, tokenizer):
 # the base model
 
 
-def batch(tokenizer, rng):
-    """Questions and the pupil's answers to them as a Rollout, which is what the learner's forward takes."""
-    rows, prompt_length, question = [], [], []
-    for index in range(QUESTIONS):
+def batch(tokenizer, rng, held_out):
+    """A page of homework as a Rollout, which is what the learner's forward takes."""
+    rows, prompt_length = [], []
+    while len(rows) < BATCH:
         text, digits = ask(rng)
-        prompt = encode_prompt(tokenizer, text)
-        for _ in range(ANSWERS):
+        if text not in held_out:
+            prompt = encode_prompt(tokenizer, text)
             rows.append(torch.tensor(prompt + tokenizer.encode(answer(digits, rng)) + [tokenizer.eos_token_id]))
             prompt_length.append(len(prompt))
-            question.append(index)
     length, prompt_length = torch.tensor([len(row) for row in rows]), torch.tensor(prompt_length)
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return Rollout(torch.tensor(question), torch.zeros_like(length), prompt_length, length - prompt_length, tokens, None, None)
+    return Rollout(torch.arange(BATCH), torch.zeros_like(length), prompt_length, length - prompt_length, tokens, None, None)
 
 
-def train(model, tokenizer, rng):
-    """Plain next-token training of the answers, with a rate that falls to zero so that the model settles."""
+def train(model, tokenizer, rng, held_out=()):
+    """Plain next-token training on the answers; in the second half the rate falls to zero, so that the model settles."""
     for name, p in model.named_parameters():
         if p.ndim == 2:
-            torch.nn.init.normal_(p, std=EMB_STD if "embed" in name else p.shape[1] ** -0.5)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=BETAS, weight_decay=WD)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / WARMUP, 2 * (1 - step / STEPS), 1))
+            torch.nn.init.normal_(p, std=0.3 if name == "embed_tokens.weight" else p.shape[1] ** -0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / WARMUP, 2 * (1 - step / STEPS), 1))
     for step in range(STEPS):
-        rows = batch(tokenizer, rng)
+        rows = batch(tokenizer, rng, held_out)
         loss = -model(rows)[0].sum() / rows.response_length.sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        decay.step()
+        schedule.step()
         if step % 50 == 0 or step == STEPS - 1:
             print(f"step {step:4d}  loss {loss.item():.4f}", flush=True)
 
 
-def encode_prompt(tokenizer, text):
-    message = [{"role": "user", "content": text}]
-    return tokenizer.encode(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+# ----------------------------------------------------------------------------------------------------------------------
+# the questions, and how unsure the base is about them
+
+
+def write_questions(path, rng):
+    """Write ASKED different questions of the same kind as those of the homework."""
+    asked = {}
+    while len(asked) < ASKED:
+        prompt, digits = ask(rng)
+        asked.setdefault(prompt, sum(digits))
+    rows = [{"prompt": prompt, "answer": str(total), "id": f"tiny-{i:02d}"} for i, (prompt, total) in enumerate(asked.items())]
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    return rows
+
+
+def measure(model, tokenizer, rows, samples, temperature):
+    """Print pass@1, the accuracy of the most frequent answer, and how the responses look."""
+    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    out = generate(model, prompts, samples, max_new_tokens=MAX_NEW_TOKENS, temperature=temperature,
+                   eos_ids=[tokenizer.eos_token_id], seed=10, stream="eval", step=0)  # fmt: skip
+    answers = [
+        extract_answer(decode_response(tokenizer, out.response(i)), truncated=not out.finished[i]) for i in range(len(out))
+    ]
+    groups = [answers[i : i + samples] for i in range(0, len(answers), samples)]
+    mean = sum(group.count(row["answer"]) for group, row in zip(groups, rows, strict=True)) / len(answers)
+    vote = sum(Counter(group).most_common(1)[0][0] == row["answer"] for group, row in zip(groups, rows, strict=True)) / len(rows)
+    print(f"{samples} samples at temperature {temperature}: pass@1 {mean:.3f}, maj@{samples} {vote:.3f}; "
+          f"{sum(len(set(group)) for group in groups) / len(rows):.1f} different answers a question, "
+          f"{out.finished.float().mean():.3f} finished, {answers.count(None)} without an answer, "
+          f"{int(out.response_length.median())} tokens in the median, {int(out.response_length.max())} at most")  # fmt: skip
+
+
+def main():
+    torch.set_num_threads(2)  # the result depends on it: sums are split over threads
+    torch.manual_seed(0)
+    start, folder = time.time(), HERE / "model"
+    folder.mkdir(exist_ok=True)
+    questions = write_questions(HERE / "questions.json", random.Random(1))
+    tokenizer = write_tokenizer(folder)
+    write_config(folder, tokenizer)
+    model = Transformer(read_config(folder), source=folder)
+    train(model, tokenizer, random.Random(0), held_out={row["prompt"] for row in questions})
+    model.save_pretrained(folder)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {(time.time() - start) / 60:.1f} minutes")
+    measure(model, tokenizer, questions, samples=64, temperature=1.0)
+    measure(model, tokenizer, questions, samples=1, temperature=0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Run ttrl.py as it is, and note what it does not report: argv[1] is a folder, the rest are flags of ttrl.py.
+
+Each rank leaves rank-K.pt: the tokens of its first rollout in training and the gradient norm of every update.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import ttrl  # noqa: E402
+
+norms, first = [], []
+clip, generate = torch.nn.utils.clip_grad_norm_, ttrl.generate
+
+
+def recording_clip(*arguments, **options):
+    norms.append(clip(*arguments, **options))
+    return norms[-1]
+
+
+def recording_generate(*arguments, **options):
+    rollout = generate(*arguments, **options)
+    if options["stream"] == "train" and not first:
+        first.append({(int(rollout.question[i]), int(rollout.sample[i])): rollout.response(i) for i in range(len(rollout))})
+    return rollout
+
+
+torch.nn.utils.clip_grad_norm_, ttrl.generate = recording_clip, recording_generate
+ttrl.main(sys.argv[2:])
+torch.save({"norms": torch.stack(norms), "first": first[0]}, Path(sys.argv[1]) / f"rank-{ttrl.dist.get_rank()}.pt")
+ttrl.dist.destroy_process_group()

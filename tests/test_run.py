@@ -1,0 +1,236 @@
+"""The real program as a subprocess: what it leaves, that it never reads the answers, ranks, and being killed."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, command, environment, lines_of, program
+from safetensors.torch import load_file
+
+TINY = ROOT / "tiny" / "model"
+
+
+def weights(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+def moved(out):
+    """The largest change of a weight since the base model: a comparison of two runs says nothing if neither moved."""
+    base = load_file(TINY / "model.safetensors")
+    return max((tensor - base[name]).abs().max().item() for name, tensor in weights(out).items())
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, few_questions):
+    """A short run of the real program to its end, and what it printed: two epochs of two steps."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return out, program("--data", few_questions, "--out", out, *SMALL).stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a run leaves
+
+
+def test_a_run_leaves_every_file(finished):
+    out, _ = finished
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "summary.json", "checkpoint", "model"}  # fmt: skip
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and (out / "curves.png").stat().st_size > 20_000
+    assert json.loads((out / "config.json").read_text())["votes"] == 8
+    assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-000004"]
+
+
+def test_metrics_have_a_line_a_step_with_every_name(finished):
+    out, _ = finished
+    lines = lines_of(out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and [line["epoch"] for line in lines] == [0, 1, 1, 2, 2]
+    train = {"label_accuracy", "reward_accuracy", "majority_ratio", "ground_truth_ratio", "reward", "entropy", "clip_fraction",
+             "kl_old_new", "logprob_gap", "logprob_gap_max", "grading_timeouts", "grad_norm", "lr", "response_tokens", "truncated",
+             "no_answer", "zero_variance_groups", "rollout_tokens_per_s", "train_tokens_per_s", "peak_memory_gb", "pass@8"}  # fmt: skip
+    for line in lines[1:]:
+        assert {f"train/{name}" for name in train} <= line.keys()
+    evaluation = {"eval/pass@1", "eval/pass@1_se", "eval/maj@4", "eval/pass@4", "eval/majority_ratio"}
+    assert [evaluation <= line.keys() for line in lines] == [True, False, True, False, True]
+    assert {"eval/greedy", "eval/pass@1 at 0.6/0.95"} <= lines[0].keys() & lines[-1].keys()
+
+
+def test_sampler_and_learner_agree(finished):
+    lines = lines_of(finished[0] / "metrics.jsonl")[1:]
+    assert all(line["train/logprob_gap"] < 1e-5 and line["train/logprob_gap_max"] < 1e-3 for line in lines)
+    assert all(line["train/logprob_gap"] > 0 for line in lines)  # two ways of computing the same number
+
+
+def test_rollouts_show_answer_label_and_reward(finished):
+    rows = lines_of(finished[0] / "rollouts.jsonl")
+    assert {row["step"] for row in rows} == {1, 2, 3, 4}
+    assert all({"id", "prompt", "response", "answer", "label", "reward"} <= row.keys() for row in rows)
+    assert all(row["reward"] == 1.0 for row in rows if row["answer"] == row["label"] is not None)
+    assert all(row["reward"] == 0.0 for row in rows if row["answer"] is None)
+    assert not any("<|" in row["response"] for row in rows)  # special tokens do not reach the grader
+
+
+def test_summary_and_ledger(finished):
+    out, printed = finished
+    summary = json.loads((out / "summary.json").read_text())
+    assert {"before", "after", "best", "ledger", "questions", "seconds", "environment", "peak_memory_gb"} <= summary.keys()
+    assert sum(summary["ledger"].values()) == 6 == len(summary["questions"])
+    for word in ("before", "after", "pass@1", "maj@4", "learned", "corrupted", "±", "truth"):
+        assert word in printed, word
+
+
+def test_the_model_loads_in_transformers_with_equal_logits(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from model import Transformer
+
+    out, _ = finished
+    tokens = torch.tensor([AutoTokenizer.from_pretrained(out / "model")("What is 7+5+9?").input_ids])
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(out / "model").eval()(tokens).logits
+        ours = Transformer.from_pretrained(out / "model").logits(tokens)
+    assert theirs.std() > 1 and (theirs - ours).abs().max() < 1e-4
+    assert moved(out) > 1e-3
+
+
+def test_a_finished_run_is_not_made_again(finished, few_questions):
+    out, _ = finished
+    before = (out / "metrics.jsonl").read_text()
+    again = program("--data", few_questions, "--out", out, *SMALL).stdout
+    assert "resume   from step 4" in again and "pass@1" in again and (out / "metrics.jsonl").read_text() == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the answers are never read by training
+
+
+@pytest.mark.parametrize("change", ["removed", "shuffled"])
+def test_weights_do_not_depend_on_the_answers(finished, few_questions, tmp_path, change):
+    asked = json.loads(few_questions.read_text())
+    answers = [q.pop("answer") for q in asked]
+    if change == "shuffled":
+        asked = [{**q, "answer": a} for q, a in zip(asked, answers[1:] + answers[:1], strict=True)]
+    (tmp_path / "changed.json").write_text(json.dumps(asked))
+    printed = program("--data", tmp_path / "changed.json", "--out", tmp_path / "run", *SMALL).stdout
+    assert same_weights(finished[0], tmp_path / "run") and moved(tmp_path / "run") > 1e-3
+    known = [
+        name for line in lines_of(tmp_path / "run" / "metrics.jsonl") for name in line if "accuracy" in name or "pass@" in name
+    ]
+    assert bool(known) == (change == "shuffled") and "majority_ratio" in printed
+
+
+def test_gold_does_read_them(finished, few_questions, tmp_path):
+    program("--data", few_questions, "--reward", "gold", "--out", tmp_path / "gold", *SMALL)
+    assert not same_weights(finished[0], tmp_path / "gold")
+    lines = lines_of(tmp_path / "gold" / "metrics.jsonl")[1:]
+    assert all(line["train/reward"] == line["train/ground_truth_ratio"] for line in lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ranks
+
+
+RANKS = ["--votes", "9", "--samples", "7", "--questions-per-step", "3", "--questions-per-update", "2", "--epochs", "2",
+         "--eval-samples", "2", "--lr", "1e-3", "--max-new-tokens", "48", "--micro-batch-tokens", "200", "--kl", "0.01"]  # fmt: skip
+
+
+def test_two_ranks_are_one(few_questions, tmp_path):
+    """9 votes and 7 samples are not shared evenly, and micro-batches are small: the ranks have different numbers of them."""
+    recorded = {}
+    for ranks in (None, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        program(folder, "--data", few_questions, "--out", folder / "run", *RANKS, ranks=ranks, script="tests/recorded_run.py")
+        recorded[ranks] = [torch.load(path) for path in sorted(folder.glob("rank-*.pt"))]
+    alone, (first, second) = recorded[None][0], recorded[2]
+    together = {**first["first"], **second["first"]}
+    assert together == alone["first"] and len(alone["first"]) == 27 and abs(len(first["first"]) - len(second["first"])) == 1
+    assert len(alone["norms"]) >= 4 and torch.equal(first["norms"], second["norms"])
+    torch.testing.assert_close(first["norms"], alone["norms"], rtol=1e-4, atol=0)
+    change = moved(tmp_path / "None" / "run")
+    one, two = (weights(tmp_path / which / "run") for which in ("None", "2"))
+    assert change > 1e-3
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 0.01 * change
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# killed and resumed
+
+
+def test_a_killed_run_goes_on_bitwise(finished, few_questions, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["--data", few_questions, "--out", out, *SMALL]
+    process = subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not list(out.glob("checkpoint/step-00000[1-3]")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    step = int(next(p for p in sorted(out.glob("checkpoint/step-??????"), reverse=True)).name.removeprefix("step-"))
+    assert 1 <= step < 4
+    done = [line for line in (out / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= step]
+    printed = program(*arguments).stdout
+    assert f"resume   from step {step}" in printed
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert lines[: step + 1] == done and [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4]  # none made twice
+    assert same_weights(finished[0], out) and moved(out) > 1e-3
+
+
+def test_a_stopped_run_goes_on_bitwise_without_any_of_its_leftovers(finished, few_questions, tmp_path):
+    """--max-minutes stops after a step; half-written files beside the checkpoint are not taken for one."""
+    out = tmp_path / "run"
+    arguments = ["--data", few_questions, "--out", out, *SMALL]
+    assert "the same command goes on" in program(*arguments, "--max-minutes", "0.001").stdout
+    shutil.copytree(out / "checkpoint" / "step-000001", out / "checkpoint" / "step-000003.tmp")
+    (out / "checkpoint" / "step-000003.tmp" / "weights.safetensors").write_bytes(b"half")
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "train/rew')
+    program(*arguments)
+    assert same_weights(finished[0], out) and [line["step"] for line in lines_of(out / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def test_other_flags_are_not_resumed(finished, few_questions):
+    out, _ = finished
+    error = program("--data", few_questions, "--out", out, *SMALL, "--lr", "1e-4", code=2).stderr
+    assert error.count("\n") == 1 and "--lr was 0.001 and is 0.0001" in error and "--allow-changed-flags" in error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the door, and the other ways in
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "nowhere.json"),
+        ('[{"prompt": "1+1=?"}, {"question": "2+2=?"}]', "prompt"),
+        ('[{"prompt": "1+1=?"}]', "--reward gold"),
+    ],
+)
+def test_bad_questions_are_one_sentence(tmp_path, content, words):
+    path = tmp_path / "nowhere.json"
+    if content:
+        path.write_text(content)
+    error = program("--data", path, "--out", tmp_path / "run", "--reward", "gold", code=2).stderr
+    assert error.count("\n") == 1 and words in error and "Traceback" not in error
+
+
+def test_eval_only_on_other_questions(few_questions, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "1+2=?", "answer": "3"}\n')
+    printed = program("--eval-only", "--eval-data", tmp_path / "one.jsonl", "--data", few_questions, "--out", tmp_path / "run",
+                      "--eval-samples", "4", "--eval-temperature", "0.6", "--eval-top-p", "0.95", ranks=2).stdout  # fmt: skip
+    assert "pass@1" in printed and "maj@4" in printed
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"evaluation.json"}
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    printed = program("--dry-run", "--out", tmp_path / "run").stdout
+    assert "plan " in printed and "memory " in printed and not (tmp_path / "run").exists()
