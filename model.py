@@ -401,7 +401,8 @@ class Segments:
     """
 
     def __init__(self, query, filled, key, start, windows):
-        self.query, self.filled, self.key = query, filled, key
+        self.query, self.key = query, key
+        self.real = filled.flatten().nonzero()[:, 0]  # where the real queries are, in reading order
         start = start[:1] if bool((start == start[0]).all()) else start  # one mask for all rows where it is the same
         query_at = start[:, None, None, None] + torch.arange(query.shape[1])[:, None]  # [G or 1, 1, Tq, 1]
         key_at = torch.arange(key.shape[1])  # [Tk]
@@ -412,7 +413,7 @@ class Segments:
         """q [T, H, E], k and v [T, K, E] -> [the real queries in reading order, H, E]."""
         q, k, v = (take(x, index).transpose(1, 2) for x, index in ((q, self.query), (k, self.key), (v, self.key)))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[window], enable_gqa=True)  # [G, H, Tq, E]
-        return out.transpose(1, 2)[self.filled]
+        return take(out.transpose(1, 2).flatten(0, 1), self.real)
 
 
 @dataclass

@@ -485,6 +485,7 @@ def _refused(latex: str) -> bool:
     exponents = [math.prod(map(int, re.findall(r"[1-9]\d*", power))) for power in powers]
     symbolic = bool(re.search(r"[A-Za-z]", PLAIN_COMMANDS.sub("", latex)))
     roots = [int(index or 2) for index in re.findall(r"\\sqrt ?(?:\[ ?(\d) ?\])?", latex)]
+    numbers = math.prod(map(int, re.findall(r"[1-9]\d*", latex)))
     rules = (
         re.search(r"\^|# ?#", SMALL_POWER.sub("#", latex)),  # a tower, or an exponent that is a formula of its own
         max(exponents, default=0) > (60 if symbolic else 9999),
@@ -495,6 +496,8 @@ def _refused(latex: str) -> bool:
         "\\infty" in INTERVAL_END.sub("", latex),
         re.search(r"[)}\]|]\s*_|\d[eE][-+]?\d|\* ?\*|matrix\} ?\^|\d{41}", latex),
         TRIGONOMETRY.intersection(names) and re.search(r"\d{5}|\^ ?\{?\d\d", latex),  # cos(3^{60} x) is expanded
+        # n log m becomes log(m^n) on the way, so n has to be small, however it is written
+        {"log", "ln"}.intersection(names) and (re.search(r"\d ?\^|!|binom", latex) or numbers > 10**6),
         RELATION.search(latex) and HARD_TO_SOLVE.search(latex),
     )
     return any(rules)

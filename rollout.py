@@ -12,7 +12,6 @@ from collections import Counter, deque
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 
 from model import Pack, ragged
 
@@ -119,22 +118,22 @@ def keep_nucleus(logits, top_p):
 
 
 class KVCache:
-    """Keys and values of up to `slots` rows of up to `capacity` tokens, [L, slots, capacity, K, E], and their lengths."""
+    """Keys and values of up to `slots` rows of up to `capacity` tokens, [L, slots, K, capacity, E], and their lengths."""
 
     def __init__(self, model, slots, capacity):
         config, like = model.config, model.embed_tokens.weight
-        shape = (config.layers, slots, capacity, config.kv_heads, config.head_dim)
+        shape = (config.layers, slots, config.kv_heads, capacity, config.head_dim)
         # zeros, not empty: what is not yet filled is masked out, but 0 x NaN would not be 0
         self.k, self.v = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
         self.windows = config.windows
         self.length = torch.zeros(0, dtype=torch.int64)  # [B] filled places of the live rows, which are slots 0 to B-1
 
     def admit(self, prompts):
-        """Append rows; `prompts` is a list of (k, v), each [L, Tp, K, E], one a row."""
+        """Append rows; `prompts` is a list of (k, v), each [L, K, Tp, E], one a row."""
         first = len(self.length)
         for slot, (k, v) in enumerate(prompts, start=first):
-            self.k[:, slot, : k.shape[1]], self.v[:, slot, : v.shape[1]] = k, v
-        self.length = torch.cat((self.length, torch.tensor([k.shape[1] for k, _ in prompts])))
+            self.k[:, slot, :, : k.shape[2]], self.v[:, slot, :, : v.shape[2]] = k, v
+        self.length = torch.cat((self.length, torch.tensor([k.shape[2] for k, _ in prompts])))
 
     def keep(self, rows):
         """Make row rows[i] the new row i. Only rows that change their slot are copied, and only what they have filled."""
@@ -142,7 +141,7 @@ class KVCache:
         if len(moved):
             span = int(self.length[rows[moved]].max())
             for cache in (self.k, self.v):
-                cache[:, moved, :span] = cache[:, rows[moved], :span]
+                cache[:, moved, :, :span] = cache[:, rows[moved], :, :span]
         self.length = self.length[rows]
 
     def open_step(self):
@@ -151,22 +150,22 @@ class KVCache:
         self.slot, self.place = torch.arange(len(self.length), device=device), self.length.to(device)
         self.span = int(self.length.max()) + 1
         key_at = torch.arange(self.span, device=device)
-        seen = key_at <= self.place[:, None]  # [B, T]
-        self.masks = {w: seen if w is None else seen & (key_at > self.place[:, None] - w) for w in set(self.windows)}
+        ahead = key_at > self.place[:, None]  # [B, T]
+        self.hidden = {w: ahead if w is None else ahead | (key_at <= self.place[:, None] - w) for w in set(self.windows)}
         self.length = self.length + 1
 
     def attend(self, layer, q, k, v):
         """One token a row against all of that row's keys: q [B, H, E], k and v [B, K, E] -> [B, H, E]."""
-        self.k[layer, self.slot, self.place], self.v[layer, self.slot, self.place] = k, v
-        rows = slice(0, len(q))
-        keys, values = (c[layer, rows, : self.span].transpose(1, 2) for c in (self.k, self.v))  # [B, K, T, E]
-        grouped = q.unflatten(1, (keys.shape[1], -1))  # [B, K, H/K, E]: heads that share a key head, as if H/K queries
-        mask = self.masks[self.windows[layer]][:, None, None]  # [B, 1, 1, T]
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1, 2)
+        self.k[layer, self.slot, :, self.place], self.v[layer, self.slot, :, self.place] = k, v
+        keys, values = self.k[layer, : len(q), :, : self.span], self.v[layer, : len(q), :, : self.span]  # [B, K, T, E]
+        grouped = q.unflatten(1, (keys.shape[1], -1)) / q.shape[-1] ** 0.5  # [B, K, H/K, E]: heads that share a key head
+        scores = (grouped @ keys.transpose(-1, -2)).float()  # [B, K, H/K, T]
+        scores.masked_fill_(self.hidden[self.windows[layer]][:, None, None], float("-inf"))
+        return (scores.softmax(-1).to(values.dtype) @ values).flatten(1, 2)
 
 
 def prefill(model, prompts):
-    """Run whole prompts (lists of ids): for each its keys and values ([L, Tp, K, E] twice) and next-token logits [V]."""
+    """Run whole prompts (lists of ids): for each its keys and values ([L, K, Tp, E] twice) and next-token logits [V]."""
     device = model.embed_tokens.weight.device
     lengths = torch.tensor([len(p) for p in prompts])
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
@@ -179,7 +178,7 @@ def prefill(model, prompts):
         return pack.attend(layer, q, k, v)
 
     last = model.hidden(pack.tokens, pack.positions, attend)[(lengths.cumsum(0) - 1).to(device)]  # [Q, D]
-    split = [torch.stack(x).split(lengths.tolist(), dim=1) for x in (keys, values)]
+    split = [torch.stack(x).transpose(1, 2).split(lengths.tolist(), dim=2) for x in (keys, values)]  # [L, K, Tp, E] each
     return list(zip(zip(*split, strict=True), model.lm_head(last), strict=True))
 
 

@@ -173,9 +173,9 @@ def configure(given):
 
 def check(c):
     """Raise ValueError for the first flag whose value cannot work."""
-    for name in ("votes", "samples", "questions_per_step", "questions_per_update", "epochs", "max_prompt_tokens", "max_new_tokens",
-                 "eval_every", "eval_samples", "save_every", "rollout_tokens", "micro_batch_tokens", "max_minutes",
-                 "lr", "clip", "grad_clip"):  # fmt: skip
+    positive = """votes samples questions_per_step questions_per_update epochs max_prompt_tokens max_new_tokens eval_every
+        eval_samples save_every rollout_tokens micro_batch_tokens max_minutes lr clip grad_clip"""
+    for name in positive.split():
         value = getattr(c, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
@@ -351,7 +351,7 @@ def ask(c, tokenizer, name):
     kept, prompts, dropped = [], [], []
     for question in questions.load(name):
         ids = questions.encode_prompt(
-            tokenizer, question.prompt, template=c.template, suffix=c.prompt_suffix, thinking=c.thinking
+            tokenizer, question.prompt, template=c.template, suffix=c.prompt_suffix, thinking=c.thinking, kind=question.kind
         )
         if len(ids) > c.max_prompt_tokens:
             dropped.append(question.id)
@@ -447,10 +447,11 @@ def plan(c, model_config, device, longest, question_count):
     micro_batch_tokens = c.micro_batch_tokens or min(32768, max(longest, available // 4 // a_token))
     steps = c.epochs * math.ceil(question_count / c.questions_per_step)
     say(
-        f"model    {c.model}: {parameters / 1e6:.1f} M parameters on {dist.get_world_size()} x {device.type}, {fixed / 1e9:.2f} GB for {what}",
+        f"model    {c.model}: {parameters / 1e6:.1f} M parameters, {fixed / 1e9:.2f} GB for {what}",
+        f"ranks    {dist.get_world_size()} on {device.type}, {torch.get_num_threads()} threads each",
         f"data     {c.data}: {question_count} questions, prompts up to {longest - c.max_new_tokens} tokens",
-        f"plan     {c.epochs} epochs, {steps} steps of {c.questions_per_step} questions x {c.votes} votes at temperature {c.temperature}; "
-        f"{c.samples} are trained on, rewarded by {c.reward}",
+        f"plan     {c.epochs} epochs, {steps} steps of {c.questions_per_step} questions x {c.votes} votes "
+        f"at temperature {c.temperature}; {c.samples} are trained on, rewarded by {c.reward}",
         f"memory   sampler up to {rollout_tokens:,} tokens, learner up to {micro_batch_tokens:,} tokens at a time",
         f"out      {c.out}",
     )
@@ -502,8 +503,19 @@ def sample_responses(run, asked, prompts, samples, *, stream, step, temperature,
     rows = my_share([(question, sample) for question in range(len(prompts)) for sample in range(samples)])
     rollout, responses = None, []
     if rows:  # an evaluation may have fewer rows than there are ranks
-        rollout = generate(run.sampler, prompts, rows, max_new_tokens=c.max_new_tokens, temperature=temperature, top_p=top_p,
-                           eos_ids=run.eos_ids, seed=c.seed, stream=stream, step=step, budget_tokens=c.rollout_tokens)  # fmt: skip
+        rollout = generate(
+            run.sampler,
+            prompts,
+            rows,
+            max_new_tokens=c.max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            eos_ids=run.eos_ids,
+            seed=c.seed,
+            stream=stream,
+            step=step,
+            budget_tokens=c.rollout_tokens,
+        )
     for row, (question, _) in enumerate(rows):
         ids, finished = rollout.response(row), bool(rollout.finished[row])
         text = questions.decode_response(run.tokenizer, ids)

@@ -42,8 +42,8 @@ def few_questions(tmp_path_factory):
     return path
 
 
-SMALL = ["--votes", "8", "--samples", "6", "--questions-per-step", "3", "--questions-per-update", "2", "--epochs", "2",
-         "--eval-samples", "4", "--eval-every", "2", "--save-every", "1", "--lr", "1e-3", "--max-new-tokens", "48"]  # fmt: skip
+SMALL = """--votes 8 --samples 6 --questions-per-step 3 --questions-per-update 2 --epochs 2 --eval-samples 4
+    --eval-every 2 --save-every 1 --lr 1e-3 --max-new-tokens 48""".split()
 
 
 def command(*arguments, ranks=None, script="ttrl.py"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import ttrl  # noqa: E402
+import ttrl
 
 norms, first = [], []
 clip, generate = torch.nn.utils.clip_grad_norm_, ttrl.generate

@@ -88,7 +88,8 @@ def configs(draw, families=module.FAMILIES):
     family = draw(st.sampled_from(families))
     layers, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     heads = kv_heads * draw(st.integers(1, 3))
-    width, head_dim = draw(st.sampled_from([4, 6, 10])), draw(st.sampled_from([4, 8]))
+    # at least 16 wide: an RMSNorm over fewer may divide by nearly nothing, and then measures rounding, not the model
+    width, head_dim = draw(st.sampled_from([16, 18, 22])), draw(st.sampled_from([4, 8]))
     config = {
         "model_type": family,
         "vocab_size": draw(st.integers(11, 50)),
