@@ -101,5 +101,5 @@ def restore(folder, policy, optimizer):
     moments, index_of = defaultdict(dict), {name: index for index, name in enumerate(parameters)}
     for key_and_name, value in load_file(folder / "optimizer.safetensors").items():
         key, name = key_and_name.split(" ")
-        moments[index_of[name]][key] = value
+        moments[index_of[name]][key] = value.clone()  # load_file gives views of the mapped file
     optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(moments)})

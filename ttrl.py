@@ -78,7 +78,9 @@ class Config:
     epochs: int | None = flag(None, "passes over the questions [aime 80, amc 30, math 10, math-l* and gpqa 30, a file 10]")
     max_prompt_tokens: int = flag(1024, "questions with longer prompts are listed and left out")
     max_new_tokens: int = flag(3072, "longest response; it is cut there")
-    temperature: float | None = flag(None, "of sampling in training, and in the loss [1.0 for REASONING_MODELS, else 0.6]")
+    temperature: float | None = flag(
+        None, "of sampling in training, and in the loss [1.0 for REASONING_MODELS and --thinking, else 0.6]"
+    )
     template: str = flag("auto", "auto: the tokenizer's chat template; none: the prompt is taken verbatim", ("auto", "none"))
     prompt_suffix: str = flag("auto", "appended to each prompt; auto: asks for \\boxed{} where nothing else does; none: nothing")
     thinking: bool = flag(False, "Qwen3's thinking switch")
@@ -110,7 +112,7 @@ class Config:
 
 TINY = dict(lr=1e-4, epochs=5, max_new_tokens=96, questions_per_update=2, kl=0.0,
             eval_every=8, eval_samples=64, eval_temperature=1.0, eval_top_p=1.0)  # fmt: skip
-REASONING_MODELS = ("tiny", "qwen2.5-math", "deepseek-r1", "skywork-or1", "qwen3", "qwq")  # in the model's name: temperature 1.0
+REASONING_MODELS = ("tiny", "qwen2.5-math", "deepseek-r1", "skywork-or1")  # in the model's name: temperature 1.0, as in the paper
 RESUME_MAY_CHANGE = {"out", "max_minutes", "allow_changed_flags", "dry_run", "wandb", "save_every"}
 
 
@@ -152,7 +154,7 @@ def configure(given):
     c = Config(**({**TINY, **given} if given.get("model", "tiny") == "tiny" else given))
     data = c.data or ("tiny" if c.model == "tiny" else "aime")
     benchmark = questions.benchmark_of(data)
-    name = Path(c.model).name.lower()
+    reasons = c.thinking or any(model in Path(c.model).name.lower() for model in REASONING_MODELS)
     device = c.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -162,7 +164,7 @@ def configure(given):
         eval_data=c.eval_data or data,
         questions_per_step=c.questions_per_step or (benchmark.questions_per_step if benchmark else 8),
         epochs=c.epochs if c.epochs is not None else (benchmark.epochs if benchmark else questions.USER_FILE_EPOCHS),
-        temperature=c.temperature if c.temperature is not None else 1.0 if any(m in name for m in REASONING_MODELS) else 0.6,
+        temperature=c.temperature if c.temperature is not None else 1.0 if reasons else 0.6,
         checkpointing=c.checkpointing if c.checkpointing is not None else device == "cuda",
         device=device,
         out=c.out or f"runs/{Path(c.model).name}-{Path(data).stem}",
@@ -752,13 +754,12 @@ def evaluate_fully(run, step):
 
 def train(run, state):
     """From `state` (step 0, or a checkpoint's) to the last step; returns the state, None if --max-minutes ran out first."""
-    c, began = run.config, time.monotonic() - state["seconds"]
+    c, entered, seconds_before = run.config, time.monotonic(), state["seconds"]
     steps = c.epochs * steps_an_epoch(c, len(run.train_set))
     if state["step"] == 0:
         metrics, records = evaluate_fully(run, 0)
         state["before"] = state["best"] = {"step": 0, "metrics": metrics, "records": records}
         log(run, state, {"step": 0, "epoch": 0, **{f"eval/{k}": v for k, v in metrics.items()}}, [])
-    started = time.monotonic()
     bar = tqdm(total=steps, initial=state["step"], disable=not is_main(), unit="step", dynamic_ncols=True)
     for step in range(state["step"] + 1, steps + 1):
         metrics, shown = train_step(run, step)
@@ -773,12 +774,12 @@ def train(run, state):
             state["after"] = {"step": step, "metrics": metrics, "records": records}
             if metrics.get("pass@1", 0) > state["best"]["metrics"].get("pass@1", 0):
                 state["best"] = {"step": step, "metrics": metrics, "records": []}
-        state["step"], state["seconds"] = step, time.monotonic() - began
+        state["step"], state["seconds"] = step, seconds_before + time.monotonic() - entered
         log(run, state, line, shown)
         bar.update()
         bar.set_description("")
         bar.set_postfix_str(report.progress(line, state["after"]["metrics"] if "after" in state else state["before"]["metrics"]))
-        out_of_time = broadcast(c.max_minutes is not None and time.monotonic() - started > 60 * c.max_minutes)
+        out_of_time = broadcast(c.max_minutes is not None and time.monotonic() - entered > 60 * c.max_minutes)
         if is_main() and (last or out_of_time or step % c.save_every == 0):
             whole = {**state, "config": dataclasses.asdict(c), "environment": environment(c)}
             checkpoint.save(Path(c.out) / "checkpoint", run.policy, run.optimizer, whole)
@@ -914,6 +915,8 @@ if __name__ == "__main__":
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     try:
         main()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on from the last checkpoint") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -215,4 +215,6 @@ def test_defaults_are_the_papers():
     assert (c.lr, c.warmup, c.clip, c.kl, c.weight_decay, c.grad_clip) == (5e-7, 0.03, 0.2, 0.001, 0.01, 1.0)
     assert (c.temperature, c.max_new_tokens, c.eval_samples, c.eval_temperature, c.eval_top_p) == (1.0, 3072, 16, 0.6, 0.95)
     assert ttrl.configure({"model": "Llama-3.1-8B-Instruct"}).temperature == 0.6
-    assert ttrl.configure({"model": "Qwen3-8B", "data": "math"}).questions_per_step == 32
+    qwen3 = ttrl.configure({"model": "Qwen3-8B", "data": "math"})
+    assert (qwen3.questions_per_step, qwen3.epochs, qwen3.temperature) == (32, 10, 0.6)
+    assert ttrl.configure({"model": "Qwen3-8B", "thinking": True}).temperature == 1.0

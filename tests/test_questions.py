@@ -1,5 +1,5 @@
 """questions.py: loading, prompts, extraction, equality. Hostile text runs in a process that is killed after 10 s."""
-# ruff: noqa: E501, RUF001, SIM905
+# ruff: noqa: E501, RUF001
 
 import hashlib
 import io

