@@ -110,7 +110,7 @@ class Config:
     wandb: bool = flag(False, "log to Weights & Biases too")
 
 
-TINY = dict(lr=1e-4, epochs=5, max_new_tokens=96, questions_per_update=2, kl=0.0,
+TINY = dict(lr=5e-5, epochs=5, max_new_tokens=96, questions_per_update=2, kl=0.0,
             eval_every=8, eval_samples=64, eval_temperature=1.0, eval_top_p=1.0)  # fmt: skip
 REASONING_MODELS = ("tiny", "qwen2.5-math", "deepseek-r1", "skywork-or1")  # in the model's name: temperature 1.0, as in the paper
 RESUME_MAY_CHANGE = {"out", "max_minutes", "allow_changed_flags", "dry_run", "wandb", "save_every"}

@@ -106,8 +106,8 @@ def check_against_transformers(folder):
 # the tasks: unlabelled questions, each below two worked examples of its kind
 
 WORDS = {
-    "opposites": "big small, fast slow, happy sad, light dark, young old, rich poor, hard soft, wet dry, full empty, open closed, "
-    "early late, strong weak, high low, good bad, near far, left right, day night, love hate, war peace, begin end",
+    "opposites": "big small, fast slow, happy sad, light dark, young old, rich poor, hard soft, wet dry, full empty, "
+    "open closed, early late, strong weak, high low, good bad, near far, left right, day night, love hate, war peace, begin end",
     "capitals": "Spain Madrid, Germany Berlin, Japan Tokyo, China Beijing, Russia Moscow, Egypt Cairo, Greece Athens, "
     "Portugal Lisbon, Austria Vienna, Poland Warsaw, Norway Oslo, Sweden Stockholm, Finland Helsinki, Denmark Copenhagen, "
     "Ireland Dublin, Hungary Budapest, Turkey Ankara, Iran Tehran, Iraq Baghdad, Cuba Havana",
