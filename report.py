@@ -64,6 +64,34 @@ def mean(values):
     return sum(values) / len(values)
 
 
+def record(question, group, voted):
+    """What an evaluation found on one question, from its responses and (label, rewards) of their vote."""
+    label, rewards = voted
+    row = {"id": question.id, "prompt": question.prompt, "truth": question.answer, "response": group[0].text}
+    row.update({"majority": label, "majority_ratio": mean(rewards)})
+    if question.answer is not None:
+        truth = correct(question, [response.answer for response in group])
+        row.update({"pass@1": mean(truth), "majority_right": bool(correct(question, [label])[0]), "any_right": any(truth)})
+    return row
+
+
+def evaluation_metrics(records, samples):
+    """Metrics of an evaluation from its records; those that need the truth over the questions where it is known.
+
+    pass@1 is the mean over samples (the paper's avg@16), its standard error is clustered by question: the questions
+    vary, not the samples of one question. maj@N is the plain vote over the N samples, pass@N whether any is right.
+    """
+    metrics = {"majority_ratio": mean(row["majority_ratio"] for row in records)}
+    known = [row for row in records if row["truth"] is not None]
+    if known:
+        each = [row["pass@1"] for row in known]
+        metrics.update({"pass@1": mean(each), "pass@1_se": standard_error(each)})
+    if known and samples > 1:
+        metrics[f"maj@{samples}"] = mean(row["majority_right"] for row in known)
+        metrics[f"pass@{samples}"] = mean(row["any_right"] for row in known)
+    return metrics
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the ledger
 
@@ -257,7 +285,8 @@ def draw_labels(axes, lines):
         if steps:
             axes.plot(steps, values, label=label)
     axes.set_ylim(0, 1.02)
-    axes.legend(loc="lower right")
+    if axes.lines:
+        axes.legend(loc="lower right")
 
 
 def draw_policy(axes, lines):

@@ -613,16 +613,14 @@ def micro_batch_loss(run, mb, mask, advantage, token_count):
     c, device = run.config, next(run.policy.parameters()).device
     mask = mask.to(device)
     old_logprob = mb.logprob[:, : mask.shape[1]].to(device)  # [B, R]
-    mb_advantage = advantage[mb.question, mb.sample.clamp(max=c.samples - 1)][:, None].to(
-        device
-    )  # [B, 1]; a masked row may be any
+    sample = mb.sample.clamp(max=c.samples - 1)  # a masked row may be any of the N, advantages there are only of the M
+    mb_advantage = advantage[mb.question, sample][:, None].to(device)  # [B, 1]
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         logprob, entropy = run.learner(mb, c.temperature)
         with torch.no_grad():
             ref_logprob = run.reference(mb, c.temperature)[0] if run.reference else None
-    loss, sums = grpo_loss(
-        logprob, old_logprob, mb_advantage, mask, clip=c.clip, ref_logprob=ref_logprob, kl=c.kl, token_count=token_count
-    )
+    options = dict(clip=c.clip, ref_logprob=ref_logprob, kl=c.kl, token_count=token_count)
+    loss, sums = grpo_loss(logprob, old_logprob, mb_advantage, mask, **options)
     gap = torch.where(mask, logprob.detach() - old_logprob, 0.0).abs()
     tokens = mask.sum().item()
     sums.update(tokens=tokens, entropy=entropy.detach()[mask].sum().item(), gap=gap.sum().item(), gap_tokens=tokens)
@@ -662,27 +660,15 @@ def train_step(run, step):
 
     metrics["grading_timeouts"] = questions.grading_timeouts
     metrics["peak_memory_gb"] = peak_memory_gb()
-    metrics["seconds_sampling"], metrics["seconds_voting"], metrics["seconds_learning"] = (
-        sampled - began,
-        judged - sampled,
-        learned - judged,
-    )
+    metrics.update(seconds_sampling=sampled - began, seconds_voting=judged - sampled, seconds_learning=learned - judged)
     metrics["train_tokens_per_s"] = metrics.pop("trained_tokens", 0) / (learned - judged)
+    shown = []  # a few responses for rollouts.jsonl
     if is_main():
         metrics["rollout_tokens_per_s"] = sum(r.tokens for group in groups for r in group) / (sampled - began)
-    shown = [
-        {
-            "step": step,
-            "id": q.id,
-            "prompt": q.prompt,
-            "response": group[0].text,
-            "answer": group[0].answer,
-            "label": label,
-            "reward": r[0],
-        }
-        for q, group, label, r in zip(asked, groups or [], labels or [], rewards.tolist(), strict=False)
-    ]
-    return {f"train/{name}": value for name, value in metrics.items()}, shown[:4]
+        for q, group, label, row in list(zip(asked, groups, labels, rewards.tolist(), strict=True))[:4]:
+            response = {"response": group[0].text, "answer": group[0].answer, "label": label, "reward": row[0]}
+            shown.append({"step": step, "id": q.id, "prompt": q.prompt, **response})
+    return {f"train/{name}": value for name, value in metrics.items()}, shown
 
 
 def steps_an_epoch(c, question_count):
@@ -699,48 +685,23 @@ def updates_of(c, question_count):
 # evaluation
 
 
-def evaluate(run, step, samples, temperature, top_p):
-    """Sample every evaluation question and grade against the truth: on rank 0 (metrics, a record for each question).
-
-    pass@1 is the mean over samples (the paper's avg@16), its standard error is clustered by question: the questions
-    vary, not the samples of one question. maj@N is the plain vote over the N samples, pass@N whether any is right.
-    """
-    _, groups = sample_responses(
-        run, run.eval_set, run.eval_prompts, samples, stream="eval", step=step, temperature=temperature, top_p=top_p
-    )
+def evaluate(run, step, samples=None, temperature=None, top_p=None):
+    """Sample every evaluation question and grade it, by default as the flags say: on rank 0 (metrics, a record a question)."""
+    c = run.config
+    samples, temperature, top_p = (samples, temperature, top_p) if samples else (c.eval_samples, c.eval_temperature, c.eval_top_p)
+    how = dict(stream="eval", step=step, temperature=temperature, top_p=top_p)
+    _, groups = sample_responses(run, run.eval_set, run.eval_prompts, samples, **how)
     if not is_main():
         return {}, []
-    records = []
-    for question, group in zip(run.eval_set, groups, strict=True):
-        answers = [response.answer for response in group]
-        label, rewards = vote(answers, question.kind)
-        record = {"id": question.id, "prompt": question.prompt, "truth": question.answer, "majority": label,
-                  "majority_ratio": report.mean(rewards), "response": group[0].text}  # fmt: skip
-        if question.answer is not None:
-            truth = report.correct(question, answers)
-            record.update(
-                {
-                    "pass@1": report.mean(truth),
-                    "majority_right": bool(report.correct(question, [label])[0]),
-                    "any_right": any(truth),
-                }
-            )
-        records.append(record)
-    metrics = {"majority_ratio": report.mean(r["majority_ratio"] for r in records), **report.describe(groups)}
-    known = [r for r in records if r["truth"] is not None]
-    if known:
-        each = [r["pass@1"] for r in known]
-        metrics["pass@1"], metrics["pass@1_se"] = report.mean(each), report.standard_error(each)
-        if samples > 1:
-            metrics[f"maj@{samples}"] = report.mean(r["majority_right"] for r in known)
-            metrics[f"pass@{samples}"] = report.mean(r["any_right"] for r in known)
-    return metrics, records
+    votes = [vote([r.answer for r in group], question.kind) for question, group in zip(run.eval_set, groups, strict=True)]
+    records = [report.record(*row) for row in zip(run.eval_set, groups, votes, strict=True)]
+    return {**report.evaluation_metrics(records, samples), **report.describe(groups)}, records
 
 
 def evaluate_fully(run, step):
     """The evaluation of the flags, and for the before/after table what a lower temperature alone would give."""
     c = run.config
-    metrics, records = evaluate(run, step, c.eval_samples, c.eval_temperature, c.eval_top_p)
+    metrics, records = evaluate(run, step)
     for name, samples, temperature, top_p in (("greedy", 1, 0.0, 1.0), ("pass@1 at 0.6/0.95", 16, 0.6, 0.95)):
         if (temperature, top_p) != (c.eval_temperature, c.eval_top_p):
             other, _ = evaluate(run, step, samples, temperature, top_p)
@@ -767,9 +728,7 @@ def train(run, state):
         last = step == steps
         if last or step % c.eval_every == 0:
             bar.set_description("evaluating")
-            metrics, records = (
-                evaluate_fully(run, step) if last else evaluate(run, step, c.eval_samples, c.eval_temperature, c.eval_top_p)
-            )
+            metrics, records = evaluate_fully(run, step) if last else evaluate(run, step)
             line.update({f"eval/{name}": value for name, value in metrics.items()})
             state["after"] = {"step": step, "metrics": metrics, "records": records}
             if metrics.get("pass@1", 0) > state["best"]["metrics"].get("pass@1", 0):
@@ -796,9 +755,8 @@ def log(run, state, line, shown):
     if not is_main():
         return
     out = Path(run.config.out)
-    checkpoint.append(
-        out / "metrics.jsonl", [{k: v for k, v in line.items() if not (isinstance(v, float) and not math.isfinite(v))}]
-    )
+    finite = {name: value for name, value in line.items() if math.isfinite(value)}  # JSON has no nan
+    checkpoint.append(out / "metrics.jsonl", [finite])
     checkpoint.append(out / "rollouts.jsonl", shown)
     if any(name.startswith("eval/") for name in line):
         report.draw_curves(out, run.config.eval_samples)

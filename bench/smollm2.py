@@ -60,7 +60,7 @@ def convert(gguf, folder):
     """Write the GGUF file as a folder that transformers and model.Transformer load; done once.
 
     transformers dequantises it but will not save what came from a quantised file, so the weights move to a model of the
-    same shape that was never quantised. The folder appears whole or not at all.
+    same shape that was never quantised. The folder appears whole and checked, or not at all.
     """
     if folder.exists():
         return
@@ -79,6 +79,7 @@ def convert(gguf, folder):
     shutil.rmtree(building, ignore_errors=True)
     plain.save_pretrained(building)
     tokenizer.save_pretrained(building)
+    check_against_transformers(building)
     building.rename(folder)
 
 
@@ -98,19 +99,18 @@ def check_against_transformers(folder):
         assert rollout.response(0) == want[0, len(ids) :].tolist(), f"greedy text differs from transformers': {prompt}"
         texts.append(questions.decode_response(tokenizer, rollout.response(0)))
     assert gap < 1e-3, f"logits differ from transformers' by {gap}"
-    print(f"model    {folder}: logits within {gap:.1e} of transformers', greedy text the same, such as {texts[0]!r}")
-    return gap
+    print(f"model    logits within {gap:.1e} of transformers', greedy text the same, such as {texts[0]!r}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the tasks: unlabelled questions, each below two worked examples of its kind
 
-WORDS = {
-    "opposites": "big small, fast slow, happy sad, light dark, young old, rich poor, hard soft, wet dry, full empty, "
-    "open closed, early late, strong weak, high low, good bad, near far, left right, day night, love hate, war peace, begin end",
+WORDS = {  # opposites that are one token each, so that six tokens are enough for the box
+    "opposites": "big small, fast slow, light dark, young old, rich poor, hard soft, wet dry, full empty, open closed, "
+    "early late, strong weak, high low, good bad, near far, left right, day night, war peace, begin end",
     "capitals": "Spain Madrid, Germany Berlin, Japan Tokyo, China Beijing, Russia Moscow, Egypt Cairo, Greece Athens, "
     "Portugal Lisbon, Austria Vienna, Poland Warsaw, Norway Oslo, Sweden Stockholm, Finland Helsinki, Denmark Copenhagen, "
-    "Ireland Dublin, Hungary Budapest, Turkey Ankara, Iran Tehran, Iraq Baghdad, Cuba Havana",
+    "Ireland Dublin, Hungary Budapest, Cuba Havana, Iran Tehran",
 }
 
 
@@ -130,14 +130,14 @@ def capitals():
 
 def successor():
     examples = "After 41 comes \\boxed{42}.\nAfter 67 comes \\boxed{68}.\n"
-    numbers = random.Random(0).sample([n for n in range(12, 99) if n not in (41, 67)], 20)
+    numbers = random.Random(0).sample([n for n in range(12, 99) if n not in (41, 67)], 18)
     return [(f"{n}", f"{examples}After {n} comes", f"{n + 1}") for n in numbers]
 
 
 def subtraction():
     examples = "58 - 23 = \\boxed{35}.\n91 - 47 = \\boxed{44}.\n"
     draw = random.Random(0)
-    sums = [sorted(draw.sample(range(10, 100), 2), reverse=True) for _ in range(20)]
+    sums = [sorted(draw.sample(range(10, 100), 2), reverse=True) for _ in range(12)]
     return [(f"{a}-{b}", f"{examples}{a} - {b} =", f"{a - b}") for a, b in sums]
 
 
@@ -161,15 +161,15 @@ class Task:
 
 
 COMMON = (
-    "--template none --temperature 1.0 --votes 32 --samples 16 --questions-per-step 10 --kl 0 "
-    "--eval-samples 32 --eval-temperature 1.0 --eval-top-p 1.0 --save-every 1000"
+    "--template none --temperature 1.0 --votes 32 --samples 16 --questions-per-step 6 --kl 0 --lr 1e-5 --epochs 3 "
+    "--eval-samples 32 --eval-temperature 1.0 --eval-top-p 1.0"
 )
 TASKS = {
-    "opposites": Task(opposites, "--lr 1e-5 --epochs 4 --max-new-tokens 6 --eval-every 100"),
-    "capitals": Task(capitals, "--lr 1e-5 --epochs 4 --max-new-tokens 6 --eval-every 100"),
-    "successor": Task(successor, "--lr 1e-5 --epochs 4 --max-new-tokens 6 --eval-every 100"),
-    "subtraction": Task(subtraction, "--lr 1e-5 --epochs 4 --max-new-tokens 6 --eval-every 100"),
-    "sentences": Task(sentences, "--lr 1e-5 --epochs 3 --max-new-tokens 32 --eval-every 100"),
+    "opposites": Task(opposites, "--max-new-tokens 6 --eval-every 5"),
+    "sentences": Task(sentences, "--max-new-tokens 24 --eval-every 3"),
+    "subtraction": Task(subtraction, "--max-new-tokens 7 --eval-every 3"),
+    "successor": Task(successor, "--max-new-tokens 7 --eval-every 5"),
+    "capitals": Task(capitals, "--max-new-tokens 8 --eval-every 5"),
 }
 
 
@@ -235,7 +235,7 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
     model, out = (args.cache / "SmolLM2-135M-Instruct").resolve(), args.out.resolve()
     convert(fetch(args.cache.resolve()), model)
-    gap = check_against_transformers(model)
+    print(f"model    {model}")
 
     began, results = time.monotonic(), []
     for name in args.tasks:
@@ -248,7 +248,7 @@ def main():
     print(json.dumps({
         "bench": "smollm2", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "commit": commit.stdout.strip(), "logit_gap": gap, "seconds": time.monotonic() - began, "results": results,
+        "commit": commit.stdout.strip(), "seconds": time.monotonic() - began, "results": results,
     }))  # fmt: skip
 
 

@@ -231,6 +231,22 @@ def test_eval_only_on_other_questions(few_questions, tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"evaluation.json"}
 
 
+def test_long_prompts_are_listed_and_left_out(tmp_path):
+    (tmp_path / "two.jsonl").write_text('{"prompt": "1+2=?"}\n{"prompt": "' + "1+" * 60 + '1=?", "id": "long-one"}\n')
+    printed = program(
+        "--dry-run", "--data", tmp_path / "two.jsonl", "--max-prompt-tokens", "60", "--out", tmp_path / "run"
+    ).stdout
+    assert "1 prompts over --max-prompt-tokens 60: long-one" in printed and "1 questions" in printed
+
+
+def test_an_unknown_model_is_one_sentence_on_every_rank(tmp_path):
+    """Rank 0 looks it up and fails; the other must not wait for it."""
+    error = program("--model", tmp_path / "nowhere", "--data", "tiny", "--out", tmp_path / "run", code=2).stderr
+    assert error.count("\n") == 1 and "nowhere" in error
+    error = program("--model", tmp_path / "nowhere", "--data", "tiny", "--out", tmp_path / "run", ranks=2, code=1).stderr
+    assert error.count("ttrl.py: ") == 1
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     printed = program("--dry-run", "--out", tmp_path / "run").stdout
     assert "plan " in printed and "memory " in printed and not (tmp_path / "run").exists()
