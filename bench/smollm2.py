@@ -219,6 +219,7 @@ def main():
     convert(fetch(args.cache.resolve()), model)
     print(f"model    {model}")
 
+    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     began, results = time.monotonic(), []
     for name in args.tasks:
         write_questions(name, out)
@@ -226,7 +227,6 @@ def main():
             print(f"run      {name}, seed {seed}", flush=True)
             results.append(run(name, seed, model, out, args.keep))
     print("\n" + table(results))
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     print(json.dumps({
         "bench": "smollm2", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,

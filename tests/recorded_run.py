@@ -11,23 +11,26 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import ttrl
 
-norms, first = [], []
-clip, generate = torch.nn.utils.clip_grad_norm_, ttrl.generate
+
+def main(folder, flags):
+    norms, first = [], []
+    clip, generate = torch.nn.utils.clip_grad_norm_, ttrl.generate
+
+    def recording_clip(*arguments, **options):
+        norms.append(clip(*arguments, **options))
+        return norms[-1]
+
+    def recording_generate(*arguments, **options):
+        rollout = generate(*arguments, **options)
+        if options["stream"] == "train" and not first:
+            first.append({(int(rollout.question[i]), int(rollout.sample[i])): rollout.response(i) for i in range(len(rollout))})
+        return rollout
+
+    torch.nn.utils.clip_grad_norm_, ttrl.generate = recording_clip, recording_generate
+    ttrl.main(flags)
+    torch.save({"norms": torch.stack(norms), "first": first[0]}, Path(folder) / f"rank-{ttrl.dist.get_rank()}.pt")
+    ttrl.dist.destroy_process_group()
 
 
-def recording_clip(*arguments, **options):
-    norms.append(clip(*arguments, **options))
-    return norms[-1]
-
-
-def recording_generate(*arguments, **options):
-    rollout = generate(*arguments, **options)
-    if options["stream"] == "train" and not first:
-        first.append({(int(rollout.question[i]), int(rollout.sample[i])): rollout.response(i) for i in range(len(rollout))})
-    return rollout
-
-
-torch.nn.utils.clip_grad_norm_, ttrl.generate = recording_clip, recording_generate
-ttrl.main(sys.argv[2:])
-torch.save({"norms": torch.stack(norms), "first": first[0]}, Path(sys.argv[1]) / f"rank-{ttrl.dist.get_rank()}.pt")
-ttrl.dist.destroy_process_group()
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
