@@ -37,11 +37,12 @@ class LinearLogprob(torch.autograd.Function):
         cast = weight.to(hidden.dtype)
         logprob, entropy, lse = torch.empty(3, len(hidden), device=hidden.device, dtype=torch.float32)
         for rows in chunks(len(hidden), len(weight)):
-            z = scaled_logits(hidden[rows], cast, temperature)  # [t, V]
-            lse[rows] = z.logsumexp(-1)
+            z = centred_logits(hidden[rows], cast, temperature)  # [t, V]
+            p = z.exp()  # not yet divided by its sum
+            total = p.sum(-1)
+            lse[rows] = total.log()
             logprob[rows] = z.gather(1, targets[rows, None])[:, 0] - lse[rows]
-            p = (z - lse[rows, None]).exp_()
-            entropy[rows] = lse[rows] - torch.linalg.vecdot(p, z)  # H = lse - E[z]
+            entropy[rows] = lse[rows] - torch.linalg.vecdot(p, z) / total  # H = lse - E[z]
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)  # an output that the loss does not use comes back as None, not as zeros
@@ -55,7 +56,7 @@ class LinearLogprob(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         for rows in chunks(len(hidden), len(weight)):
-            logp = scaled_logits(hidden[rows], cast, ctx.temperature).sub_(lse[rows, None])
+            logp = centred_logits(hidden[rows], cast, ctx.temperature).sub_(lse[rows, None])
             p = logp.exp()
             grad_z = torch.zeros_like(p)  # [t, V]
             if grad_logprob is not None:
@@ -77,6 +78,10 @@ def chunks(tokens, vocabulary):
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
-def scaled_logits(hidden, weight, temperature):
-    """The logits of a few tokens under a temperature, [t, D] x [V, D] -> [t, V] in fp32."""
-    return (hidden @ weight.T).float().div_(temperature)
+def centred_logits(hidden, weight, temperature):
+    """Logits of a few tokens under a temperature, less the largest of each: [t, D] x [V, D] -> [t, V] in fp32.
+
+    Log-probabilities are near 0 where logits may be 20, so rounding them after the subtraction loses less.
+    """
+    z = (hidden @ weight.T).float().div_(temperature)
+    return z.sub_(z.amax(-1, keepdim=True))
