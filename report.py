@@ -300,5 +300,5 @@ def draw_policy(axes, lines):
     lengths = axes.twinx()
     steps, values = series(lines, "train/response_tokens")
     drawn += lengths.plot(steps, values, color="C4", ls=":", label="response tokens (right axis)")
-    lengths.set_ylim(bottom=0)
+    lengths.set_ylim(0, 1.2 * max(values, default=1))  # a constant length must not hide in the frame
     axes.legend(handles=drawn, loc="best")
