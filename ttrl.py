@@ -434,19 +434,20 @@ def plan(c, model_config, device, longest, question_count):
     # fp32 master, gradient and two moments; on CUDA the sampler's copy; with --kl the reference
     a_weight = half if c.eval_only else 16 + half * cuda + half * (c.kl > 0)
     fixed, what = parameters * a_weight, "weights" if c.eval_only else "weights, gradients and moments"
-    a_token = 2 * model_config.layers * model_config.kv_heads * model_config.head_dim * half  # its keys and values
-    row = longest * a_token
+    # of the sampler: a token's keys and values; a row of them, and four fp32 numbers a vocabulary entry to draw the next token
+    a_token = 2 * model_config.layers * model_config.kv_heads * model_config.head_dim * half
+    row = longest * a_token + 16 * model_config.vocab_size
     available = int(0.9 * total) - fixed
-    if available < 4 * row:
+    if available < 8 * row:
         raise ValueError(
-            f"{c.model} does not fit: each rank needs {fixed / 1e9:.1f} GB for {what} and {4 * row / 1e9:.2f} GB "
-            f"for keys and values of four rows, and has {0.9 * total / 1e9:.1f} GB"
+            f"{c.model} does not fit: each rank needs {fixed / 1e9:.1f} GB for {what} and {8 * row / 1e9:.2f} GB "
+            f"to sample eight rows, and has {0.9 * total / 1e9:.1f} GB"
         )
-    rollout_tokens = c.rollout_tokens or max(4 * longest, available // 2 // a_token)
-    # activations of a token: about 16 widths and 5 MLP widths a layer, or with checkpointing one width and one whole layer
+    rollout_tokens = c.rollout_tokens or available // 2 // row * longest
+    # of the learner: a token's activations, some 16 widths and 5 MLP widths a layer; with checkpointing a width, and one layer
     layer = 4 * (16 * model_config.hidden_size + 5 * model_config.intermediate_size)
-    a_token = model_config.layers * 4 * model_config.hidden_size + layer if c.checkpointing else model_config.layers * layer
-    micro_batch_tokens = c.micro_batch_tokens or min(32768, max(longest, available // 4 // a_token))
+    active = model_config.layers * 4 * model_config.hidden_size + layer if c.checkpointing else model_config.layers * layer
+    micro_batch_tokens = c.micro_batch_tokens or min(32768, max(longest, available // 4 // active))
     steps = c.epochs * math.ceil(question_count / c.questions_per_step)
     say(
         f"model    {c.model}: {parameters / 1e6:.1f} M parameters, {fixed / 1e9:.2f} GB for {what}",

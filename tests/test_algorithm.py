@@ -1,6 +1,8 @@
 """The mathematics of ttrl.py with hand-computed numbers: vote, advantages, loss, schedule, draw, micro-batches."""
 
+import dataclasses
 import itertools
+import json
 import math
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 import report
 import ttrl
+from model import read_config
 from rollout import Rollout
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -218,3 +221,21 @@ def test_defaults_are_the_papers():
     qwen3 = ttrl.configure({"model": "Qwen3-8B", "data": "math"})
     assert (qwen3.questions_per_step, qwen3.epochs, qwen3.temperature) == (32, 10, 0.6)
     assert ttrl.configure({"model": "Qwen3-8B", "thinking": True}).temperature == 1.0
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_bytes(tmp_path, monkeypatch):
+    """A 7B model on 80 GB: 16 bytes a parameter and 4 for the reference are too much to train, 4 are enough to evaluate."""
+    widths = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 4096}
+    shape = {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **widths, **shape}))
+    monkeypatch.setattr(ttrl, "physical_memory", lambda: 80 * 10**9)
+    monkeypatch.setattr(ttrl, "say", lambda *lines: None)
+    monkeypatch.setattr(ttrl.dist, "get_world_size", lambda: 1)
+    config, options = (
+        ttrl.configure({"model": "Qwen2.5-Math-7B", "device": "cpu"}),
+        (read_config(tmp_path), torch.device("cpu"), 4096, 30),
+    )
+    with pytest.raises(ValueError, match=r"152\.3 GB for weights, gradients and moments .* has 72\.0 GB"):
+        ttrl.plan(config, *options)
+    settled = ttrl.plan(dataclasses.replace(config, eval_only=True), *options)
+    assert 32 * 4096 < settled.rollout_tokens < 64 * 4096
