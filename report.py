@@ -5,7 +5,7 @@ The true answers are read here and nowhere else (but for --reward gold): trainin
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -41,22 +41,13 @@ def describe(groups):
     }
 
 
-def compare_with_truth(asked, answers, labels, rewards):
-    """Metrics of a vote against the true answers, over the questions that have one: for the report only."""
-    rows = defaultdict(list)
-    for question, row, label, reward in zip(asked, answers, labels, rewards, strict=True):
-        if question.answer is not None:
-            truth = correct(question, row)
-            rows["ground_truth_ratio"].append(mean(truth))
-            rows["label_accuracy"].append(correct(question, [label])[0])
-            rows["reward_accuracy"].append(mean(r == t for r, t in zip(reward, truth, strict=True)))
-            rows[f"pass@{len(row)}"].append(max(truth))
-    return {name: mean(values) for name, values in rows.items()}
+def correct(question, group):
+    """1.0 or 0.0 for each response to a question whose true answer is known."""
+    return [float(right(question, response.answer)) for response in group]
 
 
-def correct(question, answers):
-    """1.0 or 0.0 for each answer to a question whose true answer is known."""
-    return [float(a is not None and questions.same_answer(question.answer, a, question.kind)) for a in answers]
+def right(question, answer):
+    return answer is not None and questions.same_answer(question.answer, answer, question.kind)
 
 
 def mean(values):
@@ -65,15 +56,25 @@ def mean(values):
 
 
 def record(question, group, voted):
-    """What an evaluation found on one question, from its responses and (label, rewards) of their vote."""
+    """What was found on one question, from its responses and (label, rewards) of their vote."""
     label, rewards = voted
     typical = group[rewards.index(max(rewards))]  # the first that the majority agrees with
     row = {"id": question.id, "prompt": question.prompt, "truth": question.answer, "response": typical.text}
     row.update({"majority": label, "majority_ratio": mean(rewards)})
     if question.answer is not None:
-        truth = correct(question, [response.answer for response in group])
-        row.update({"pass@1": mean(truth), "majority_right": bool(correct(question, [label])[0]), "any_right": any(truth)})
+        truth = correct(question, group)
+        row.update({"pass@1": mean(truth), "majority_right": right(question, label), "any_right": any(truth)})
+        row["reward_accuracy"] = mean(r == t for r, t in zip(rewards, truth, strict=True))
     return row
+
+
+def training_metrics(records, votes):
+    """Metrics of a step's vote from its records, by their names in training; see `evaluation_metrics`."""
+    metrics = {"majority_ratio": mean(row["majority_ratio"] for row in records)}
+    known = [row for row in records if row["truth"] is not None]
+    names = {"ground_truth_ratio": "pass@1", "label_accuracy": "majority_right", "reward_accuracy": "reward_accuracy",
+             f"pass@{votes}": "any_right"}  # fmt: skip
+    return {**metrics, **{name: mean(row[field] for row in known) for name, field in names.items() if known}}
 
 
 def evaluation_metrics(records, samples):

@@ -164,11 +164,16 @@ class KVCache:
         return (scores.softmax(-1).to(values.dtype) @ values).flatten(1, 2)
 
 
+def pad(prompts):
+    """Lists of token ids -> (ids [Q, T], right-padded with zeros; lengths [Q])."""
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
+
+
 def prefill(model, prompts):
     """Run whole prompts (lists of ids): for each its keys and values ([L, K, Tp, E] twice) and next-token logits [V]."""
     device = model.embed_tokens.weight.device
-    lengths = torch.tensor([len(p) for p in prompts])
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
+    padded, lengths = pad(prompts)
     pack = Pack.prompts(padded, lengths, model.config.windows).to(device)
     keys, values = [], []
 
@@ -257,8 +262,8 @@ def generate(model, prompts, rows, *, max_new_tokens, temperature=1.0, top_p=1.0
 def empty_rollout(prompts, rows, max_new_tokens):
     """A Rollout with its prompts filled in and room for every response."""
     question, sample_index = (torch.tensor(column) for column in zip(*rows, strict=True))
-    prompt_length = torch.tensor([len(p) for p in prompts])[question]
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
+    padded, lengths = pad(prompts)
+    prompt_length = lengths[question]
     width = int(prompt_length.max())
     tokens = torch.zeros(len(rows), width + max_new_tokens, dtype=torch.int64)
     tokens[:, :width] = padded[question, :width]

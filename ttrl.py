@@ -394,16 +394,16 @@ def open_run(c, device):
 
 def first_on_main(action):
     """action() on rank 0, then on the others, which find in the cache what it downloaded; its failure is everyone's."""
-    failure = None
+    result = failure = None
     if is_main():
         try:
-            action()
+            result = action()
         except (ValueError, OSError) as error:
             failure = error
     failure = broadcast(failure)
     if failure:
         raise failure
-    return action()
+    return result if is_main() else action()
 
 
 def build_models(run, device):
@@ -528,19 +528,20 @@ def sample_responses(run, asked, prompts, samples, *, stream, step, temperature,
     return rollout, everything and [everything[q * samples : (q + 1) * samples] for q in range(len(prompts))]
 
 
+def vote_on(asked, groups):
+    """(label, rewards) of each question, from its responses."""
+    return [vote([r.answer for r in group], question.kind) for question, group in zip(asked, groups, strict=True)]
+
+
 def judge(c, asked, groups):
     """On rank 0: labels, rewards [P, N] and metrics of the responses [P][N]. With --reward vote no true answer is looked at."""
-    answers = [[response.answer for response in group] for group in groups]
-    voted = [vote(row, question.kind) for row, question in zip(answers, asked, strict=True)]
-    labels, rewards = (list(column) for column in zip(*voted, strict=True))
-    metrics = {
-        "majority_ratio": report.mean(map(report.mean, rewards)),
-        **report.describe(groups),
-        **report.compare_with_truth(asked, answers, *zip(*voted, strict=True)),
-    }
+    votes = vote_on(asked, groups)
+    labels, rewards = (list(column) for column in zip(*votes, strict=True))
+    records = [report.record(*row) for row in zip(asked, groups, votes, strict=True)]
+    metrics = {**report.training_metrics(records, c.votes), **report.describe(groups)}
     if c.reward == "gold":
         labels = [question.answer for question in asked]
-        rewards = [report.correct(question, row) for question, row in zip(asked, answers, strict=True)]
+        rewards = [report.correct(question, group) for question, group in zip(asked, groups, strict=True)]
     metrics["reward"] = report.mean(map(report.mean, rewards))
     metrics["zero_variance_groups"] = report.mean(len(set(row[: c.samples])) == 1 for row in rewards)
     return labels, rewards, metrics
@@ -694,8 +695,7 @@ def evaluate(run, step, samples=None, temperature=None, top_p=None):
     _, groups = sample_responses(run, run.eval_set, run.eval_prompts, samples, **how)
     if not is_main():
         return {}, []
-    votes = [vote([r.answer for r in group], question.kind) for question, group in zip(run.eval_set, groups, strict=True)]
-    records = [report.record(*row) for row in zip(run.eval_set, groups, votes, strict=True)]
+    records = [report.record(*row) for row in zip(run.eval_set, groups, vote_on(run.eval_set, groups), strict=True)]
     return {**report.evaluation_metrics(records, samples), **report.describe(groups)}, records
 
 
@@ -721,7 +721,7 @@ def train(run, state):
     if state["step"] == 0:
         metrics, records = evaluate_fully(run, 0)
         state["before"] = state["best"] = {"step": 0, "metrics": metrics, "records": records}
-        log(run, state, {"step": 0, "epoch": 0, **{f"eval/{k}": v for k, v in metrics.items()}}, [])
+        log(run, {"step": 0, "epoch": 0, **{f"eval/{k}": v for k, v in metrics.items()}}, [])
     bar = tqdm(total=steps, initial=state["step"], disable=not is_main(), unit="step", dynamic_ncols=True)
     for step in range(state["step"] + 1, steps + 1):
         metrics, shown = train_step(run, step)
@@ -735,7 +735,7 @@ def train(run, state):
             if metrics.get("pass@1", 0) > state["best"]["metrics"].get("pass@1", 0):
                 state["best"] = {"step": step, "metrics": metrics, "records": []}
         state["step"], state["seconds"] = step, seconds_before + time.monotonic() - entered
-        log(run, state, line, shown)
+        log(run, line, shown)
         bar.update()
         bar.set_description("")
         bar.set_postfix_str(report.progress(line, state["after"]["metrics"] if "after" in state else state["before"]["metrics"]))
@@ -751,7 +751,7 @@ def train(run, state):
     return state
 
 
-def log(run, state, line, shown):
+def log(run, line, shown):
     """Write a step's line to metrics.jsonl, some responses to rollouts.jsonl, and redraw the curves if there are new points."""
     if not is_main():
         return
