@@ -214,15 +214,18 @@ def check_decode(config, lengths, forced, seed):
     for (_, logits), length, row in zip(prompts, lengths, want, strict=True):
         assert (logits - row[length - 1]).abs().max() < TOLERANCE
     cache = KVCache(ours, slots=len(rows), capacity=max(lengths) + forced)
-    cache.admit([held for held, _ in prompts])
+    for slot, (held, _) in enumerate(prompts):
+        cache.admit(slot, *held)
     live = list(range(len(rows)))
     for step in range(forced):
-        logits = decode(ours, cache, torch.stack([rows[row][lengths[row] + step] for row in live]))
+        place = torch.tensor([lengths[row] + step for row in live])
+        token = torch.stack([rows[row][at] for row, at in zip(live, place, strict=True)])
+        logits = decode(ours, cache, token, place, span=int(place.max()) + 1)
         for row, got in zip(live, logits, strict=True):
             assert (got - want[row][lengths[row] + step]).abs().max() < TOLERANCE, (row, step)
         if step == forced // 2 and len(live) > 1:  # the last row moves into the slot of the first
             live = [live[-1], *live[1:-1]]
-            cache.keep(torch.tensor([len(live), *range(1, len(live))]))
+            cache.move(torch.tensor([len(live)]), torch.tensor([0]), span=int(place.max()) + 1)
 
 
 @examples(60)
@@ -414,9 +417,8 @@ def test_cached_decode_notices_a_position_off_by_one(monkeypatch):
     check_decode(FIXED, [3, 20, 7], 6, seed=0)
     open_step = KVCache.open_step
 
-    def late(cache):
-        open_step(cache)
-        cache.place = cache.place + 1  # where the key is put and how far it is turned
+    def late(cache, place, span):
+        open_step(cache, place + 1, span + 1)  # where the key is put, and how far the token sees
 
     monkeypatch.setattr(KVCache, "open_step", late)
     with pytest.raises((AssertionError, IndexError)):

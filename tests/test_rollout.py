@@ -1,9 +1,14 @@
 """The sampler: same tokens whatever the batch, log-probs of the distribution drawn from, right ends, right frequencies."""
 
+import copy
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from rollout import Rollout, close_gaps, generate, row_keys, sample, uniform
+from kernels.sampler import sample, uniform
+from rollout import Engine, Rollout, close_gaps, generate, row_keys
 
 PROMPTS = [[5, 17, 3, 88, 41], [7, 7, 9], [60, 2, 2, 31, 14, 55, 90, 8], [12]]
 EOS = [1, 2, 3, 4]
@@ -51,6 +56,20 @@ def nearest_edge(model, rollout, temperature, seed=SEED, stream="train", step=2)
     return closest
 
 
+def check_equal(rollouts, whole):
+    """The rows of some rollouts together are those of `whole`, tokens and, to rounding, log-probs."""
+    got = {
+        (int(p.question[r]), int(p.sample[r])): (p.response(r), p.logprob[r], p.finished[r])
+        for p in rollouts
+        for r in range(len(p))
+    }
+    assert len(got) == len(whole)
+    for row in range(len(whole)):
+        tokens, logprob, finished = got[int(whole.question[row]), int(whole.sample[row])]
+        assert tokens == whole.response(row) and finished == whole.finished[row], row
+        assert (logprob[: len(tokens)] - whole.logprob[row, : len(tokens)]).abs().max() < 1e-4, row
+
+
 @torch.no_grad()
 def test_a_response_does_not_depend_on_the_batch(random_model):
     """Batch 1 = batch 64 = a tight budget with refills = another order = split over two ranks."""
@@ -61,19 +80,69 @@ def test_a_response_does_not_depend_on_the_batch(random_model):
     assert nearest_edge(random_model, whole, temperature=1.0) > 1e-5
     pairs = list(zip(whole.question.tolist(), whole.sample.tolist(), strict=True))
     shuffled = [pairs[i] for i in torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()]
-    others = {
-        "alone": [sampled(random_model, [pair]) for pair in pairs],
-        "budget": [sampled(random_model, pairs, budget_tokens=5 * 48)],
-        "order": [sampled(random_model, shuffled)],
-        "ranks": [sampled(random_model, pairs[rank::2]) for rank in range(2)],
-    }
-    for name, parts in others.items():
-        got = {(int(p.question[r]), int(p.sample[r])): (tuple(p.response(r)), p.logprob[r]) for p in parts for r in range(len(p))}
-        for row, pair in enumerate(pairs):
-            tokens, logprob = got[pair]
-            assert tokens == responses[row], (name, pair)
-            gap = logprob[: len(tokens)] - whole.logprob[row, : len(tokens)]
-            assert gap.abs().max() < 1e-4, (name, pair)
+    check_equal([sampled(random_model, [pair]) for pair in pairs], whole)
+    check_equal([sampled(random_model, pairs, budget_tokens=5 * 48)], whole)
+    check_equal([sampled(random_model, shuffled)], whole)
+    check_equal([sampled(random_model, pairs[rank::2]) for rank in range(2)], whole)
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph on the CPU: what was called is called again on the same tensors, and writes to the same addresses."""
+
+    def __init__(self, action):
+        super().__init__()
+        self.calls, self.fresh = [], True
+        with self:
+            action()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host reads a number of the device"
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def __call__(self):
+        if self.fresh:  # capturing on a GPU executes nothing, recording here did
+            self.fresh = False
+            return
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if old.data_ptr() != new.data_ptr():  # neither a view nor in place
+                    old.copy_(new)
+
+
+def engine_as_on_a_gpu(model, monkeypatch, slots=20):
+    """An engine that looks every 8 tokens and replays a ladder of recorded steps."""
+    monkeypatch.setattr("rollout.capture", Recording)
+    engine = Engine(model, slots, capacity=48, max_new_tokens=40, eos_ids=EOS)
+    engine.look_every, engine.graphs = 8, {}
+    return engine
+
+
+@torch.no_grad()
+def test_replayed_steps_and_rare_looks_draw_the_same(random_model, monkeypatch):
+    whole = sampled(random_model)
+    engine = engine_as_on_a_gpu(random_model, monkeypatch)
+    looks, look = [], engine.look
+    monkeypatch.setattr(engine, "look", lambda count: looks.append(count) or look(count))
+    check_equal([sampled(random_model, engine=engine)], whole)
+    assert len(looks) < whole.response_length.sum() / 20 / 3  # far fewer than steps
+    replayed = [graph for graph in engine.graphs.values() if graph is not None]
+    assert {shape[0] for shape in engine.graphs} <= {1, 2, 4, 8, 16, 20} and len(replayed) >= 3
+    check_equal([sampled(random_model, engine=engine, step=3)], sampled(random_model, step=3))  # the engine is used again
+
+
+@torch.no_grad()
+def test_recorded_steps_follow_weights_that_are_refreshed_in_place(random_model, monkeypatch):
+    model, other = copy.deepcopy(random_model), copy.deepcopy(random_model)
+    for parameter in other.parameters():
+        parameter.mul_(0.9)
+    engine = engine_as_on_a_gpu(model, monkeypatch)
+    before = sampled(model, engine=engine)
+    model.copy_from(other)
+    after = sampled(model, engine=engine)
+    check_equal([after], sampled(other))
+    assert sum(before.response(row) == after.response(row) for row in range(64)) < 32
 
 
 def test_seed_stream_and_step_each_change_the_responses(random_model):
