@@ -368,8 +368,8 @@ class Transformer(nn.Module):
         hidden = self.hidden(pack.tokens, pack.positions, pack.attend)
         predictors = take(hidden, pack.predictor)  # [N, D]: where each of the N response tokens is predicted
         flat = linear_logprob(predictors, self.lm_head.weight, pack.target, temperature)
-        padded = [x.new_zeros(pack.response.shape).masked_scatter(pack.response, x) for x in flat]
-        return padded[0], padded[1]
+        logprob, entropy = (x.new_zeros(pack.shape.numel()).scatter(0, pack.place, x).view(pack.shape) for x in flat)
+        return logprob, entropy
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -433,7 +433,8 @@ class Pack:
     segments: list  # of Segments that cover the tokens in order
     target: torch.Tensor | None = None  # [N] response tokens
     predictor: torch.Tensor | None = None  # [N] the flat place whose hidden state predicts each target
-    response: torch.Tensor | None = None  # [B, R] True where row b has a response token
+    shape: torch.Size | None = None  # (B, R)
+    place: torch.Tensor | None = None  # [N] of each response token in [B, R], flat
 
     @classmethod
     def prompts(cls, tokens, lengths, windows):
@@ -464,7 +465,8 @@ class Pack:
             prompts.segments + ([Segments(input_at, inputs, key, rows.prompt_length, windows)] if inputs.any() else []),
             target[response],
             predictor[response],
-            response,
+            response.shape,
+            response.flatten().nonzero()[:, 0],
         )
 
     def attend(self, layer, q, k, v):

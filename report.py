@@ -8,11 +8,6 @@ import math
 from collections import Counter
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws to files, no display needed
-import matplotlib.pyplot as plt
-
 import questions
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -241,7 +236,10 @@ def shorten(text, length=160):
 def draw_curves(out, eval_samples):
     """Redraw out/curves.png from out/metrics.jsonl."""
     lines = read_metrics(out)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    from matplotlib.figure import Figure  # here: the import takes a second, which the start of a run need not wait for
+
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     draw_accuracy(left, lines, f"eval/maj@{eval_samples}")
     draw_labels(middle, lines)
     draw_policy(right, lines)
@@ -250,7 +248,6 @@ def draw_curves(out, eval_samples):
         axes.grid(alpha=0.25)
     temporary = Path(out) / "curves.tmp.png"
     figure.savefig(temporary, dpi=110)
-    plt.close(figure)
     temporary.replace(Path(out) / "curves.png")
 
 

@@ -53,7 +53,7 @@ import checkpoint
 import questions
 import report
 from model import TOKENIZER_FILES, Transformer, check_vocabulary, read_config, resolve
-from rollout import generate
+from rollout import Engine, generate
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: every field is a flag of the same name
@@ -146,7 +146,8 @@ def parse(argv):
 def configure(given):
     """The whole Config of a run from the flags given: presets, then what the model and the data decide.
 
-    Raises ValueError naming the flag and what was expected. The device is settled too, memory budgets are not yet.
+    Raises ValueError naming the flag and what was expected. Memory budgets stay open (None) unless given: they depend on
+    the ranks too, and a run may be resumed by another number of them.
 
     >>> configure({"model": "Qwen2.5-Math-1.5B"}).epochs  # AIME 2024, 80 epochs
     80
@@ -258,14 +259,14 @@ def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0,
     unclipped, clipped = -ratio * advantage, -ratio.clamp(1 - clip, 1 + clip) * advantage
     per_token = torch.maximum(unclipped, clipped)
     per_token = torch.where(advantage < 0, torch.minimum(per_token, -dual_clip * advantage), per_token)
-    sums = {"clip_fraction": (clipped > unclipped)[mask].sum(), "kl_old_new": (ratio - 1 - log_ratio)[mask].sum()}
+    sums = {"clip_fraction": ((clipped > unclipped) & mask).sum(), "kl_old_new": (ratio - 1 - log_ratio).sum()}
     if ref_logprob is not None:
         d = torch.where(mask, ref_logprob - logprob, 0.0)
         k3 = (d.exp() - d - 1).clamp(max=10)
         per_token = per_token + kl * k3
-        sums["kl"] = k3[mask].sum()
+        sums["kl"] = k3.sum()
     loss = torch.where(mask, per_token, 0.0).sum() / (mask.sum() if token_count is None else token_count)
-    return loss, {name: value.item() for name, value in sums.items()}
+    return loss, {name: value.detach() for name, value in sums.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,6 +335,9 @@ def reduce(values, op=dist.ReduceOp.SUM):
 @dataclass
 class Run:
     config: Config
+    rollout_tokens: int  # --rollout-tokens, or what memory allows
+    micro_batch_tokens: int  # --micro-batch-tokens, or what memory allows
+    longest: int  # tokens of the longest prompt and response
     folder: Path  # of the model
     tokenizer: object
     eos_ids: list
@@ -346,6 +350,7 @@ class Run:
     sampler: Transformer  # the policy itself on the CPU, a copy in bf16 on a GPU
     reference: Transformer | None  # the initial policy, frozen, when --kl is above 0
     optimizer: torch.optim.Optimizer | None
+    engine: Engine | None  # kept on a GPU for its CUDA graphs; a CPU gives the memory back to the learner
 
 
 def ask(c, tokenizer, name):
@@ -385,8 +390,9 @@ def open_run(c, device):
         raise ValueError(
             f"--votes {c.votes}: fewer than the {dist.get_world_size()} processes, each needs a response to learn from"
         )
-    c = plan(c, model_config, device, longest, len(train_set))
-    run = Run(c, folder, tokenizer, eos_ids, train_set, train_prompts, eval_set, eval_prompts, None, None, None, None, None)
+    budgets = plan(c, model_config, device, longest, len(train_set))
+    asked = (train_set, train_prompts, eval_set, eval_prompts)
+    run = Run(c, *budgets, longest, folder, tokenizer, eos_ids, *asked, None, None, None, None, None, None)
     if not c.dry_run:
         build_models(run, device)
     return run
@@ -408,21 +414,26 @@ def first_on_main(action):
 
 def build_models(run, device):
     """Fill in policy, sampler, learner, reference and optimizer."""
-    c, half = run.config, torch.bfloat16 if device.type == "cuda" else torch.float32
+    c, cuda = run.config, device.type == "cuda"
+    half = torch.bfloat16 if cuda else torch.float32
+    run.policy = run.sampler = Transformer.from_pretrained(run.folder, half if c.eval_only else torch.float32, device)
+    if cuda and not c.eval_only:
+        run.sampler = Transformer.from_pretrained(run.folder, half, device)
+    if cuda:
+        most_rows = max(c.questions_per_step * c.votes, len(run.eval_set) * c.eval_samples)
+        slots = min(run.rollout_tokens // run.longest, math.ceil(most_rows / dist.get_world_size()))
+        run.engine = Engine(run.sampler, slots, run.longest, c.max_new_tokens, run.eos_ids)
     if c.eval_only:
-        run.policy = run.sampler = Transformer.from_pretrained(run.folder, half, device)
         return
-    run.policy = Transformer.from_pretrained(run.folder, torch.float32, device)
     run.policy.checkpointing = c.checkpointing
-    run.sampler = run.policy if device.type == "cpu" else Transformer.from_pretrained(run.folder, half, device)
     if c.kl > 0:
         run.reference = Transformer.from_pretrained(run.folder, half, device).requires_grad_(False)
     run.learner = DistributedDataParallel(run.policy, gradient_as_bucket_view=True)
-    run.optimizer = torch.optim.AdamW(run.policy.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=device.type == "cuda")
+    run.optimizer = torch.optim.AdamW(run.policy.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
 
 
 def plan(c, model_config, device, longest, question_count):
-    """Settle the memory budgets, print what is going to happen, and refuse what cannot fit. Returns the settled Config.
+    """Print what is going to happen, and refuse what cannot fit: the token budgets of (sampler, micro-batch).
 
     Budgets come from the machine's total memory, not from what happens to be free, so that a restart gets the same ones.
     """
@@ -458,7 +469,7 @@ def plan(c, model_config, device, longest, question_count):
         f"memory   sampler up to {rollout_tokens:,} tokens, learner up to {micro_batch_tokens:,} tokens at a time",
         f"out      {c.out}",
     )
-    return dataclasses.replace(c, rollout_tokens=rollout_tokens, micro_batch_tokens=micro_batch_tokens)
+    return rollout_tokens, micro_batch_tokens
 
 
 def physical_memory():
@@ -517,7 +528,8 @@ def sample_responses(run, asked, prompts, samples, *, stream, step, temperature,
             seed=c.seed,
             stream=stream,
             step=step,
-            budget_tokens=c.rollout_tokens,
+            budget_tokens=run.rollout_tokens,
+            engine=run.engine,
         )
     for row, (question, _) in enumerate(rows):
         ids, finished = rollout.response(row), bool(rollout.finished[row])
@@ -579,14 +591,15 @@ def learn(run, rollout, advantage, update, updates):
     --questions-per-update questions. The ranks hold different rows of it, and may hold more or fewer micro-batches or none,
     but all have to make the same number of backward passes: a rank that has no more repeats a row with all of it masked.
     """
-    c, sums, norms, gap_max, on_policy = run.config, Counter(), [], 0.0, True
+    c, sums, norms, on_policy = run.config, Counter(), [], True
     parameters = list(run.policy.parameters())
+    gap_max = torch.zeros((), device=parameters[0].device)
     for number, start in enumerate(range(0, len(advantage), c.questions_per_update)):
         mini = range(start, min(start + c.questions_per_update, len(advantage)))
         if c.kl == 0 and not advantage[mini.start : mini.stop].any():
             continue  # nothing to learn, and momentum and weight decay alone must not move the weights
         rows = [r for r in range(len(rollout)) if int(rollout.question[r]) in mini and int(rollout.sample[r]) < c.samples]
-        batches = micro_batches(rollout, rows, c.micro_batch_tokens)
+        batches = micro_batches(rollout, rows, run.micro_batch_tokens)
         token_count = int(reduce({"tokens": int(rollout.response_length[rows].sum())})["tokens"])
         passes = int(reduce({"passes": len(batches)}, dist.ReduceOp.MAX)["passes"])
         for index in range(passes):
@@ -597,12 +610,12 @@ def learn(run, rollout, advantage, update, updates):
                 loss, mb_sums, mb_gap_max = micro_batch_loss(run, mb, mb.mask() & real, advantage, token_count)
                 (loss * dist.get_world_size()).backward()  # DDP averages over ranks, but each loss is a share of one sum
             sums.update({name: value for name, value in mb_sums.items() if on_policy or not name.startswith("gap")})
-            gap_max = max(gap_max, mb_gap_max if on_policy else 0.0)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip)
-        if norm.isfinite():
+            gap_max = torch.maximum(gap_max, mb_gap_max) if on_policy else gap_max
+        (norm,) = read(torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip))
+        if math.isfinite(norm):
             run.optimizer.param_groups[0]["lr"] = learning_rate(c, update + number, updates)
             run.optimizer.step()
-            norms.append(norm.item())
+            norms.append(norm)
             on_policy = False
         run.optimizer.zero_grad()
     if run.sampler is not run.policy:
@@ -624,16 +637,22 @@ def micro_batch_loss(run, mb, mask, advantage, token_count):
     options = dict(clip=c.clip, ref_logprob=ref_logprob, kl=c.kl, token_count=token_count)
     loss, sums = grpo_loss(logprob, old_logprob, mb_advantage, mask, **options)
     gap = torch.where(mask, logprob.detach() - old_logprob, 0.0).abs()
-    tokens = mask.sum().item()
-    sums.update(tokens=tokens, entropy=entropy.detach()[mask].sum().item(), gap=gap.sum().item(), gap_tokens=tokens)
-    return loss, sums, gap.max().item()
+    tokens = mask.sum()
+    sums.update(tokens=tokens, entropy=torch.where(mask, entropy.detach(), 0.0).sum(), gap=gap.sum(), gap_tokens=tokens)
+    return loss, sums, gap.max()
+
+
+def read(*numbers):
+    """Device numbers as floats. Nowhere else does learning wait for a GPU: once an update, and once a step."""
+    return torch.stack([number.double() for number in numbers]).tolist()
 
 
 def learning_metrics(run, sums, gap_max, norms):
     """Sums over this rank's tokens -> means over all ranks' tokens. Empty if no mini-batch had anything to learn."""
     if not sums:
         return {}
-    sums = reduce(sums)
+    gap_max, *values = read(gap_max, *sums.values())
+    sums = reduce(dict(zip(sums, values, strict=True)))
     tokens, gap, gap_tokens = sums.pop("tokens"), sums.pop("gap"), sums.pop("gap_tokens")
     metrics = {name: value / tokens for name, value in sums.items()}  # entropy, clip_fraction, kl_old_new, kl
     metrics.update(logprob_gap=gap / gap_tokens, logprob_gap_max=reduce({"max": gap_max}, dist.ReduceOp.MAX)["max"])
@@ -687,10 +706,13 @@ def updates_of(c, question_count):
 # evaluation
 
 
-def evaluate(run, step, samples=None, temperature=None, top_p=None):
-    """Sample every evaluation question and grade it, by default as the flags say: on rank 0 (metrics, a record a question)."""
+def evaluate(run, step, sampling=None):
+    """Sample every evaluation question and grade it: on rank 0 (metrics, a record a question).
+
+    sampling: (samples a question, temperature, top-p), by default what the flags say.
+    """
     c = run.config
-    samples, temperature, top_p = (samples, temperature, top_p) if samples else (c.eval_samples, c.eval_temperature, c.eval_top_p)
+    samples, temperature, top_p = sampling or (c.eval_samples, c.eval_temperature, c.eval_top_p)
     how = dict(stream="eval", step=step, temperature=temperature, top_p=top_p)
     _, groups = sample_responses(run, run.eval_set, run.eval_prompts, samples, **how)
     if not is_main():
@@ -705,7 +727,7 @@ def evaluate_fully(run, step):
     metrics, records = evaluate(run, step)
     for name, samples, temperature, top_p in (("greedy", 1, 0.0, 1.0), ("pass@1 at 0.6/0.95", 16, 0.6, 0.95)):
         if (temperature, top_p) != (c.eval_temperature, c.eval_top_p):
-            other, _ = evaluate(run, step, samples, temperature, top_p)
+            other, _ = evaluate(run, step, (samples, temperature, top_p))
             metrics.update({name: other["pass@1"], f"{name}_se": other["pass@1_se"]} if "pass@1" in other else {})
     return metrics, records
 
