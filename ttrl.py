@@ -458,7 +458,8 @@ def plan(c, model_config, device, longest, question_count):
     # of the learner: a token's activations, some 16 widths and 5 MLP widths a layer; with checkpointing a width, and one layer
     layer = 4 * (16 * model_config.hidden_size + 5 * model_config.intermediate_size)
     active = model_config.layers * 4 * model_config.hidden_size + layer if c.checkpointing else model_config.layers * layer
-    micro_batch_tokens = c.micro_batch_tokens or min(32768, max(longest, available // 4 // active))
+    largest = 32768 if cuda else 1024  # a CPU is at full speed with a thousand tokens; more would only take memory
+    micro_batch_tokens = c.micro_batch_tokens or max(longest, min(largest, available // 4 // active))
     steps = c.epochs * math.ceil(question_count / c.questions_per_step)
     say(
         f"model    {c.model}: {parameters / 1e6:.1f} M parameters, {fixed / 1e9:.2f} GB for {what}",

@@ -197,6 +197,17 @@ def test_a_stopped_run_goes_on_bitwise_without_any_of_its_leftovers(finished, fe
     assert same_weights(finished[0], out) and [line["step"] for line in lines_of(out / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
+def test_another_number_of_ranks_goes_on(finished, few_questions, tmp_path):
+    """What memory allows a rank is no flag: two ranks take up the run of one, say so, and agree with it to rounding."""
+    out = tmp_path / "run"
+    arguments = ["--data", few_questions, "--out", out, *SMALL]
+    program(*arguments, "--max-minutes", "0.001")
+    printed = program(*arguments, ranks=2).stdout
+    assert "resume   from step 1" in printed and "ranks was 1 and is 2: the run goes on, but not bitwise the same" in printed
+    one, two = weights(finished[0]), weights(out)
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 0.01 * moved(out)
+
+
 def test_other_flags_are_not_resumed(finished, few_questions):
     out, _ = finished
     error = program("--data", few_questions, "--out", out, *SMALL, "--lr", "1e-4", code=2).stderr
