@@ -26,6 +26,11 @@ from transformers import AutoConfig
 
 from kernels.logprob import linear_logprob
 
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:  # an optional package, of CUDA only
+    flash_attn_varlen_func = None
+
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "ministral")  # of config.json's model_type
 ROPE_TYPES = {  # rope_type: the fields that it cannot do without
     "default": (),
@@ -255,9 +260,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, attend):
-        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, self.shape)), cos, sin)  # [T, H, E]
-        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, self.shape)), cos, sin)  # [T, K, E]
         v = self.v_proj(x).unflatten(-1, self.shape)  # [T, K, E]
+        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, self.shape)), cos, sin).to(v.dtype)  # [T, H, E]
+        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, self.shape)), cos, sin).to(v.dtype)  # fp32 again under autocast
         return self.o_proj(attend(q, k, v).flatten(-2))  # [T, H, E] -> [T, D]
 
 
@@ -393,26 +398,50 @@ def numbered(filled, start=0):
     return index
 
 
+def flash_takes(call, dtype, head_dim):
+    """Is this function of flash-attn there (not None), and would it take such numbers?"""
+    return call is not None and dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
+
+
 class Segments:
-    """A padded view of some flat tokens for attention: query [G, Tq] and key [G, Tk] hold flat indices.
+    """Some rows of the flat tokens for attention: query [G, Tq] and key [G, Tk] hold flat indices, right-padded.
 
     The first query of row g stands at key number start[g]; query j sees the keys up to number start[g] + j (fewer
-    under a sliding window). Padding lies behind the real keys, so the causal mask is all the mask there is.
+    under a sliding window). Padding lies behind the real keys, so the causal mask is all the mask there is. flash-attn
+    takes the same rows without padding, one after another; it lines the last query up with the last key.
     """
 
-    def __init__(self, query, filled, key, start, windows):
+    def __init__(self, query, filled, key, start):
         self.query, self.key = query, key
         self.real = filled.flatten().nonzero()[:, 0]  # where the real queries are, in reading order
-        start = start[:1] if bool((start == start[0]).all()) else start  # one mask for all rows where it is the same
-        query_at = start[:, None, None, None] + torch.arange(query.shape[1])[:, None]  # [G or 1, 1, Tq, 1]
-        key_at = torch.arange(key.shape[1])  # [Tk]
-        causal = key_at <= query_at  # [G or 1, 1, Tq, Tk]
-        self.masks = {w: causal if w is None else causal & (key_at > query_at - w) for w in set(windows)}
+        queries = filled.sum(1)
+        key_filled = torch.arange(key.shape[1]) < (start + queries)[:, None]
+        self.flat_query, self.flat_key = query[filled], key[key_filled]
+        self.ends = [F.pad(lengths.cumsum(0), (1, 0)).int() for lengths in (queries, key_filled.sum(1))]  # [G+1] each
+        self.start = start[:1] if bool((start == start[0]).all()) else start  # one mask for all rows where it is the same
+        self.masks = {}
+
+    def mask(self, window):
+        """Which keys a query sees, [G or 1, 1, Tq, Tk] of bool; made when a layer first asks for it."""
+        if window not in self.masks:
+            device = self.query.device
+            query_at = self.start[:, None, None, None] + torch.arange(self.query.shape[1], device=device)[:, None]
+            key_at = torch.arange(self.key.shape[1], device=device)
+            causal = key_at <= query_at
+            self.masks[window] = causal if window is None else causal & (key_at > query_at - window)
+        return self.masks[window]
 
     def attend(self, window, q, k, v):
         """q [T, H, E], k and v [T, K, E] -> [the real queries in reading order, H, E]."""
+        if flash_takes(flash_attn_varlen_func, q.dtype, q.shape[-1]):
+            q, k, v = take(q, self.flat_query), take(k, self.flat_key), take(v, self.flat_key)
+            window_size = (-1, -1) if window is None else (window - 1, 0)
+            lengths = (*self.ends, self.query.shape[1], self.key.shape[1])
+            return flash_attn_varlen_func(q, k, v, *lengths, causal=True, window_size=window_size)
         q, k, v = (take(x, index).transpose(1, 2) for x, index in ((q, self.query), (k, self.key), (v, self.key)))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[window], enable_gqa=True)  # [G, H, Tq, E]
+        if q.is_cuda:  # with a mask and shared heads torch has no fused kernel there
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(window), enable_gqa=not q.is_cuda)  # [G, H, Tq, E]
         return take(out.transpose(1, 2).flatten(0, 1), self.real)
 
 
@@ -441,7 +470,7 @@ class Pack:
         """Rows of their own, tokens [B, T] right-padded: prefill, and plain logits."""
         filled = ragged(lengths)
         index = numbered(filled)
-        segments = [Segments(index, filled, index, torch.zeros_like(lengths), windows)]
+        segments = [Segments(index, filled, index, torch.zeros_like(lengths))]
         return cls(windows, tokens[filled], torch.arange(filled.shape[1]).expand(filled.shape)[filled], segments)
 
     @classmethod
@@ -462,7 +491,7 @@ class Pack:
             windows,
             torch.cat((prompts.tokens, target[:, : inputs.shape[1]][inputs])),
             torch.cat((prompts.positions, at[:, : inputs.shape[1]][inputs])),
-            prompts.segments + ([Segments(input_at, inputs, key, rows.prompt_length, windows)] if inputs.any() else []),
+            prompts.segments + ([Segments(input_at, inputs, key, rows.prompt_length)] if inputs.any() else []),
             target[response],
             predictor[response],
             response.shape,
@@ -479,7 +508,7 @@ class Pack:
                 if isinstance(value, torch.Tensor):
                     setattr(holder, name, value.to(device))
         for segment in self.segments:
-            segment.masks = {window: mask.to(device) for window, mask in segment.masks.items()}
+            segment.ends = [end.to(device) for end in segment.ends]
         return self
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.sampler import draw, fold
-from model import Pack, ragged
+from model import Pack, flash_takes, ragged
 
 try:
     from flash_attn import flash_attn_with_kvcache
@@ -83,7 +83,7 @@ class KVCache:
 
     def __init__(self, model, slots, capacity):
         config, like = model.config, model.embed_tokens.weight
-        self.flash = flash_attn_with_kvcache is not None and like.dtype in (torch.float16, torch.bfloat16)
+        self.flash = flash_takes(flash_attn_with_kvcache, like.dtype, config.head_dim)
         self.windows, self.capacity = config.windows, capacity
         inner = (capacity, config.kv_heads) if self.flash else (config.kv_heads, capacity)
         # zeros, not empty: what is not yet filled is masked out, but 0 x NaN would not be 0

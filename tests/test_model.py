@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import model as module
-from model import Pack, Segments, Transformer, check_vocabulary, hf_name, read_config, resolve, rope_frequencies
+from model import Pack, Segments, Transformer, check_vocabulary, flash_takes, hf_name, read_config, resolve, rope_frequencies
 from rollout import KVCache, Rollout, decode, prefill
 
 TOLERANCE, NOTICED = 1e-4, 1e-3  # a correct model differs by less than the first, a wrong one by more than the second
@@ -456,7 +456,7 @@ def test_learner_notices_a_prompt_without_gradient(monkeypatch):
     attend = Segments.attend
 
     def detached(self, window, q, k, v):
-        if len(self.masks[window]) > 1:  # the responses' segment: rows start at different places
+        if len(self.mask(window)) > 1:  # the responses' segment: rows start at different places
             k, v = (torch.cat((x[:14].detach(), x[14:])) for x in (k, v))
         return attend(self, window, q, k, v)
 
@@ -464,6 +464,46 @@ def test_learner_notices_a_prompt_without_gradient(monkeypatch):
     ours, reference = both(FIXED)
     outputs, grads = learner_difference(ours, reference, make_rollout(FIXED, *SHAPE, 0), 1.0, False)
     assert outputs < TOLERANCE and grads > 10 * NOTICED
+
+
+def varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+                     causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+                     return_attn_probs=False, block_table=None):  # fmt: skip
+    """flash_attn 2.8.3's flash_attn_varlen_func, signature and checks, in plain torch and in any precision."""
+    assert causal and not (dropout_p or softmax_scale or softcap or alibi_slopes or return_attn_probs or block_table)
+    assert q.shape[1] % k.shape[1] == 0 and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    assert q_ends[0] == k_ends[0] == 0 and q_ends[-1] == len(q) and k_ends[-1] == len(k) == len(v)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    rows = []
+    for q_from, q_to, k_from, k_to in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
+        queries, keys = q_to - q_from, k_to - k_from
+        assert queries <= max_seqlen_q and keys <= max_seqlen_k
+        behind = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)  # lined up at the bottom right
+        seen = (behind >= 0) & ((behind <= window_size[0]) | (window_size[0] < 0))
+        scores = torch.einsum("qhe,khe->hqk", q[q_from:q_to], k[k_from:k_to]) / q.shape[-1] ** 0.5
+        probability = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        rows.append(torch.einsum("hqk,khe->qhe", probability, v[k_from:k_to]))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_learner_with_flash_attn_equals_transformers(monkeypatch, window):
+    """The call that a GPU makes without padding, against a reference of its signature: outputs and gradients."""
+    calls = []
+    monkeypatch.setattr("model.flash_attn_varlen_func", lambda *a, **k: calls.append(1) or varlen_reference(*a, **k))
+    monkeypatch.setattr("model.flash_takes", lambda call, dtype, head_dim: call is not None)  # fp32 too
+    check_learner(FIXED | ({"model_type": "mistral", "sliding_window": window} if window else {}), SHAPE, 1.0, False, seed=0)
+    assert calls
+
+
+def test_flash_attn_is_called_only_with_what_it_takes():
+    half = torch.bfloat16
+    takes = [(half, 64), (torch.float16, 256)]
+    refuses = [(torch.float32, 64), (half, 20), (half, 264)]
+    assert all(flash_takes(len, *case) for case in takes) and not any(flash_takes(len, *case) for case in refuses)
+    assert not flash_takes(None, half, 64)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
