@@ -221,10 +221,16 @@ def yarn_frequencies(frequency, rope, width):
     return frequency * (1 - stretch + stretch / factor), magnitude() if scale is None else scale
 
 
+def rotation(positions, frequency, scale, dtype):
+    """cos and sin of each pair's angle, [T, 1, E] both: a pair is a place of the first half and the same of the second."""
+    angle = positions[:, None, None].float() * frequency  # [T, 1, E/2]
+    cos, sin = (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
 def rotate(x, cos, sin):
-    """Turn each head's (first half, second half) pairs: x [T, H, E], cos and sin [T, 1, E/2]."""
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    """Turn each head's pairs (a, b) into (a cos - b sin, b cos + a sin): x [T, H, E]."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)  # the roll puts b where a was, and a where b was
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -346,8 +352,7 @@ class Transformer(nn.Module):
     def hidden(self, tokens, positions, attend):
         """Hidden states before the head: tokens [T], positions [T] -> [T, D]. `attend(layer, q, k, v)` attends."""
         x = self.embed_tokens(tokens)  # [T, D]
-        angle = positions[:, None, None].float() * self.rope_frequency  # [T, 1, E/2]
-        cos, sin = (angle.cos() * self.rope_scale).to(x.dtype), (angle.sin() * self.rope_scale).to(x.dtype)
+        cos, sin = rotation(positions, self.rope_frequency, self.rope_scale, x.dtype)
         for index, layer in enumerate(self.layers):
 
             def attend_here(q, k, v, index=index):
@@ -362,6 +367,7 @@ class Transformer(nn.Module):
     def logits(self, tokens):
         """Plain next-token logits, [B, T] -> [B, T, V]: for tests and exercises, training never builds them."""
         pack = Pack.prompts(tokens, torch.full((len(tokens),), tokens.shape[1]), self.config.windows)
+        pack = pack.to(self.rope_frequency.device)
         return self.lm_head(self.hidden(pack.tokens, pack.positions, pack.attend)).unflatten(0, tokens.shape)
 
     def forward(self, rows, temperature=1.0):
@@ -506,9 +512,9 @@ class Pack:
         for holder in (self, *self.segments):
             for name, value in vars(holder).items():
                 if isinstance(value, torch.Tensor):
-                    setattr(holder, name, value.to(device))
+                    setattr(holder, name, value.to(device, non_blocking=True))  # does not wait for what the GPU still does
         for segment in self.segments:
-            segment.ends = [end.to(device) for end in segment.ends]
+            segment.ends = [end.to(device, non_blocking=True) for end in segment.ends]
         return self
 
 
