@@ -168,13 +168,15 @@ if triton is not None:
         x = tl.load(logits + row * stride + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
         x = x * inverse_temperature - top
         place, _ = first_above(tl.exp(x), left, index)
-        place = tl.minimum(place, vocabulary - 1 - block * TILE)  # logits with a NaN: still a token of the vocabulary
         tl.store(token + row, (block * TILE + place).to(tl.int64))
         tl.store(logprob + row, tl.sum(tl.where(index == place, x, 0.0), 0) - tl.log(total))
 
     @triton.jit
     def first_above(mass, target, index):
-        """pick: the first place of positive mass where the running sum exceeds the target, else the last of positive mass."""
+        """pick: the first place of positive mass where the running sum exceeds the target, else the last of positive mass.
+
+        Where the mass is NaN it is place 0, so even then the token is one of the vocabulary.
+        """
         cdf = tl.cumsum(mass, 0)
         last = tl.max(tl.where(mass > 0, index, 0), 0)
         place = tl.min(tl.where((cdf > target) & (mass > 0), index, last), 0)

@@ -1,7 +1,10 @@
 """linear_logprob against the plain formula in float64, gradients included."""
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import logprob as module
 from kernels.logprob import linear_logprob
@@ -19,11 +22,11 @@ def inputs(tokens, width, vocabulary, seed=0):
     return hidden, weight, torch.randint(vocabulary, (tokens,), generator=generator)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 1 << 30])
+@pytest.mark.parametrize("tile", [(16, 10), (1 << 20, 1 << 20)])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("tokens, width, vocabulary", [(1, 8, 11), (37, 24, 101), (64, 16, 1000), (33, 7, 3)])
-def test_values_and_gradients(monkeypatch, tokens, width, vocabulary, temperature, chunk_bytes):
-    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)  # 1: chunks of 16 tokens
+def test_values_and_gradients(monkeypatch, tokens, width, vocabulary, temperature, tile):
+    monkeypatch.setattr(module, "TILE", {"cpu": tile})
     hidden, weight, targets = inputs(tokens, width, vocabulary)
     grads = torch.randn(2, tokens, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     results = []
@@ -64,25 +67,70 @@ def test_far_logits_stay_finite():
     assert logprob.isfinite().all() and entropy.isfinite().all() and (entropy > -1e-3).all()
 
 
-def test_logits_of_all_tokens_never_exist():
-    """Counts the elements of every tensor made on the way: with small chunks none is as large as [T, V]."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_is_no_worse_than_the_plain_formula(dtype):
+    """float64 on inputs that dtype holds exactly is the truth; a gradient comes in the dtype of what it is the gradient of."""
+    hidden, weight, targets = inputs(40, 24, 200)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    results = []
+    for function, precision in ((plain, torch.float64), (plain, dtype), (linear_logprob, dtype)):
+        h, w = (x.to(precision, copy=True).requires_grad_() for x in (hidden, weight))
+        logprob, entropy = function(h, w, targets, 0.7)
+        (logprob.sum() + 0.1 * entropy.sum()).backward()
+        assert h.grad.dtype == w.grad.dtype == precision
+        results.append([x.detach().double() for x in (logprob, entropy, h.grad, w.grad)])
+    for exact, eager, got in zip(*results, strict=True):
+        assert (got - exact).abs().max() <= (eager - exact).abs().max() * 1.1
 
-    class Largest(TorchDispatchMode):
-        seen = 0
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                self.seen = max(self.seen, out.numel())
-            return out
+@pytest.mark.parametrize("forward, backward", [(True, True), (True, False), (False, True)])
+def test_autocast_reaches_the_hidden_states_and_nothing_else(forward, backward):
+    """A forward pass in its reach: as if the hidden states had been bf16. A backward pass in its reach: no change."""
+    hidden, weight, targets = (x.float() if x.is_floating_point() else x for x in inputs(20, 8, 50))
+    results = []
+    for autocast in (False, True):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast and forward):
+            logprob, entropy = linear_logprob(h.bfloat16() if forward and not autocast else h, w, targets, 0.7)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast and backward):
+            (logprob.sum() + entropy.sum()).backward()
+        assert h.grad.dtype == w.grad.dtype == torch.float32
+        results.append((logprob.detach(), entropy.detach(), h.grad, w.grad))
+    for expected, got in zip(*results, strict=True):
+        assert torch.equal(expected, got)
 
-    hidden, weight, targets = (x.float() if x.is_floating_point() else x for x in inputs(512, 8, 400))
-    h, w = hidden.requires_grad_(), weight.requires_grad_()
-    module_chunk, module.CHUNK_BYTES = module.CHUNK_BYTES, 32 * 400 * 4
-    try:
-        with Largest() as largest:
+
+class LiveBytes(TorchDispatchMode):
+    """The peak of the bytes held by the tensors that operators return while this is active, each storage counted once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.seen = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        storage = out.untyped_storage() if isinstance(out, torch.Tensor) else None
+        if storage is not None and storage not in self.seen:
+            self.seen.add(storage)
+            weakref.finalize(storage, self.free, storage.nbytes())
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+        return out
+
+    def free(self, size):
+        self.live -= size
+
+
+def test_only_a_tile_of_the_logits_exists_and_one_gradient_beside_the_sum(monkeypatch):
+    """Three micro-batches: at the peak there are the summed gradient, one more of that size, and a few tiles."""
+    monkeypatch.setattr(module, "TILE", {"cpu": (32, 100)})
+    hidden, weight, targets = (x.float() if x.is_floating_point() else x for x in inputs(512, 32, 1000))
+    w = weight.requires_grad_()
+    with LiveBytes() as memory:
+        for _ in range(3):
+            h = hidden.clone().requires_grad_()
             linear_logprob(h, w, targets)[0].sum().backward()
-    finally:
-        module.CHUNK_BYTES = module_chunk
-    assert largest.seen <= 32 * 400
+            del h
+    of_weight, of_hidden, tile, per_token = 4 * 32 * 1000, 4 * 32 * 512, 4 * 32 * 100, 4 * 512
+    assert 2 * of_weight < memory.peak < 2 * of_weight + 3 * of_hidden + 4 * tile + (4 * 10 + 20) * per_token
+    assert memory.peak < 4 * 512 * 1000  # one matrix of all logits

@@ -1,0 +1,96 @@
+"""Run by test_kernels.py: the kernels compiled ahead of time for GPUs that are not there, and what the machine code uses.
+
+On A100 (sm_80), H100 (sm_90) and B200 (sm_100) nothing may spill, shared memory must fit (only a launch would refuse it)
+and the products must run on tensor cores. For AMD's MI300 (gfx942) the kernels have to compile.
+"""
+
+import re
+import subprocess
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from kernels import logprob, sampler
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block, CUDA C++ Programming Guide, table 24
+TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma", 100: "tcgen05.mma"}
+TARGETS = [*SHARED_LIMIT, "gfx942"]
+SCALARS = {"temperature": "fp32"}  # by the end of the name; any other scalar is an i32
+
+
+def compiled(kernel, target, pointers, constants, aligned, **options):
+    """Compile a kernel as a launch would: pointers name -> dtype; `aligned` are the scalars that divide by 16."""
+    names = [parameter.name for parameter in kernel.params]
+    scalar = {name: next((t for end, t in SCALARS.items() if name.endswith(end)), "i32") for name in names}
+    types = {n: "constexpr" if n in constants else f"*{pointers[n]}" if n in pointers else scalar[n] for n in names}
+    hints = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *aligned)}
+    source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, hints)
+    gpu = GPUTarget("hip", target, 64) if target == "gfx942" else GPUTarget("cuda", target, 32)
+    return triton.compile(source, target=gpu, options=options)
+
+
+def resources(machine, arch, tmp_path):
+    """(registers, bytes spilled) by ptxas, called as triton/backends/nvidia/compiler.py does: the same cubin comes out."""
+    gpu = re.search(r"^\.target\s+(sm_\w+)", machine.asm["ptx"], re.M).group(1)
+    ptx, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
+    ptx.write_text(machine.asm["ptx"])
+    command = [get_ptxas(arch).path, "-lineinfo", "-v", "--regAllocOptLevel=2", f"--gpu-name={gpu}", ptx, "-o", cubin]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert cubin.read_bytes() == machine.asm["cubin"]
+    stores, loads = (int(re.search(rf"(\d+) bytes spill {kind}", said).group(1)) for kind in ("stores", "loads"))
+    return int(re.search(r"Used (\d+) registers", said).group(1)), stores + loads
+
+
+def assert_offsets_of_64_bits(machine):
+    """V x D passes 2^31: what is added to a pointer argument itself (later steps stay inside a row) must be an i64."""
+    code = machine.asm["ttir"]
+    arguments = set(re.findall(r"(%\w+): !tt.ptr", code))
+    arguments |= {name for name, of in re.findall(r"(%\w+) = tt.splat (%\w+) : !tt.ptr", code) if of in arguments}
+    offsets = re.findall(r"tt.addptr (%\w+), %\w+ : \S+, (\S+)", code)
+    first = [kind for base, kind in offsets if base in arguments]
+    assert first and all(re.search(r"\bi64|xi64>", kind) for kind in first), offsets
+
+
+def check(kernel, target, pointers, constants, aligned, tmp_path, tensor_core=False, **options):
+    machine = compiled(kernel, target, pointers, constants, aligned, **options)
+    assert_offsets_of_64_bits(machine)
+    if target == "gfx942":
+        return
+    registers, spilled = resources(machine, target, tmp_path)
+    kinds = ", ".join(sorted({kind for kind in pointers.values() if kind != "i64"}))
+    print(f"sm_{target:<4}{kernel.__name__:<28}{kinds:<12}{registers:>4} registers{spilled:>4} bytes spilled"
+          f"{machine.metadata.shared:>8} bytes shared")  # fmt: skip
+    assert spilled == 0 and machine.metadata.shared <= SHARED_LIMIT[target]
+    if tensor_core:
+        assert TENSOR_CORE[target] in machine.asm["ptx"]
+
+
+@pytest.mark.parametrize("dtype, precision", [("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")])
+@pytest.mark.parametrize("target", TARGETS)
+def test_forward(target, dtype, precision, tmp_path):
+    (BT, BV, BD), warps = logprob.FORWARD[4 if dtype == "fp32" else 2]
+    pointers = {"hidden": dtype, "weight": dtype, "targets": "i64", "out": "fp32"}
+    constants = {"PRECISION": precision, "BT": BT, "BV": BV, "BD": BD}
+    tensor_core = (dtype, precision) != ("fp32", "ieee")  # exact fp32 products are for the ordinary cores
+    check(logprob.partials_kernel, target, pointers, constants, ["width", "size"], tmp_path, tensor_core, num_warps=warps)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_gradient_of_logits(target, dtype, tmp_path):
+    per_token = dict.fromkeys(("top", "lse", "entropy", "grad_logprob", "grad_entropy"), "fp32")
+    pointers = {"z": "fp32", "out": dtype, "targets": "i64", **per_token}
+    constants = {"COLUMNS": logprob.COLUMNS}
+    check(logprob.logits_to_gradient_kernel, target, pointers, constants, ["z_stride", "out_stride"], tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sampler(target, tmp_path):
+    """BLOCKS for a vocabulary of 256k; with key and position in int64."""
+    pointers = {"logits": "bf16", "peak": "fp32", "mass": "fp32"}
+    check(sampler.block_mass, target, pointers, {"TILE": sampler.TILE}, ["stride"], tmp_path)
+    pointers |= {"key": "i64", "position": "i64", "token": "i64", "logprob": "fp32"}
+    check(sampler.block_draw, target, pointers, {"TILE": sampler.TILE, "BLOCKS": 256}, ["stride"], tmp_path)
