@@ -1,5 +1,5 @@
 # Sourced by train.sh and tests/run.sh: leaves in $PYTHON an interpreter that has all of pyproject.toml.
-# An active virtual environment with torch 2.6 or newer (a GPU box) is used as it is, only what it lacks is added;
+# An active virtual environment with torch 2.8 or newer (a GPU box) is used as it is, only what it lacks is added;
 # otherwise .venv is made, with the versions of constraints.txt. A second start finds its stamp and installs nothing.
 # $1: an extra of pyproject.toml, such as test; may be empty.
 
@@ -8,7 +8,7 @@ pip_install() { "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@
 
 if [ -n "${VIRTUAL_ENV:-}" ] && "$VIRTUAL_ENV/bin/python" - <<'PY' 2>/dev/null
 import sys, torch
-sys.exit(tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 6))
+sys.exit(tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 8))
 PY
 then
     PYTHON=$VIRTUAL_ENV/bin/python

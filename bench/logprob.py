@@ -9,10 +9,11 @@ chunked   linear_logprob in torch
 fused     linear_logprob with its Triton kernels (on a GPU)
 
 Every measurement is a process of its own, and the variants take turns, so that a busy machine slows all of them. The first
-step gives the memory, the second the time; of the rounds the least is shown, the one least disturbed. Peak is the most
-memory held above what was there before the step (the inputs), with the gradients that the step returns; above is the peak
-without these. On a GPU it comes from torch's allocator; on a CPU it is the high-water mark of the resident set, which Linux
-resets on request, so that whatever the libraries allocate is in it. At the end a table, and one line of JSON.
+step gives the memory, the second the time; of the rounds the least is shown, the one least disturbed; beside the time on the
+clock there is the processor's, which leaves out waiting for other programs. Peak is the most memory held above what was
+there before the step (the inputs), with the gradients that the step returns; above is the peak without these. On a GPU it
+comes from torch's allocator; on a CPU it is the high-water mark of the resident set, which Linux resets on request, so that
+whatever the libraries allocate is in it. At the end a table, and one line of JSON.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def peak(device):
 
 
 def measure(variant, args):
-    """One process's work: {peak, above} in bytes, {forward, backward, both} in seconds."""
+    """One process's work: {peak, above} in bytes, {forward, backward, both, processor} in seconds."""
     torch.set_num_threads(args.threads)
     device = args.device
     if variant == "chunked":
@@ -86,13 +87,13 @@ def measure(variant, args):
 
     def step(hidden, weight, targets):
         synchronize(device)
-        began = time.perf_counter()
+        began, of_processor = time.perf_counter(), time.process_time()
         logp, _ = VARIANTS[variant](hidden, weight, targets)
         synchronize(device)
         between = time.perf_counter()
         logp.sum().backward()
         synchronize(device)
-        return between - began, time.perf_counter() - between
+        return between - began, time.perf_counter() - between, time.process_time() - of_processor
 
     step(*(x[:64].clone().requires_grad_() for x in (hidden, weight)), targets[:64] % 64)  # load the libraries
     hidden.requires_grad_(), weight.requires_grad_()
@@ -102,8 +103,9 @@ def measure(variant, args):
     highest = peak(device) - before
     gradients = hidden.grad.nbytes + weight.grad.nbytes
     hidden.grad = weight.grad = None
-    forward, backward = step(hidden, weight, targets)
-    return {"peak": highest, "above": highest - gradients, "forward": forward, "backward": backward, "both": forward + backward}
+    forward, backward, processor = step(hidden, weight, targets)
+    return {"peak": highest, "above": highest - gradients, "forward": forward, "backward": backward,
+            "both": forward + backward, "processor": processor}  # fmt: skip
 
 
 def least(rows):
@@ -112,11 +114,13 @@ def least(rows):
 
 def table(results):
     base = results["naive"]
-    lines = [f"{'':<9}{'forward s':>10}{'backward s':>12}{'both s':>8}{'/ naive':>9}{'peak MB':>9}{'above MB':>10}{'/ naive':>9}"]
+    heads = ("forward s", "backward s", "both s", "/ naive", "CPU s", "/ naive", "peak MB", "above MB", "/ naive")
+    lines = [" " * 9 + "".join(f"{head:>11}" for head in heads)]
     for name, row in results.items():
-        seconds = f"{row['forward']:>10.3f}{row['backward']:>12.3f}{row['both']:>8.3f}{row['both'] / base['both']:>9.3f}"
-        megabytes = f"{row['peak'] / MB:>9.1f}{row['above'] / MB:>10.1f}{row['above'] / base['above']:>9.4f}"
-        lines.append(f"{name:<9}{seconds}{megabytes}")
+        seconds = [row["forward"], row["backward"], row["both"], row["both"] / base["both"]]
+        seconds += [row["processor"], row["processor"] / base["processor"]]
+        memory = f"{row['peak'] / MB:>11.1f}{row['above'] / MB:>11.1f}{row['above'] / base['above']:>11.4f}"
+        lines.append(f"{name:<9}" + "".join(f"{x:>11.3f}" for x in seconds) + memory)
     return "\n".join(lines)
 
 
