@@ -98,8 +98,8 @@ class KVCache:
 
     def move(self, source, target, span):
         """Copy the first `span` places of the slots `source` [G] over those of `target` [G]."""
-        for cache in (self.k, self.v):
-            cache[:, target, :, :span] = cache[:, source, :, :span]
+        for layer in (*self.k, *self.v):  # one at a time: what is gathered stays small
+            layer[target, :, :span] = layer[source, :, :span]
 
     def open_step(self, place, span):
         """Say where the next token of each of the first B slots goes, place [B] below `span`: it sees what lies up to there."""
@@ -196,6 +196,7 @@ class Engine:
         cuda = device.type == "cuda"
         self.look_every = LOOK_EVERY if cuda else 1  # a CPU has nothing to wait for
         self.graphs = {} if cuda else None  # shape of a step -> its graph
+        self.graph_memory = torch.cuda.graph_pool_handle() if cuda else None
 
     def admit(self, first, prefilled, keys, temperature, top_p):
         """Let rows enter the slots from `first` on and draw their first tokens; prefilled: ((k, v), logits) of each, keys [B]."""
@@ -236,7 +237,7 @@ class Engine:
                 self.graphs[shape] = None
                 self.step(*shape)
                 continue
-            self.graphs[shape] = self.graphs[shape] or capture(lambda: self.step(*shape))
+            self.graphs[shape] = self.graphs[shape] or capture(lambda: self.step(*shape), self.graph_memory)
             self.graphs[shape]()
 
     def rung(self, count, span):
@@ -266,10 +267,13 @@ class Engine:
         self.going[len(order) : count] = False
 
 
-def capture(action):
-    """Capture `action` as a CUDA graph: each call of what is returned launches the same kernels again, in one go."""
+def capture(action, memory):
+    """Capture `action` as a CUDA graph: each call of what is returned launches the same kernels again, in one go.
+
+    Graphs may compute in the same memory: a single one runs at a time, and nobody reads what it leaves there.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog is another thread
+    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):  # NCCL's watchdog is another thread
         action()
     return graph.replay
 

@@ -627,10 +627,10 @@ def learn(run, rollout, advantage, update, updates):
 def micro_batch_loss(run, mb, mask, advantage, token_count):
     """One forward pass: (loss, {name: sum over tokens}, largest gap between sampler and learner). mask [B, R] of mb's tokens."""
     c, device = run.config, next(run.policy.parameters()).device
-    mask = mask.to(device)
-    old_logprob = mb.logprob[:, : mask.shape[1]].to(device)  # [B, R]
+    mask = mask.to(device, non_blocking=True)  # here and below: queued, the GPU may still be busy with the last micro-batch
+    old_logprob = mb.logprob[:, : mask.shape[1]].to(device, non_blocking=True)  # [B, R]
     sample = mb.sample.clamp(max=c.samples - 1)  # a masked row may be any of the N, advantages there are only of the M
-    mb_advantage = advantage[mb.question, sample][:, None].to(device)  # [B, 1]
+    mb_advantage = advantage[mb.question, sample][:, None].to(device, non_blocking=True)  # [B, 1]
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         logprob, entropy = run.learner(mb, c.temperature)
         with torch.no_grad():

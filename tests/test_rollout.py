@@ -89,7 +89,7 @@ def test_a_response_does_not_depend_on_the_batch(random_model):
 class Recording(TorchDispatchMode):
     """A CUDA graph on the CPU: what was called is called again on the same tensors, and writes to the same addresses."""
 
-    def __init__(self, action):
+    def __init__(self, action, memory=None):
         super().__init__()
         self.calls, self.fresh = [], True
         with self:

@@ -1,0 +1,197 @@
+"""Test-only: tensors that claim to be on a GPU and hold no numbers, so that the program's CUDA path runs without a GPU.
+
+torch's FakeTensorMode knows shape, dtype, strides and device of every result, autograd and autocast included, and refuses
+to mix devices. `FakeCuda` adds what it lets pass and a GPU does not forgive: a read that makes the host wait, a copy
+between host and device inside a recorded step, an index that lies on the wrong side. Tensors of the CPU stay real.
+
+Only for a process of its own: `install` swaps torch's CUDA hooks, for good.
+"""
+
+import contextlib
+import ctypes
+import inspect
+import shutil
+import subprocess
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import arg_tree_leaves
+
+# What autograd's engine asks of a CUDA device: that there is one, and which is the current stream.
+SOURCE = r"""
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <new>
+using c10::DeviceIndex;
+using c10::DeviceType;
+
+struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+  c10::Device getDevice() const override { return {DeviceType::CUDA, 0}; }
+  c10::Device exchangeDevice(c10::Device) const override { return getDevice(); }
+  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, getDevice()); }
+  c10::Stream exchangeStream(c10::Stream stream) const noexcept override { return stream; }
+  DeviceIndex deviceCount() const noexcept override { return 1; }
+};
+
+struct Hooks final : at::CUDAHooksInterface {
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  void init() const override {}
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex current_device() const override { return 0; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+  DeviceIndex deviceCount() const override { return 1; }
+  int getNumGPUs() const override { return 1; }
+  long versionRuntimeCuDNN() const override { return 0; }
+};
+static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface), "only the vtable may differ");
+
+extern "C" int install() {
+  auto& slot = c10::impl::device_guard_impl_registry[static_cast<size_t>(DeviceType::CUDA)];
+  if (slot.load() == nullptr || slot.load()->deviceCount() == 0) slot.store(new Guard());
+  auto& hooks = const_cast<at::CUDAHooksInterface&>(at::detail::getCUDAHooks());
+  if (!hooks.hasCUDA()) new (&hooks) Hooks();  // torch made its own at import; ours is rebuilt in the same place
+  return at::detail::getCUDAHooks().hasCUDA();
+}
+"""
+COMPILER = shutil.which("c++") or shutil.which("g++")
+
+
+def install(folder):
+    """Compile the device in `folder` (5 seconds) and put it into this process. Before the first backward pass."""
+    torch_folder = Path(torch.__file__).parent
+    source, library = Path(folder) / "fake_cuda.cpp", Path(folder) / "fake_cuda.so"
+    source.write_text(SOURCE)
+    flags = ["-std=c++20", "-O0", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    where = [f"-I{torch_folder}/include", f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu"]
+    done = subprocess.run([COMPILER, *flags, str(source), "-o", str(library), *where], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ctypes.CDLL(str(library)).install() == 1
+
+
+class Waits(AssertionError):
+    """The host would wait for the device where the program promises not to."""
+
+
+aten = torch.ops.aten
+READS = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.nonzero.default}
+COPIES = {aten._to_copy.default, aten.copy_.default, aten._foreach_copy_.default}
+INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._unsafe_index.Tensor}
+
+
+class FakeCuda(FakeTensorMode):
+    """Operations on the CPU run for real, those that touch "cuda" are checked and give fake results."""
+
+    avoid_device_init = True  # there is none, whatever torch.cuda.is_available says below
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+        self.may_read = self.recording = False
+        self.slow_uploads = 0  # copies to the device that would wait until it has done all that it was told before
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        leaves = arg_tree_leaves(*args, **(kwargs or {}))
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        asks = any(isinstance(x, torch.device) and x.type == "cuda" for x in leaves)
+        if not asks and not any(isinstance(x, FakeTensor) for x in tensors):
+            return func(*args, **(kwargs or {}))
+        self.check(func, args, kwargs or {}, tensors)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def check(self, func, args, kwargs, tensors):
+        sides = {x.device.type for x in tensors}
+        if func in READS:
+            raise Waits(f"{func}: the host reads a number of the device")
+        if func in INDEXING:
+            self.check_indices(*args)
+        elif func in COPIES:
+            target = (kwargs.get("device") or tensors[0].device).type
+            source = tensors[-1].device.type
+            if (target, source) == ("cpu", "cuda") and not self.may_read:
+                raise Waits(f"{func}: copies from the device to the host")
+            if (target, source) == ("cuda", "cpu"):
+                if self.recording:
+                    raise Waits(f"{func}: copies from the host to the device in a step that a CUDA graph records")
+                self.slow_uploads += not (kwargs.get("non_blocking") or True in args[2:])
+        elif self.recording and "cpu" in sides:
+            raise AssertionError(f"{func}: a CPU tensor in a step that a CUDA graph records; its value would stay what it was")
+
+    def check_indices(self, x, indices, values=None, *_):
+        for index in (index for index in indices if index is not None):
+            if index.device.type != x.device.type:
+                raise AssertionError(f"a tensor on {x.device.type} is indexed by one on {index.device.type}")
+            if index.dtype == torch.bool and not (values is not None and values.numel() == 1):
+                raise Waits("indexing by a mask: the host has to know how many places are True")
+
+    @contextlib.contextmanager
+    def reading(self):
+        """Here the program waits for the device, on purpose."""
+        self.may_read = not self.recording
+        try:
+            yield
+        finally:
+            self.may_read = False
+
+    @contextlib.contextmanager
+    def as_recorded(self):
+        """Here a CUDA graph may be recorded: neither reads nor copies between host and device."""
+        before = self.recording, self.may_read
+        self.recording, self.may_read = True, False
+        try:
+            yield
+        finally:
+            self.recording, self.may_read = before
+
+
+@contextlib.contextmanager
+def fake_cuda():
+    """The mode, with torch's own questions about the device answered."""
+    properties = SimpleNamespace(multi_processor_count=108, total_memory=80 * 10**9, major=8, minor=0)
+    with (
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+        mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
+        mock.patch("torch.cuda.is_available", lambda: True),
+        mock.patch("torch.cuda.graph_pool_handle", lambda: None),
+        mock.patch("torch.cuda.max_memory_allocated", lambda *_: 0),
+        mock.patch("torch.cuda.get_device_properties", lambda *_: properties),
+        mock.patch("torch.cuda.get_device_capability", lambda *_: (8, 0)),
+        FakeCuda() as mode,
+    ):
+        yield mode
+
+
+class Kernel:
+    """Stands in for a Triton kernel: checks what a launch is given, and launches nothing."""
+
+    def __init__(self, name, check, arity=None):
+        self.name, self.check, self.arity, self.launches = name, check, arity, 0
+
+    def __getitem__(self, grid):
+        assert all(type(n) is int and n >= 1 for n in grid) and max(grid[1:], default=1) <= 65535, f"{self.name}: grid {grid}"
+
+        def launch(*args, num_warps=4, num_stages=3, **constants):
+            assert self.arity in (None, len(args) + len(constants)), f"{self.name}: {len(args)} + {len(constants)} arguments"
+            for index, x in enumerate(args):
+                if isinstance(x, torch.Tensor):
+                    assert isinstance(x, FakeTensor) and x.is_cuda, f"{self.name}: argument {index} is on {x.device}"
+                else:
+                    assert type(x) in (int, float), f"{self.name}: argument {index} is a {type(x).__name__}"
+            self.check(grid, *args, **constants)
+            self.launches += 1
+
+        return launch
+
+
+def plant(monkeypatch, where, name, old, new):
+    """A planted mistake: change the source of a function of the program, and put the changed one in its place."""
+    function = inspect.getattr_static(where, name)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1, f"{name} does not hold the text to change once: {old}"
+    space = {}
+    exec(source.replace(old, new), function.__globals__, space)
+    monkeypatch.setattr(where, name, space[name])

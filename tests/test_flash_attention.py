@@ -1,0 +1,246 @@
+"""Our calls of flash-attn, run against a CPU reference of the same signature (flash_attention.py), and against SDPA.
+
+The package itself needs a GPU: there tests/test_gpu.py compares it with SDPA. Here is proven that what we hand over is what
+its signature and its checks ask for, and means what SDPA with our own masks means.
+"""
+
+import copy
+import inspect
+
+import flash_attention
+import pytest
+import torch
+from fake_cuda import plant
+
+import model
+import rollout
+from model import ModelConfig, Segments, Transformer, flash_takes
+from rollout import KVCache, decode, generate, prefill
+
+EOS = [1, 2, 3]
+PROMPTS = [[5, 17, 3, 88, 41], [7, 7, 9], [60, 2, 2, 31, 14, 55, 90, 8], [12]]
+
+
+def small_model(dtype=torch.bfloat16, head_dim=16, windows=(None, 4), seed=0):
+    """A transformer with four heads on two of keys, a layer without a sliding window and one with."""
+    config = ModelConfig(vocab_size=101, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2,
+                         head_dim=head_dim, norm_eps=1e-6, max_positions=128, rope={"rope_type": "default", "rope_theta": 1e4},
+                         qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, tied=False, windows=windows)  # fmt: skip
+    torch.manual_seed(seed)
+    whole = Transformer(config)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            noise = torch.randn(parameter.shape)
+            parameter.copy_((0.22 * noise if parameter.dim() > 1 else 1 + 0.3 * noise).to(dtype))
+            parameter.data = parameter.data.to(dtype)
+    return whole
+
+
+def use_flash(monkeypatch, package=flash_attention):
+    """flash-attn is `package`, or None: not installed."""
+    for module, name in ((rollout, "flash_attn_with_kvcache"), (model, "flash_attn_varlen_func")):
+        monkeypatch.setattr(module, name, package and getattr(package, name))
+
+
+@pytest.mark.parametrize("name", flash_attention.SIGNATURES)
+def test_the_reference_has_the_signature_of_the_package(name):
+    assert str(inspect.signature(getattr(flash_attention, name))) == flash_attention.SIGNATURES[name]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# decoding
+
+
+@torch.no_grad()
+def decoded(whole, monkeypatch, package, move=True, steps=6):
+    """Logits of `steps` decoding steps of four rows, and the cache. Before the last two the row of slot 0 ends.
+
+    With `move` the row of slot 3, the longest, then goes into slot 0, as `Engine.keep` does it; without, all rows go on.
+    """
+    use_flash(monkeypatch, package)
+    device = whole.embed_tokens.weight.device
+    cache = KVCache(whole, slots=5, capacity=20)
+    assert cache.flash == (package is not None) and cache.k.shape == (2, 5, 2, 20, 16)
+    prompts = [PROMPTS[row] for row in (0, 1, 3, 2)]
+    for slot, ((k, v), _) in enumerate(prefill(whole, prompts)):
+        cache.admit(slot, k, v)
+    place, stay, out = torch.tensor([len(prompt) for prompt in prompts], device=device), torch.arange(4, device=device), []
+    tokens = torch.randint(101, (steps, 4), generator=torch.Generator().manual_seed(1)).to(device)
+    for step in range(steps):
+        if step == steps - 2:
+            stay = torch.tensor([3, 1, 2], device=device)
+            if move:
+                cache.move(stay[:1], torch.zeros_like(stay[:1]), span=int(place[3]))
+                place, tokens, stay = place[stay], tokens[:, stay], torch.arange(3, device=device)
+        out.append(decode(whole, cache, tokens[step], place, span=int(place.max()) + 1).float()[stay])
+        place = place + 1
+    return torch.cat(out), cache
+
+
+def check_as_good(flash, plain, exact):
+    """flash-attn's results are as near the fp32 ones as SDPA's are, both in the lower precision: means, and largest errors."""
+    flash_error, plain_error = (flash - exact).abs(), (plain - exact).abs()
+    assert flash_error.mean() < 1.3 * plain_error.mean() and flash_error.max() < 2 * plain_error.max()
+
+
+def check_decoding(monkeypatch, dtype=torch.bfloat16, device="cpu", package=flash_attention):
+    """As good logits, and the same cache, by flash-attn as by SDPA."""
+    whole = small_model(dtype).to(device)
+    flash, flash_cache = decoded(whole, monkeypatch, package)
+    plain, plain_cache = decoded(whole, monkeypatch, None, move=False)
+    exact, _ = decoded(copy.deepcopy(whole).float(), monkeypatch, None, move=False)
+    check_as_good(*(logits.log_softmax(-1) for logits in (flash, plain, exact)))
+    for of_flash, of_plain in ((flash_cache.k, plain_cache.k), (flash_cache.v, plain_cache.v)):
+        assert of_flash[0, :3].equal(of_plain[0, [3, 1, 2]])  # of the first layer, whose input no attention has touched
+    assert flash_cache.k[0].transpose(1, 2).is_contiguous()  # as flash-attn wants it in memory
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decoding(monkeypatch, dtype):
+    check_decoding(monkeypatch, dtype)
+
+
+@torch.no_grad()
+def test_one_step_against_float64(monkeypatch):
+    """attend() alone, rows of different lengths: its cache and its result by hand, with a window and without."""
+    use_flash(monkeypatch)
+    whole = small_model()
+    cache = KVCache(whole, slots=4, capacity=12)
+    for x in (cache.k, cache.v):
+        x.copy_(torch.randn(x.shape))
+    q, k, v = torch.randn(3, 4, 16).bfloat16(), torch.randn(3, 2, 16).bfloat16(), torch.randn(3, 2, 16).bfloat16()
+    place = torch.tensor([0, 5, 11])
+    before = cache.k.clone()
+    cache.open_step(place, span=12)
+    for layer, window in enumerate(whole.config.windows):
+        out = cache.attend(layer, q, k, v)
+        for row, at in enumerate(place.tolist()):
+            first = 0 if window is None else max(0, at + 1 - window)
+            assert cache.k[layer, row, :, at].equal(k[row]) and cache.v[layer, row, :, at].equal(v[row])
+            keys, values = (x[layer, row, :, first : at + 1].double() for x in (cache.k, cache.v))  # [K, T, E]
+            for head in range(4):
+                weight = (keys[head // 2] @ q[row, head].double() / 4).softmax(-1)
+                assert (weight @ values[head // 2] - out[row, head]).abs().max() < 0.02
+    changed = (cache.k != before).any(-1).any(2)  # [L, S, T]
+    assert changed.nonzero().tolist() == [[layer, row, at] for layer in (0, 1) for row, at in enumerate(place.tolist())]
+
+
+def check_same_but_for_ties(whole, a, b, tie):
+    """Greedy rollouts part only where the logits of the two tokens nearly tie. Returns the tokens that are the same."""
+    same = 0
+    for row in range(len(a)):
+        for at, (one, other) in enumerate(zip(a.response(row), b.response(row), strict=False)):
+            if one != other:
+                last = whole.logits(a.tokens[row : row + 1, : a.prompt_length[row] + at])[0, -1].float()
+                assert (last[one] - last[other]).abs() < tie, (row, at)
+                break
+            same += 1
+    return same
+
+
+@torch.no_grad()
+def test_generate(monkeypatch):
+    """Whole rollouts through an engine with refills."""
+    whole, both = small_model(), []
+    for package in (flash_attention, None):
+        use_flash(monkeypatch, package)
+        engine = rollout.Engine(whole, 3, 40, max_new_tokens=24, eos_ids=EOS)
+        assert engine.cache.flash == (package is not None)
+        how = dict(max_new_tokens=24, temperature=0.0, eos_ids=EOS, seed=0, stream="eval", step=0, engine=engine)
+        both.append(generate(whole, PROMPTS, [(q, s) for s in range(2) for q in range(4)], **how))
+        same = [both[-1].response(row) == both[-1].response(row + 4) for row in range(4)]
+        assert all(same)  # whichever slot, whichever neighbours
+    assert check_same_but_for_ties(whole, *both, tie=0.15) > 20 and both[0].response_length.unique().numel() > 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# learning
+
+
+def learned(whole, monkeypatch, package, autocast=True):
+    """Log-probabilities of a rollout with shared prompts, and a gradient of their sum, flat."""
+    use_flash(monkeypatch, package)
+    device = whole.embed_tokens.weight.device.type
+    rows = rollout.empty_rollout(PROMPTS, [(q, s) for q in range(4) for s in range(3)], 12)
+    generator = torch.Generator().manual_seed(2)
+    for row in range(12):
+        length = 1 if row == 4 else 1 + row
+        rows.fill(row, torch.randint(4, 101, (length,), generator=generator), torch.zeros(length), EOS)
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        logprob, _ = whole(rows)
+    gradients = torch.autograd.grad(
+        logprob.sum(), [x for n, x in whole.named_parameters() if "0.self_attn" in n and "weight" in n]
+    )
+    return logprob.detach(), torch.cat([x.flatten() for x in gradients])
+
+
+def check_learning(monkeypatch, device="cpu", package=flash_attention):
+    """fp32 weights under autocast, as on a GPU: packed rows by flash-attn and by SDPA, log-probabilities and gradients."""
+    whole = small_model(torch.float32).to(device)
+    results = [learned(whole, monkeypatch, *how) for how in ((package,), (None,), (None, False))]
+    for of_kind in zip(*results, strict=True):
+        check_as_good(*of_kind)
+
+
+def test_learning(monkeypatch):
+    check_learning(monkeypatch)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what flash-attn cannot take, and planted mistakes
+
+
+@pytest.mark.parametrize("dtype, head_dim, takes", [
+    (torch.bfloat16, 64, True), (torch.float16, 256, True), (torch.float32, 64, False), (torch.bfloat16, 20, False),
+    (torch.bfloat16, 264, False),
+])  # fmt: skip
+def test_what_flash_attn_refuses_goes_to_sdpa(monkeypatch, dtype, head_dim, takes):
+    """The reference raises where `flash_takes` says no, and then the model still runs."""
+    assert flash_takes(flash_attention.flash_attn_varlen_func, dtype, head_dim) == takes and not flash_takes(None, dtype, 64)
+    use_flash(monkeypatch)
+    whole = small_model(dtype, head_dim)
+    assert KVCache(whole, 2, 8).flash == takes
+    assert whole.logits(torch.tensor([[5, 6, 7]])).isfinite().all()
+    if not takes:
+        x = torch.zeros(3, 2, head_dim, dtype=dtype)
+        with pytest.raises(AssertionError, match=r"fp16 and bf16|multiple of 8"):
+            flash_attention.check(x, x, x)
+
+
+MISTAKES = {
+    "lengths one too long": (KVCache, "open_step", "place.to(torch.int32)", "(place + 1).to(torch.int32)"),
+    "lengths in int64": (KVCache, "open_step", "place.to(torch.int32)", "place"),
+    "the window one too wide": (KVCache, "attend", "(window - 1, 0)", "(window, 0)"),
+    "no window": (KVCache, "attend", "window_size=window_size", "window_size=(-1, -1)"),
+    "keys and values swapped": (KVCache, "attend", "k[:, None], v[:, None]", "v[:, None], k[:, None]"),
+    "caches swapped": (KVCache, "attend", "q[:, None], keys, values", "q[:, None], values, keys"),
+    "SDPA's layout": (KVCache, "__init__", "(capacity, config.kv_heads) if self.flash else ", ""),
+    "a row copied but for its last place": (KVCache, "move", "layer[target, :, :span] = layer[source, :, :span]",
+                                            "layer[target, :, : span - 1] = layer[source, :, : span - 1]"),
+}  # fmt: skip
+LEARNING_MISTAKES = {
+    "the learner's window one too wide": (Segments, "attend", "(window - 1, 0)", "(window, 0)"),
+    "the learner not causal": (Segments, "attend", "causal=True", "causal=False"),
+    "lengths of keys for those of queries": (
+        Segments,
+        "__init__",
+        "(queries, key_filled.sum(1))",
+        "(key_filled.sum(1), queries)",
+    ),
+    "lengths in int64": (Segments, "__init__", ".int()", ""),
+    "keys without their prompts": (Segments, "__init__", "(start + queries)[:, None]", "queries[:, None]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_in_decoding(monkeypatch, mistake):
+    plant(monkeypatch, *MISTAKES[mistake])
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_decoding(monkeypatch)
+
+
+@pytest.mark.parametrize("mistake", LEARNING_MISTAKES)
+def test_mistake_in_learning(monkeypatch, mistake):
+    plant(monkeypatch, *LEARNING_MISTAKES[mistake])
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_learning(monkeypatch)

@@ -1,0 +1,416 @@
+"""What only a GPU can show: every twin against the other on the same numbers, graphs against plain steps, and speeds.
+
+Run it first on a machine with a GPU; -s shows the speeds:    python -m pytest tests/test_gpu.py -s
+
+Each test takes its device as an argument and also runs on the CPU, on small shapes: there most comparisons are trivial,
+but the comparing code has run.
+"""
+
+import copy
+import inspect
+import time
+
+import flash_attention
+import pytest
+import torch
+from conftest import SMALL, lines_of, program
+from test_flash_attention import check_decoding, check_learning, check_same_but_for_ties, small_model, use_flash
+
+import rollout
+import ttrl
+from kernels import logprob, sampler
+from model import ModelConfig, Transformer
+from rollout import Engine, generate
+
+try:
+    import flash_attn
+except ImportError:
+    flash_attn = None
+
+HAS_GPU = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no CUDA device here: run tests/test_gpu.py where there is one")
+needs_flash = pytest.mark.skipif(not HAS_GPU or flash_attn is None, reason="no CUDA device with the package flash-attn here")
+on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+EOS = [1, 2, 3, 4]
+PROMPTS = [[5, 17, 3, 88, 41], [7, 7, 9], [60, 2, 2, 31, 14, 55, 90, 8], [12]]
+
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(action, device, repeats=10):
+    """The mean of some repeats, after two to warm up."""
+    action(), action()
+    wait(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        action()
+    wait(device)
+    return (time.perf_counter() - began) / repeats
+
+
+def say(capsys, *lines):
+    with capsys.disabled():
+        print("", *lines, sep="\n    ")
+
+
+@pytest.fixture(autouse=True)
+def exact_fp32():
+    """No tf32 in what is compared."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the two kernels and their twins
+
+
+def logprob_inputs(device, tokens, width, vocabulary, dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=generator)
+    weight = torch.randn(vocabulary, width, generator=generator) / width**0.5 * 3
+    targets, grads = torch.randint(vocabulary, (tokens,), generator=generator), torch.randn(2, tokens, generator=generator)
+    return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device), grads.to(device)
+
+
+def plain_logprob(hidden, weight, targets, temperature):
+    logp = (hidden @ weight.T / temperature).log_softmax(-1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def values_and_gradients(function, dtype, hidden, weight, targets, grads, temperature):
+    h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
+    out = function(h, w, targets, temperature)
+    gradients = torch.autograd.grad(out, [h, w], [x.to(out[0].dtype) for x in grads])
+    return [x.detach().double().cpu() for x in (*out, *gradients)]
+
+
+SHAPES = [(1, 8, 11), (37, 24, 101), (200, 128, 3000), (257, 896, 151936)]  # the last is Qwen2.5-0.5B's
+
+
+@on_both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probabilities(device, shape, dtype, temperature, monkeypatch):
+    """Against float64 the kernel errs no more than its twin in torch, forward and backward."""
+    if device == "cpu" and shape[2] > 1000:
+        shape = (3, 8, 1000)
+    hidden, weight, targets, grads = logprob_inputs(device, *shape, dtype)
+    rest = hidden, weight, targets, grads, temperature
+    exact = values_and_gradients(plain_logprob, torch.float64, *rest)
+    kernel = values_and_gradients(logprob.linear_logprob, dtype, *rest)
+    monkeypatch.setattr(logprob, "on_gpu", lambda x: False)
+    twin = values_and_gradients(logprob.linear_logprob, dtype, *rest)
+    for name, a, b, c in zip(("logprob", "entropy", "grad hidden", "grad weight"), exact, kernel, twin, strict=True):
+        scale = a.abs().max().clamp(min=1e-3)
+        kernel_error, twin_error = ((x - a).abs().max() / scale for x in (b, c))
+        assert kernel_error <= 1.5 * twin_error + (2e-3 if dtype != torch.float32 else 1e-5), name
+
+
+@on_both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows, vocabulary", [(1, 5), (64, 1000), (33, 32000), (16, 151936)])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_drawing(device, rows, vocabulary, dtype, temperature):
+    """The kernels draw the tokens of the twin, but where the uniform number lies on an edge of the CDF."""
+    vocabulary = min(vocabulary, 2000) if device == "cpu" else vocabulary
+    logits = 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(1))
+    logits = logits.to(device, dtype)
+    key, position = torch.arange(rows, device=device) * 7919, torch.arange(rows, device=device) % 5
+    u = sampler.uniform(key, position)
+    token, logp = sampler.draw(logits, key, position, temperature)
+    twin, twin_logp = sampler.sample(logits, u, temperature)
+    p = (logits.double() / temperature).softmax(-1)
+    edge = (p.cumsum(-1) - u[:, None]).abs().amin(-1) < 1e-5
+    assert edge.float().mean() < 0.6  # with 152k tokens edges are dense
+    assert token[~edge].equal(twin[~edge])
+    assert (logp.double() - p.gather(1, token[:, None])[:, 0].log()).abs().max() < 1e-4
+    assert (twin_logp.double() - p.gather(1, twin[:, None])[:, 0].log()).abs().max() < 1e-4
+    assert ((p.cumsum(-1).gather(1, token[:, None])[:, 0] - u) > -1e-5).all()  # not before the number ...
+    assert ((p.cumsum(-1) - p).gather(1, token[:, None])[:, 0] - u < 1e-5).all()  # ... nor behind it
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# flash-attn: the package itself
+
+
+@needs_flash
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_flash_attn_is_as_good_as_sdpa(dtype, monkeypatch):
+    """What test_flash_attention.py proves of the CPU reference, of the package."""
+    check_decoding(monkeypatch, dtype, "cuda", flash_attn)
+    check_learning(monkeypatch, "cuda", flash_attn)
+
+
+@needs_flash
+@pytest.mark.parametrize("name", flash_attention.SIGNATURES)
+def test_flash_attn_has_the_signature_that_we_tested_with(name):
+    """Names and defaults of what we pass; a newer version may have more behind them."""
+    theirs = inspect.signature(getattr(flash_attn, name)).parameters
+    for ours in inspect.signature(getattr(flash_attention, name)).parameters.values():
+        if ours.name in theirs:
+            assert theirs[ours.name].default == ours.default, ours.name
+    used = {"q", "k", "v", "causal", "window_size", "cache_seqlens" if "cache" in name else "cu_seqlens_q"}
+    assert used <= theirs.keys()
+
+
+@needs_gpu
+def test_the_learner_attends_by_a_fused_kernel(monkeypatch):
+    """Packed rows with a mask and shared heads: torch's fallback would write out the scores of all heads."""
+    use_flash(monkeypatch, None)
+    whole = small_model(torch.bfloat16).cuda()
+    fused = torch.nn.attention.SDPBackend
+    with torch.nn.attention.sdpa_kernel([fused.FLASH_ATTENTION, fused.EFFICIENT_ATTENTION, fused.CUDNN_ATTENTION]):
+        whole.logits(torch.randint(101, (3, 40))).sum().backward()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the engine
+
+
+def sampled(whole, **changes):
+    options = dict(max_new_tokens=40, eos_ids=EOS, seed=92, stream="train", step=2)
+    return generate(whole, PROMPTS, 16, **{**options, **changes})
+
+
+@on_both
+@pytest.mark.parametrize("flash", [False, pytest.param(True, marks=needs_flash)], ids=["sdpa", "flash"])
+def test_graphs_draw_what_plain_steps_draw(device, flash, monkeypatch):
+    """Replayed graphs against the same steps run one by one, refills and moves included: the same bits."""
+    use_flash(monkeypatch, flash_attn if flash else None)
+    whole = small_model(torch.bfloat16).to(device)
+    replayed = sampled(whole, engine=Engine(whole, 20, 48, 40, EOS))
+    monkeypatch.setattr(rollout, "capture", lambda action, memory: action)
+    stepped = sampled(whole, engine=Engine(whole, 20, 48, 40, EOS))
+    assert replayed.tokens.equal(stepped.tokens) and replayed.logprob.equal(stepped.logprob)
+    assert len(set(replayed.response_length.tolist())) > 5
+
+
+@on_both
+def test_graphs_follow_weights_refreshed_in_place(device):
+    whole, other = (small_model(torch.bfloat16, seed=seed).to(device) for seed in (0, 1))
+    engine = Engine(whole, 20, 48, 40, EOS)
+    before = sampled(whole, engine=engine)
+    whole.copy_from(other)
+    after, fresh = sampled(whole, engine=engine), sampled(other, engine=Engine(other, 20, 48, 40, EOS))
+    assert after.tokens.equal(fresh.tokens) and not after.tokens.equal(before.tokens)
+
+
+@on_both
+def test_the_engine_on_a_gpu_is_that_on_a_cpu(device, random_model):
+    """fp32, greedy: other kernels, other batches, the same tokens but for ties."""
+    here = sampled(copy.deepcopy(random_model).to(device), stream="eval", temperature=0.0, budget_tokens=9 * 48)
+    there = sampled(random_model, stream="eval", temperature=0.0)
+    assert check_same_but_for_ties(random_model, here, there, tie=1e-3) > 300
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# learning: the embedded model, through the program's own functions
+
+
+@pytest.fixture
+def tiny_run(request, tmp_path):
+    """A Run of the embedded model, with a reference, and a rollout with its advantages."""
+    device = request.param
+    started = ttrl.start_processes(device)
+    flags = dict(device=device, votes=8, samples=6, questions_per_step=4, max_new_tokens=48, kl=0.01, micro_batch_tokens=300)
+    run = ttrl.open_run(ttrl.configure({**flags, "out": str(tmp_path), "rollout_tokens": 20 * 150}), started)
+    asked, prompts = run.train_set[:4], run.train_prompts[:4]
+    whole, _ = ttrl.sample_responses(run, asked, prompts, 8, stream="train", step=1, temperature=1.0)
+    yield run, whole, ttrl.advantages((torch.arange(24).view(4, 6) % 3 == 0).float())
+    run.learner = None  # before the group: DDP, freed after it, would join gloo's thread with the GIL held, which that waits for
+    torch.distributed.destroy_process_group()
+
+
+runs_on_both = pytest.mark.parametrize("tiny_run", ["cpu", pytest.param("cuda", marks=needs_gpu)], indirect=True)
+
+
+@runs_on_both
+def test_sampler_and_learner_agree(tiny_run):
+    """bf16 sampler, cached, against fp32 weights under bf16 autocast, packed: a small gap, as the metric measures it."""
+    run, whole, advantage = tiny_run
+    metrics = ttrl.learn(run, whole, advantage, 0, 10)
+    exact = run.sampler is run.policy
+    assert metrics["logprob_gap"] < (1e-5 if exact else 0.005) and metrics["logprob_gap_max"] < (1e-3 if exact else 1.0)
+    assert metrics["updates"] == 2 and 0 < metrics["grad_norm"] < 100
+
+
+@runs_on_both
+def test_checkpointing_changes_no_gradient(tiny_run):
+    run, whole, advantage = tiny_run
+    gradients = []
+    for run.policy.checkpointing in (False, True):
+        loss, _, _ = ttrl.micro_batch_loss(run, whole[whole.sample < 6], whole[whole.sample < 6].mask(), advantage, 500)
+        loss.backward()
+        gradients.append([p.grad.clone() for p in run.policy.parameters()])
+        run.optimizer.zero_grad()
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() <= 1e-3 * a.norm() + 1e-9
+
+
+@runs_on_both
+def test_the_sampler_follows_the_policy(tiny_run):
+    """After an update the sampler's weights are the policy's, rounded, at their old addresses."""
+    run, whole, advantage = tiny_run
+    addresses = [p.data_ptr() for p in run.sampler.parameters()]
+    before = run.policy.embed_tokens.weight.detach().clone()
+    ttrl.learn(run, whole, advantage, 0, 10)
+    assert not run.policy.embed_tokens.weight.equal(before)
+    assert [p.data_ptr() for p in run.sampler.parameters()] == addresses
+    assert all(s.equal(p.to(s.dtype)) for s, p in zip(run.sampler.parameters(), run.policy.parameters(), strict=True))
+
+
+@runs_on_both
+def test_nothing_waits_but_where_it_says_so(tiny_run, monkeypatch):
+    """torch's own alarm for synchronisations, on while rows are decoded and while gradients are made."""
+    run, whole, advantage = tiny_run
+    alarm = torch.cuda.set_sync_debug_mode if run.engine else lambda mode: None
+
+    def quietly(function):
+        def call(*args):
+            alarm("default")
+            try:
+                return function(*args)
+            finally:
+                alarm("error")
+
+        return call
+
+    monkeypatch.setattr(ttrl, "read", quietly(ttrl.read))
+    alarm("error")
+    try:
+        ttrl.learn(run, whole, advantage, 0, 10)
+        if run.engine:
+            with torch.no_grad():
+                run.engine.advance(4, 16, run.engine.capacity, 1.0, 1.0)  # replays
+                run.engine.step(16, run.engine.capacity, 1.0, 1.0)
+    finally:
+        alarm("default")
+
+
+@on_both
+def test_the_program(device, tmp_path, few_questions):
+    """A whole run in a process; with two GPUs another under torchrun."""
+    for ranks in [None, *([2] if device == "cuda" and torch.cuda.device_count() > 1 else [])]:
+        out = tmp_path / f"{ranks}"
+        flags = [*SMALL, "--data", few_questions, "--out", out, "--device", device, "--kl", "0.01"]
+        done = program(*flags, *(["--dry-run"] if device == "cpu" else []), ranks=ranks)
+        assert f"ranks    {ranks or 1} on {device}" in done.stdout
+        if device == "cuda":
+            steps = [line for line in lines_of(out / "metrics.jsonl") if "train/logprob_gap" in line]
+            assert len(steps) == 4 and all(line["train/logprob_gap"] < 0.05 for line in steps)
+            assert (out / "model" / "model.safetensors").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# speeds: nothing is asserted but that it runs
+
+
+def wide_model(device):
+    """Qwen2.5-1.5B with half of its layers, random weights; toy widths on a CPU."""
+    widths = dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, layers=14, heads=12, kv_heads=2, head_dim=128)
+    if device == "cpu":
+        widths = dict(vocab_size=500, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2, head_dim=16)
+    config = ModelConfig(**widths, norm_eps=1e-6, max_positions=4096, rope={"rope_type": "default", "rope_theta": 1e6},
+                         qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, tied=True,
+                         windows=(None,) * widths["layers"])  # fmt: skip
+    with torch.device(device):
+        return Transformer(config).to(device)
+
+
+def copy_bandwidth(device):
+    """GB/s that a large copy reads and writes, which is what decoding can hope for."""
+    x = torch.zeros((1 << 30) if device == "cuda" else (1 << 22), dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    return 2 * len(x) / seconds(lambda: y.copy_(x), device) / 1e9
+
+
+@on_both
+@torch.no_grad()
+def test_speed_of_decoding(device, monkeypatch, capsys):
+    whole, peak = in_bf16(wide_model(device)), copy_bandwidth(device)
+    length, steps = (512, 16) if device == "cuda" else (8, 2)
+    weights = sum(p.numel() * p.element_size() for p in whole.parameters())
+    a_token = 2 * whole.config.layers * whole.config.kv_heads * whole.config.head_dim * 2
+    prompt = rollout.prefill(whole, [list(range(length))])
+    lines = [f"decoding at {length} tokens; a copy moves {peak:,.0f} GB/s",
+             "rows  flash  graphs    tokens/s    GB/s"]  # fmt: skip
+    for flash in [None, *([flash_attn] if device == "cuda" and flash_attn else [])]:
+        use_flash(monkeypatch, flash)
+        for rows in (1, 8, 64, 256) if device == "cuda" else (1, 3):
+            for graphs in (False, True) if device == "cuda" else (False,):
+                engine = Engine(whole, rows, length + 64 * steps, 63 * steps, [whole.config.vocab_size])
+                engine.graphs = {} if graphs else None
+                engine.admit(0, prompt * rows, torch.arange(rows, device=device), 1.0, 1.0)
+                span = -(-(length + 8 * steps) // 256) * 256 if device == "cuda" else engine.capacity
+                lasted = seconds(lambda e=engine, r=rows, s=span: e.advance(steps, r, s, 1.0, 1.0), device, repeats=3) / steps
+                moved = (weights + rows * length * a_token) / lasted / 1e9
+                lines.append(
+                    f"{rows:4}  {'yes' if flash else 'no':5}  {'yes' if graphs else 'no':6} {rows / lasted:11,.0f} {moved:7.0f}"
+                )
+    say(capsys, *lines)
+
+
+def in_bf16(whole):
+    for parameter in whole.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return whole
+
+
+@on_both
+def test_speed_and_memory_of_the_kernels(device, monkeypatch, capsys):
+    tokens, width, vocabulary = (4096, 1536, 151936) if device == "cuda" else (4, 8, 300)
+    hidden, weight, targets, grads = logprob_inputs(device, tokens, width, vocabulary, torch.bfloat16)
+    hidden.requires_grad_(), weight.requires_grad_()
+    logits = torch.randn(256 if device == "cuda" else 2, vocabulary, device=device).bfloat16()
+    key = torch.arange(len(logits), device=device)
+    lines = [f"{tokens} tokens, width {width}, vocabulary {vocabulary}, bf16; drawing for {len(logits)} rows",
+             "          forward ms  backward ms  peak GB   draw ms"]  # fmt: skip
+
+    def forward():
+        return logprob.linear_logprob(hidden, weight, targets)
+
+    def both_ways():
+        torch.autograd.grad(forward(), [hidden, weight], list(grads))
+
+    def measure(name, draw):
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        ms = [1e3 * seconds(action, device) for action in (forward, both_ways, draw)]
+        peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
+        lines.append(f"{name:8} {ms[0]:11.2f} {ms[1] - ms[0]:12.2f} {peak:8.2f} {ms[2]:9.3f}")
+
+    measure("triton", lambda: sampler.draw(logits, key, key))
+    monkeypatch.setattr(logprob, "on_gpu", lambda x: False)
+    measure("torch", lambda: sampler.sample(logits, sampler.uniform(key, key)))
+    say(capsys, *lines)
+
+
+@on_both
+def test_speed_and_memory_of_learning(device, monkeypatch, capsys):
+    """A micro-batch of a few long responses to one question, forward and backward, as the learner runs it."""
+    whole, (rows, length) = wide_model(device), (4, 500) if device == "cuda" else (2, 5)
+    mb = rollout.empty_rollout([[5, 6, 7, 8]], [(0, s) for s in range(rows)], length)
+    for row in range(rows):
+        mb.fill(row, torch.full((length,), 9), torch.zeros(length), EOS)
+    lines = [f"learning from {rows} x {length} tokens", "checkpointing  flash    tokens/s  peak GB"]
+    for flash in [None, *([flash_attn] if device == "cuda" and flash_attn else [])]:
+        use_flash(monkeypatch, flash)
+        for whole.checkpointing in (False, True):
+
+            def learn():
+                with torch.autocast(device, torch.bfloat16):
+                    logp, _ = whole(mb)
+                logp.sum().backward()
+
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            lasted = seconds(learn, device, repeats=3)
+            peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
+            lines.append(f"{whole.checkpointing!s:13}  {'yes' if flash else 'no':5} {rows * length / lasted:11,.0f} {peak:8.2f}")
+    say(capsys, *lines)
