@@ -31,6 +31,7 @@ try:
 except ImportError:  # an optional package, of CUDA only
     flash_attn_varlen_func = None
 
+ONEDNN = torch.backends.mkldnn.is_available()
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "ministral")  # of config.json's model_type
 ROPE_TYPES = {  # rope_type: the fields that it cannot do without
     "default": (),
@@ -251,6 +252,18 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """nn.Linear, which on a CPU without gradients (sampling) takes its product from oneDNN instead of MKL.
+
+    For the few rows of a decode step that is up to twice as fast: MKL reads the weights of one row with one thread only.
+    """
+
+    def forward(self, x):
+        if not ONEDNN or x.is_cuda or x.dtype != torch.float32 or torch.is_grad_enabled():
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
+
+
 class Attention(nn.Module):
     """Grouped-query attention but for the attending itself, which is the caller's `attend`."""
 
@@ -258,10 +271,10 @@ class Attention(nn.Module):
         super().__init__()
         self.shape = (-1, config.head_dim)
         q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=config.o_bias)
+        self.q_proj = Linear(config.hidden_size, q_width, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = Linear(q_width, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -277,9 +290,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -311,7 +324,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
         with torch.device("cpu"):  # real numbers even while the rest is built on the meta device

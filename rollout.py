@@ -28,7 +28,6 @@ except ImportError:  # an optional package, of CUDA only
 STREAMS = {"train": 0, "eval": 1}  # evaluation never shares its random numbers with training
 LOOK_EVERY = 8  # tokens that a GPU draws between two looks at which rows have ended: each look makes it wait for the host
 PREFILL_TOKENS = 8192  # of the prompts that are run at once
-HEAD_BLOCK = 768  # of the vocabulary, on a CPU
 
 
 @dataclass
@@ -148,26 +147,13 @@ def prefill(model, prompts):
 
     last = model.hidden(pack.tokens, pack.positions, attend)[(lengths.cumsum(0) - 1).to(device)]  # [Q, D]
     split = [torch.stack(x).transpose(1, 2).split(lengths.tolist(), dim=2) for x in (keys, values)]  # [L, K, Tp, E] each
-    return list(zip(zip(*split, strict=True), next_logits(model, last), strict=True))
+    return list(zip(zip(*split, strict=True), model.lm_head(last), strict=True))
 
 
 def decode(model, cache, token, place, span):
     """One more token a row: the last tokens [B], which stand at place [B] below `span` -> next-token logits [B, V]."""
     cache.open_step(place, span)
-    return next_logits(model, model.hidden(token, place, cache.attend))
-
-
-def next_logits(model, hidden):
-    """The head without gradients, [B, D] -> [B, V]. On a CPU by blocks: at 64 rows that takes two thirds of the time of one
-    product with all of the vocabulary (MKL, SmolLM2's 576 x 49,152)."""
-    weight = model.lm_head.weight
-    if hidden.is_cuda:
-        return F.linear(hidden, weight)
-    logits = hidden.new_empty(len(hidden), len(weight))
-    for start in range(0, len(weight), HEAD_BLOCK):
-        block = slice(start, start + HEAD_BLOCK)
-        torch.mm(hidden, weight[block].T, out=logits[:, block])
-    return logits
+    return model.lm_head(model.hidden(token, place, cache.attend))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from pathlib import Path
 from common import ROOT, clocked, gemm_peak, in_turn, last_line, memory_bandwidth, model_folder, say, seconds_of, table
 
 import torch  # isort: skip
-import torch.nn.functional as F  # isort: skip
 
 import questions  # isort: skip
 from model import Transformer  # isort: skip
@@ -315,8 +314,8 @@ def bounds(model, cases, threads, repeats):
     """Peaks of the machine, what the model's matrices reach by themselves, and what decoding reaches, with `threads` threads."""
     torch.set_num_threads(threads)
     say(f"\nbounds, {threads} threads")
-    matrices = [module.weight.detach() for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    weights = sum(weight.numel() for weight in matrices)  # a tied head counts here, its use as embedding is a look-up
+    matrices = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    weights = sum(matrix.weight.numel() for matrix in matrices)  # a tied head counts here, its use as embedding is a look-up
     flops, (read, copy) = gemm_peak(), memory_bandwidth()
     result = {"threads": threads, "gemm_flops": flops, "read_bytes_s": read, "copy_bytes_s": copy, "matrix_weights": weights}
     rows = [["largest product, 2048 x 2048", f"{flops / 1e9:.1f} GFLOP/s", "100 %", ""],
@@ -324,8 +323,9 @@ def bounds(model, cases, threads, repeats):
             ["copy of 1 GiB", f"{copy / 1e9:.1f} GB/s", "", f"{copy / read:.0%}"]]  # fmt: skip
     bandwidth = max(read, copy)
     for count, case in ((64, cases["b"]), (1, cases["a"])):
-        inputs = {weight.shape[1]: torch.randn(count, weight.shape[1]) for weight in matrices}
-        alone = seconds_of(lambda x=inputs: [F.linear(x[weight.shape[1]], weight) for weight in matrices], 3.0)
+        inputs = {matrix.in_features: torch.randn(count, matrix.in_features) for matrix in matrices}
+        with torch.no_grad():
+            alone = seconds_of(lambda x=inputs: [matrix(x[matrix.in_features]) for matrix in matrices], 3.0)
         decode = decode_seconds(model, case, repeats)
         for name, seconds in ((f"the matrices alone, {count} rows", alone), (f"decode, {count} rows", decode)):
             share_flops, share_bytes = 2 * weights * count / seconds / flops, 4 * weights / seconds / bandwidth

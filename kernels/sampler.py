@@ -14,6 +14,7 @@ except ImportError:  # torch's CPU wheels come without it
     triton = None
 
 BLOCK = 256  # of the vocabulary: sums of blocks are scanned first, then the one block that u falls in
+AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}  # logits that the torch functions take at once: what they make of them stays small
 
 
 def draw(logits, key, position, temperature=1.0, top_p=1.0):
@@ -28,7 +29,10 @@ def draw(logits, key, position, temperature=1.0, top_p=1.0):
     """
     if logits.is_cuda and triton is not None and top_p == 1 and temperature > 0:
         return draw_triton(logits, key, position, temperature)
-    return sample(logits, uniform(key, position), temperature, top_p)
+    rows = max(1, AT_ONCE[logits.device.type] // logits.shape[1])
+    parts = zip(logits.split(rows), uniform(key, position).split(rows), strict=True)
+    token, logprob = zip(*(sample(part, u, temperature, top_p) for part, u in parts), strict=True)
+    return torch.cat(token), torch.cat(logprob)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
