@@ -235,21 +235,14 @@ def rotate(x, cos, sin):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# layers, named as in Hugging Face checkpoints
+# layers, named as in Hugging Face checkpoints, but for products of the same input, which are one (`hf_tensors`)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in fp32 (Zhang and Sennrich 2019)."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019); sums in fp32, on a GPU one kernel."""
 
     def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return super().forward(x.to(self.weight.dtype))  # that kernel wants one dtype; under autocast it is fp32
 
 
 class Linear(nn.Linear):
@@ -269,19 +262,17 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.shape = (-1, config.head_dim)
-        q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, q_width, bias=config.qkv_bias)
-        self.k_proj = Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
-        self.v_proj = Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
-        self.o_proj = Linear(q_width, config.hidden_size, bias=config.o_bias)
+        self.heads, self.head_dim = (config.heads, config.kv_heads, config.kv_heads), config.head_dim  # of q, k and v
+        width = config.heads * config.head_dim
+        self.qkv_proj = Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(width, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, attend):
-        v = self.v_proj(x).unflatten(-1, self.shape)  # [T, K, E]
-        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, self.shape)), cos, sin).to(v.dtype)  # [T, H, E]
-        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, self.shape)), cos, sin).to(v.dtype)  # fp32 again under autocast
+        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)  # [T, H, E], [T, K, E] twice
+        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)  # under autocast rotation makes it fp32 again
+        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
         return self.o_proj(attend(q, k, v).flatten(-2))  # [T, H, E] -> [T, D]
 
 
@@ -290,12 +281,12 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [T, I] each
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -311,6 +302,21 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, attend):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Tie(torch.autograd.Function):
+    """A weight [V, D] twice, as embedding (looked up with a sparse gradient) and as head.
+
+    The few rows of the embedding's gradient are added to the head's in place: autograd would make a second [V, D] of them.
+    """
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.view_as(weight), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, of_embedding, of_head):
+        return of_head.index_put_((of_embedding._indices()[0],), of_embedding._values(), accumulate=True)
 
 
 class Transformer(nn.Module):
@@ -353,7 +359,8 @@ class Transformer(nn.Module):
         (folder / "config.json").write_text(json.dumps({**raw, "dtype": "float32"}, indent=2) + "\n")
         if (self.source / "generation_config.json").exists():
             (folder / "generation_config.json").write_bytes((self.source / "generation_config.json").read_bytes())
-        weights = {hf_name(name): p.detach().float().cpu().contiguous() for name, p in self.named_parameters()}
+        weights = hf_tensors(self.config, {name: p.detach() for name, p in self.named_parameters()})
+        weights = {name: part.to("cpu", torch.float32, copy=True) for name, part in weights.items()}  # views cannot be saved
         save_torch_state_dict(weights, folder, max_shard_size=SHARD_SIZE)
 
     @torch.no_grad()
@@ -362,9 +369,12 @@ class Transformer(nn.Module):
         for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
             mine.copy_(theirs)
 
-    def hidden(self, tokens, positions, attend):
-        """Hidden states before the head: tokens [T], positions [T] -> [T, D]. `attend(layer, q, k, v)` attends."""
-        x = self.embed_tokens(tokens)  # [T, D]
+    def hidden(self, tokens, positions, attend, embedded=None):
+        """Hidden states before the head: tokens [T], positions [T] -> [T, D]. `attend(layer, q, k, v)` attends.
+
+        embedded [T, D]: the tokens' embeddings, where the caller has looked them up.
+        """
+        x = self.embed_tokens(tokens) if embedded is None else embedded  # [T, D]
         cos, sin = rotation(positions, self.rope_frequency, self.rope_scale, x.dtype)
         for index, layer in enumerate(self.layers):
 
@@ -389,9 +399,13 @@ class Transformer(nn.Module):
         R is the longest response. Prompts are computed once a question: rows with the same `question` share theirs.
         """
         pack = Pack.responses(rows, self.config.windows).to(self.rope_frequency.device)
-        hidden = self.hidden(pack.tokens, pack.positions, pack.attend)
+        embedded, head = None, self.lm_head.weight
+        if self.config.tied:
+            embedding, head = Tie.apply(head)
+            embedded = F.embedding(pack.tokens, embedding, sparse=True)
+        hidden = self.hidden(pack.tokens, pack.positions, pack.attend, embedded)
         predictors = take(hidden, pack.predictor)  # [N, D]: where each of the N response tokens is predicted
-        flat = linear_logprob(predictors, self.lm_head.weight, pack.target, temperature)
+        flat = linear_logprob(predictors, head, pack.target, temperature)
         logprob, entropy = (x.new_zeros(pack.shape.numel()).scatter(0, pack.place, x).view(pack.shape) for x in flat)
         return logprob, entropy
 
@@ -551,26 +565,40 @@ def prompt_then(prompt_at, input_at, prompt_length):
 SHARD_SIZE = "5GB"  # the largest safetensors file that is written
 
 
-def hf_name(name):
-    """The Hugging Face checkpoint's name of one of our parameters."""
-    return name if name.startswith("lm_head") else f"model.{name}"
+def hf_tensors(config, tensors):
+    """Tensors under our parameters' names -> the same under a Hugging Face checkpoint's, where each projection is its own.
+
+    What is one matrix for us and several there comes as views of its rows.
+    """
+    width, kv_width, inner = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.intermediate_size
+    fused = {
+        "qkv_proj": dict(q_proj=width, k_proj=kv_width, v_proj=kv_width),
+        "gate_up_proj": dict(gate_proj=inner, up_proj=inner),
+    }
+    found = {}
+    for name, tensor in tensors.items():
+        *stem, module, kind = (name if name.startswith("lm_head") else f"model.{name}").split(".")
+        parts = fused.get(module, {module: len(tensor)})
+        for part, rows in zip(parts, tensor.split(list(parts.values())), strict=True):
+            found[".".join((*stem, part, kind))] = rows
+    return found
 
 
 def read_weights(folder, model, dtype):
     """{our name: tensor in dtype} for every parameter of `model`; names, shapes and dtypes are checked on the way."""
     where = weight_files(folder)
-    wanted = {hf_name(name): (name, p.shape) for name, p in model.named_parameters()}
+    weights = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
+    wanted = hf_tensors(model.config, weights)
     check_names(folder, wanted.keys(), where.keys(), model.config.tied)
-    weights = {}
     for path in sorted({where[name] for name in wanted}):
         with open_safetensors(path) as file:
             for name in [name for name in wanted if where[name] == path]:
-                tensor, (ours, shape) = file.get_tensor(name), wanted[name]
-                if tensor.shape != shape:
-                    raise ValueError(f"{path}: {name} is {list(tensor.shape)}, config.json says {list(shape)}")
+                tensor, ours = file.get_tensor(name), wanted[name]
+                if tensor.shape != ours.shape:
+                    raise ValueError(f"{path}: {name} is {list(tensor.shape)}, config.json says {list(ours.shape)}")
                 if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
                     raise ValueError(f"{path}: {name} is {tensor.dtype}; only float32, float16 and bfloat16 are read")
-                weights[ours] = tensor.to(dtype, copy=True)  # the original is a view of the file, and changes with it
+                ours.copy_(tensor)
     if model.config.tied and "lm_head.weight" in where:
         head = open_safetensors(where["lm_head.weight"]).get_tensor("lm_head.weight").to(dtype)
         if not torch.equal(head, weights["embed_tokens.weight"]):

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import model as module
-from model import Pack, Segments, Transformer, check_vocabulary, flash_takes, hf_name, read_config, resolve, rope_frequencies
+from model import Pack, Segments, Transformer, check_vocabulary, flash_takes, hf_tensors, read_config, resolve, rope_frequencies
 from rollout import KVCache, Rollout, decode, prefill
 
 TOLERANCE, NOTICED = 1e-4, 1e-3  # a correct model differs by less than the first, a wrong one by more than the second
@@ -296,7 +296,7 @@ def learner_difference(ours, reference, rows, temperature, first_only):
     got = ours(rows, temperature)
     outputs = max((a - b).abs().max().item() for a, b in zip(got, want, strict=True))
     want_grad = gradients(reference.named_parameters(), want, weights)
-    got_grad = gradients([(hf_name(name), p) for name, p in ours.named_parameters()], got, weights)
+    got_grad = hf_tensors(ours.config, gradients(ours.named_parameters(), got, weights))
     assert got_grad.keys() == want_grad.keys() and want_grad["model.norm.weight"].abs().max() > 0
     scale = max(grad.abs().max() for grad in want_grad.values()) * 1e-3  # some gradients are nothing but rounding
     worst = max((got_grad[n] - g).abs().max() / max(g.abs().max(), scale) for n, g in want_grad.items())
@@ -331,8 +331,9 @@ def test_learner_equals_transformers_row_by_row_long(config, shape, temperature,
 
 def drop_bias(name):
     def plant(model):
-        for layer in model.layers:
-            layer.get_submodule(name).bias = None
+        for tensor_name, bias in hf_tensors(model.config, dict(model.named_parameters())).items():
+            if tensor_name.endswith(f"{name}.bias"):
+                bias.data.zero_()
 
     return plant
 
@@ -365,9 +366,11 @@ def other_windows(change):
 
 
 def wrong_groups(model):  # query heads go with the key heads in turn (0 1 0 1) instead of in blocks (0 0 1 1)
-    for layer in model.layers:
-        for linear, dim in ((layer.self_attn.q_proj, 0), (layer.self_attn.o_proj, 1)):
-            linear.weight.data = linear.weight.data.unflatten(dim, (2, 2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 2)
+    for name, weight in hf_tensors(model.config, dict(model.named_parameters())).items():
+        for part, dim in (("q_proj.weight", 0), ("o_proj.weight", 1)):
+            if name.endswith(part):
+                mixed = weight.data.unflatten(dim, (2, 2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 2)
+                weight.data.copy_(mixed)
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -564,7 +567,7 @@ def test_reads_every_dtype_and_shards(folder, dtype, sharded):
     if sharded:
         shard(folder)
     ours = Transformer.from_pretrained(folder)
-    got = {hf_name(name): p for name, p in ours.named_parameters()}
+    got = hf_tensors(ours.config, dict(ours.named_parameters()))
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], want[name].float()) and got[name].dtype == torch.float32 for name in want)
     assert all(p.requires_grad and not p.is_meta for p in ours.parameters())
