@@ -445,9 +445,9 @@ def plan(c, model_config, device, longest, question_count):
     # fp32 master, gradient and two moments; on CUDA the sampler's copy; with --kl the reference
     a_weight = half if c.eval_only else 16 + half * cuda + half * (c.kl > 0)
     fixed, what = parameters * a_weight, "weights" if c.eval_only else "weights, gradients and moments"
-    # of the sampler: a token's keys and values; a row of them, and four fp32 numbers a vocabulary entry to draw the next token
+    # of the sampler: a token's keys and values; a row of them, and its logits in fp32
     a_token = 2 * model_config.layers * model_config.kv_heads * model_config.head_dim * half
-    row = longest * a_token + 16 * model_config.vocab_size
+    row = longest * a_token + 4 * model_config.vocab_size
     available = int(0.9 * total) - fixed
     if available < 8 * row:
         raise ValueError(
@@ -458,8 +458,9 @@ def plan(c, model_config, device, longest, question_count):
     # of the learner: a token's activations, some 16 widths and 5 MLP widths a layer; with checkpointing a width, and one layer
     layer = 4 * (16 * model_config.hidden_size + 5 * model_config.intermediate_size)
     active = model_config.layers * 4 * model_config.hidden_size + layer if c.checkpointing else model_config.layers * layer
-    largest = 32768 if cuda else 1024  # a CPU is at full speed with a thousand tokens; more would only take memory
-    micro_batch_tokens = c.micro_batch_tokens or max(longest, min(largest, available // 4 // active))
+    # a CPU is at full speed with a thousand tokens or a gigabyte of activations; more would only take memory
+    largest, room = (32768, available // 4) if cuda else (1024, min(available // 4, 10**9))
+    micro_batch_tokens = c.micro_batch_tokens or max(longest, min(largest, room // active))
     steps = c.epochs * math.ceil(question_count / c.questions_per_step)
     say(
         f"model    {c.model}: {parameters / 1e6:.1f} M parameters, {fixed / 1e9:.2f} GB for {what}",

@@ -131,13 +131,13 @@ def forget_peak():
 # what the machine can do, with the threads that torch has now
 
 
-def gemm_peak(size=2048):
-    """FLOP/s of one large square product in fp32, by whichever of torch's two libraries is faster here."""
+def gemm_peaks(size=2048):
+    """FLOP/s of one large square product in fp32, by each library that torch has here: {name: FLOP/s}."""
     a, b = torch.randn(size, size), torch.randn(size, size)
-    products = [lambda: a @ b]  # MKL or another BLAS
+    products = {"torch.mm": lambda: a @ b}
     if torch.backends.mkldnn.is_available():
-        products.append(lambda: torch.ops.mkldnn._linear_pointwise.default(a, b, None, "none", [], ""))
-    return 2 * size**3 / min(seconds_of(product, 1.5) for product in products)
+        products["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise.default(a, b, None, "none", [], "")
+    return {name: 2 * size**3 / seconds_of(product, 1.5) for name, product in products.items()}
 
 
 def memory_bandwidth(size=1 << 30):

@@ -26,7 +26,7 @@ WORDS = "big fast light young rich hard wet full".split()
 EXAMPLES = "hot cold, up down, dark bright, long short, sweet sour"
 NEW_TOKENS, QUESTIONS, LR = 32, 4, 1e-6
 AIM_TIME, AIM_MEMORY, AIM_VOTE = 0.4, 0.5, 0.05
-OURS = [{}, {"micro_batch_tokens": 256}]  # flags of ttrl.py
+OURS = [{}, {"micro_batch_tokens": 1024}, {"micro_batch_tokens": 256}]  # flags of ttrl.py
 TRL = [
     {"batch": 64, "checkpointing": False},
     {"batch": 16, "checkpointing": False},
@@ -199,7 +199,7 @@ def main():
     if not args.no_screen:
         fastest = min(screened["TRL"], key=lambda tried: tried[1]["wall"])[0]
         leanest = min(screened["TRL"], key=lambda tried: tried[1]["peak"])[0]
-    sides = {"ours": ("ours", OURS[0]), "ours, small micro-batches": ("ours", OURS[1]), "TRL, fastest": ("TRL", fastest)}
+    sides = {"ours": ("ours", OURS[0]), "ours, small micro-batches": ("ours", OURS[2]), "TRL, fastest": ("TRL", fastest)}
     if leanest != fastest:
         sides["TRL, leanest"] = ("TRL", leanest)
     say("\nin turn")

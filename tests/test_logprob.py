@@ -1,5 +1,6 @@
 """linear_logprob against the plain formula in float64, gradients included."""
 
+import json
 import weakref
 
 import pytest
@@ -8,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import logprob as module
 from kernels.logprob import linear_logprob
+from model import Transformer, read_config
+from rollout import empty_rollout
 
 
 def plain(hidden, weight, targets, temperature):
@@ -101,16 +104,19 @@ def test_autocast_reaches_the_hidden_states_and_nothing_else(forward, backward):
 
 
 class LiveBytes(TorchDispatchMode):
-    """The peak of the bytes held by the tensors that operators return while this is active, each storage counted once."""
+    """The peak of the bytes held by the tensors that operators return while this is active, each storage counted once.
 
-    def __init__(self):
+    only: count the storages of just so many bytes.
+    """
+
+    def __init__(self, only=None):
         super().__init__()
-        self.live, self.peak, self.seen = 0, 0, weakref.WeakSet()
+        self.only, self.live, self.peak, self.seen = only, 0, 0, weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        storage = out.untyped_storage() if isinstance(out, torch.Tensor) else None
-        if storage is not None and storage not in self.seen:
+        storage = out.untyped_storage() if isinstance(out, torch.Tensor) and out.layout == torch.strided else None
+        if storage is not None and storage not in self.seen and self.only in (None, storage.nbytes()):
             self.seen.add(storage)
             weakref.finalize(storage, self.free, storage.nbytes())
             self.live += storage.nbytes()
@@ -134,3 +140,17 @@ def test_only_a_tile_of_the_logits_exists_and_one_gradient_beside_the_sum(monkey
     of_weight, of_hidden, tile, per_token = 4 * 32 * 1000, 4 * 32 * 512, 4 * 32 * 100, 4 * 512
     assert 2 * of_weight < memory.peak < 2 * of_weight + 3 * of_hidden + 4 * tile + (4 * 10 + 20) * per_token
     assert memory.peak < 4 * 512 * 1000  # one matrix of all logits
+
+
+def test_a_tied_weight_has_one_gradient_beside_the_sum(random_model, tmp_path):
+    """The same of the whole model: the gradients of embedding and head never stand side by side."""
+    config = json.loads((random_model.source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True, "vocab_size": 4001}))
+    model = Transformer(read_config(tmp_path))
+    rows = empty_rollout([[5, 17, 3]], [(0, 0), (0, 1)], 8)
+    for row in range(2):
+        rows.fill(row, torch.arange(7) + row, torch.zeros(7), [1])
+    with LiveBytes(only=4001 * 64 * 4) as memory:
+        for _ in range(3):
+            model(rows)[0].sum().backward()
+    assert memory.peak == 2 * 4001 * 64 * 4
