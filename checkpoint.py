@@ -94,8 +94,10 @@ def read_state(folder):
 
 @torch.no_grad()
 def restore(folder, policy, optimizer):
-    """Load a checkpoint's weights and moments in place."""
+    """Load a checkpoint's weights and moments in place. Raises ValueError if they are those of another model."""
     parameters, weights = dict(policy.named_parameters()), load_file(folder / "weights.safetensors")
+    if weights.keys() != parameters.keys():
+        raise ValueError(f"{folder}: holds the parameters of another model or version of this program; choose another --out")
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
     moments, index_of = defaultdict(dict), {name: index for index, name in enumerate(parameters)}

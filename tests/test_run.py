@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, SMALL, command, environment, lines_of, program
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 TINY = ROOT / "tiny" / "model"
 
@@ -212,6 +212,15 @@ def test_other_flags_are_not_resumed(finished, few_questions):
     out, _ = finished
     error = program("--data", few_questions, "--out", out, *SMALL, "--lr", "1e-4", code=2).stderr
     assert error.count("\n") == 1 and "--lr was 0.001 and is 0.0001" in error and "--allow-changed-flags" in error
+
+
+def test_the_checkpoint_of_another_model_is_one_sentence(finished, few_questions, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    path = out / "checkpoint" / "step-000004" / "weights.safetensors"
+    save_file({f"old.{name}": tensor.clone() for name, tensor in load_file(path).items()}, path)
+    error = program("--data", few_questions, "--out", out, *SMALL, "--allow-changed-flags", code=2).stderr
+    assert error.count("\n") == 1 and "step-000004: holds the parameters of another model" in error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
