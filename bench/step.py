@@ -199,7 +199,7 @@ def main():
     if not args.no_screen:
         fastest = min(screened["TRL"], key=lambda tried: tried[1]["wall"])[0]
         leanest = min(screened["TRL"], key=lambda tried: tried[1]["peak"])[0]
-    sides = {"ours": ("ours", OURS[0]), "ours, small micro-batches": ("ours", OURS[2]), "TRL, fastest": ("TRL", fastest)}
+    sides = {"ours": ("ours", OURS[0]), "ours, small micro-batches": ("ours", OURS[-1]), "TRL, fastest": ("TRL", fastest)}
     if leanest != fastest:
         sides["TRL, leanest"] = ("TRL", leanest)
     say("\nin turn")
