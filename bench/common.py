@@ -19,6 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder, which has a rollout.py of its own
 
+import model  # isort: skip
+
 # ----------------------------------------------------------------------------------------------------------------------
 # what is measured, and on what
 
@@ -135,8 +137,8 @@ def gemm_peaks(size=2048):
     """FLOP/s of one large square product in fp32, by each library that torch has here: {name: FLOP/s}."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     products = {"torch.mm": lambda: a @ b}
-    if torch.backends.mkldnn.is_available():
-        products["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise.default(a, b, None, "none", [], "")
+    if model.ONEDNN:
+        products["oneDNN"] = lambda: model.onednn_product(a, b)
     return {name: 2 * size**3 / seconds_of(product, 1.5) for name, product in products.items()}
 
 
