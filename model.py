@@ -32,6 +32,7 @@ except ImportError:  # an optional package, of CUDA only
     flash_attn_varlen_func = None
 
 ONEDNN = torch.backends.mkldnn.is_available()
+FEW_ROWS = 128  # of a product, see Linear: measured, from 256 on it makes no difference
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "ministral")  # of config.json's model_type
 ROPE_TYPES = {  # rope_type: the fields that it cannot do without
     "default": (),
@@ -262,7 +263,7 @@ class Linear(nn.Linear):
         if len(x) == 1 and parts > 1:  # MKL multiplies one row by one thread, but parts of the weight by all of them
             weight = self.weight.view(parts, -1, self.in_features)
             y = torch.bmm(weight, x.T.expand(parts, -1, 1)).view(1, -1)
-        elif self.by_row:
+        elif self.by_row or len(x) > FEW_ROWS:
             y = onednn_product(x.contiguous(), self.weight)
         else:  # oneDNN packs the second factor anew each time: rather the few rows than the weight
             y = onednn_product(self.weight, x if x.T.is_contiguous() else x.contiguous()).T

@@ -194,7 +194,7 @@ def check_logits(config, length, seed):
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("features", [24, 37])  # 37 cannot be cut into parts
-@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("rows", [1, 2, 9, module.FEW_ROWS + 1])
 def test_a_product_without_gradients_is_the_product(rows, features, bias, by_row, layout):
     torch.manual_seed(0)
     linear, x = module.Linear(10, features, bias=bias, by_row=by_row), torch.randn(rows, 10)
