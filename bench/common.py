@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder, which has a rollout.py of its own
 
-import model  # isort: skip
+import model  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # what is measured, and on what
