@@ -19,8 +19,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder, which has a rollout.py of its own
 
-import model  # noqa: E402
-
 # ----------------------------------------------------------------------------------------------------------------------
 # what is measured, and on what
 
@@ -135,10 +133,12 @@ def forget_peak():
 
 def gemm_peaks(size=2048):
     """FLOP/s of one large square product in fp32, by each library that torch has here: {name: FLOP/s}."""
+    from model import ONEDNN, onednn_product  # here: the processes whose memory is measured do not all need it
+
     a, b = torch.randn(size, size), torch.randn(size, size)
     products = {"torch.mm": lambda: a @ b}
-    if model.ONEDNN:
-        products["oneDNN"] = lambda: model.onednn_product(a, b)
+    if ONEDNN:
+        products["oneDNN"] = lambda: onednn_product(a, b)
     return {name: 2 * size**3 / seconds_of(product, 1.5) for name, product in products.items()}
 
 
