@@ -7,6 +7,7 @@ It is written beside its place, brought to disk and then renamed, so the newest 
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections import defaultdict
 
@@ -25,7 +26,7 @@ def append(path, lines):
 def forget_after(path, step):
     """Drop the lines of steps that a resumed run is going to make again, and a line that a crash cut in two."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:  # U+2028 may stand inside a line
         with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -76,15 +77,20 @@ def save(root, policy, optimizer, state):
 
     target = root / f"step-{state['step']:06d}"
     replace_folder(target, fill)
-    for older in root.iterdir():
+    for older in folders(root):
         if older != target:
             shutil.rmtree(older)
 
 
+def folders(root):
+    """The checkpoints in `root`, oldest first, half-written ones (.tmp) among them. Whatever else lies there is not ours."""
+    named = [(re.fullmatch(r"step-(\d+)(\.tmp)?", path.name), path) for path in root.glob("step-*") if path.is_dir()]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
+
+
 def newest(root):
     """The folder of the newest complete checkpoint, or None."""
-    folders = sorted(path for path in root.glob("step-*") if path.suffix != ".tmp")
-    return folders[-1] if folders else None
+    return next((path for path in reversed(folders(root)) if path.suffix != ".tmp"), None)
 
 
 def read_state(folder):

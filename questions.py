@@ -112,22 +112,28 @@ def _download(name: str, benchmark: Benchmark) -> bytes:
     cached, url = root / "ttrl" / f"{name}.json", f"{SOURCE}/{benchmark.folder}/train.json"
     try:
         data = cached.read_bytes() if cached.is_file() else b""
+    except OSError:
+        data = b""  # a cache that cannot be read cannot be written either, which is said below
+    try:
         if hashlib.sha256(data).hexdigest() == benchmark.sha256:
             return data
         with urllib.request.urlopen(url, timeout=30) as response:
             data = response.read()
         if hashlib.sha256(data).hexdigest() != benchmark.sha256:
             raise OSError(f"{len(data)} bytes came whose SHA-256 is not {benchmark.sha256}")
+    except (OSError, http.client.HTTPException) as error:
+        raise FileNotFoundError(f"{name}: cannot fetch {url} ({error}); save that file yourself and pass --data FILE") from error
+    try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         # Written aside and renamed: a reader, another rank for one, sees the whole file or none.
         with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
             file.write(data)
         os.replace(file.name, cached)
         return data
-    except (OSError, http.client.HTTPException) as error:
-        raise FileNotFoundError(
-            f"{name}: cannot fetch {url} into {cached} ({error}); save that file yourself and pass --data FILE"
-        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"{name}: cannot write to {cached.parent} ({error}); set XDG_CACHE_HOME to a folder that can be written"
+        ) from None
 
 
 def _read(data: bytes, where: str, kind: str) -> list[Question]:
@@ -174,8 +180,9 @@ def _question(row, place: str, index: int, kind: str) -> Question:
         raise ValueError(f'{place}: "kind" must be "math" or "choice", not {kind!r}')
     identity = row.get("id", row.get("unique_id"))  # the MATH level files say unique_id
     for key, value in ("answer", row.get("answer")), ("id", identity):
-        if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
-            raise ValueError(f'{place}: "{key}" must be a text or a number')
+        plain = isinstance(value, (str, int, float, type(None))) and not isinstance(value, bool)
+        if not plain or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f'{place}: "{key}" must be a text or a finite number, not {value!r}')
     answer = None if row.get("answer") is None else str(row["answer"]).strip() or None
     return Question(prompt, answer, str(index) if identity in (None, "") else str(identity), kind)
 
@@ -568,3 +575,22 @@ def _within_time_limit(compare) -> bool:
         if outer_delay:
             left = outer_delay - (time.monotonic() - began)
             signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3), outer_interval)
+
+
+def classes(answers: list[str | None], kind: str = "math") -> list[list[int]]:
+    """Indices of equal answers, a list for each class, in the order of their first members; None is in no class.
+
+    >>> classes(["1/2", "3", "0.5", None])
+    [[0, 2], [1]]
+    """
+    found, class_of = [], {}  # lists of indices; spelling -> its class
+    for index, answer in enumerate(answers):
+        if answer is None:
+            continue
+        if answer not in class_of:
+            class_of[answer] = next((c for c in found if same_answer(answers[c[0]], answer, kind)), None)
+            if class_of[answer] is None:
+                class_of[answer] = []
+                found.append(class_of[answer])
+        class_of[answer].append(index)
+    return found

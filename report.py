@@ -54,11 +54,13 @@ def record(question, group, voted):
     """What was found on one question, from its responses and (label, rewards) of their vote."""
     label, rewards = voted
     typical = group[rewards.index(max(rewards))]  # the first that the majority agrees with
-    row = {"id": question.id, "prompt": question.prompt, "truth": question.answer, "response": typical.text}
+    row = {"id": question.id, "prompt": question.prompt, "kind": question.kind, "truth": question.answer}
+    row.update({"response": typical.text, "answers": [r.answer for r in group]})
     row.update({"majority": label, "majority_ratio": mean(rewards)})
     if question.answer is not None:
         truth = correct(question, group)
-        row.update({"pass@1": mean(truth), "majority_right": right(question, label), "any_right": any(truth)})
+        row.update({"right": truth, "pass@1": mean(truth)})
+        row.update({"majority_right": right(question, label), "any_right": any(truth)})
         row["reward_accuracy"] = mean(r == t for r, t in zip(rewards, truth, strict=True))
     return row
 
@@ -90,32 +92,75 @@ def evaluation_metrics(records, samples):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the ledger
+# before and after
 
-# What became of a question, by whether its majority was right before and after and which way pass@1 went. Sharpening
-# is the cheap part of TTRL, learning the real one, corruption its price (TTRL-Guard, arXiv 2605.19444, asks for this).
+# What became of a question, by whether its majority was right before and after. Sharpening is the cheap part of TTRL,
+# learning the real one, corruption its price (TTRL-Guard, arXiv 2605.19444, asks for this).
 FATES = {
     "learned": "majority wrong, then right",
-    "sharpened": "right before and after, and more often",
-    "held": "right before and after, as often",
-    "weakened": "right before and after, but less often",
+    "sharpened": "right before and after, with a larger lead",
+    "held": "right before and after, no change beyond chance",
+    "weakened": "right before and after, with a smaller lead",
     "missed": "majority wrong before and after",
     "corrupted": "majority right, then wrong",
+    "unsure": "majority changed, but within chance",
 }
+SIGNIFICANCE = 0.05  # of the sign test, both directions together
+
+
+def lead_changes(before, after):
+    """(rises, falls): in how many samples the lead of the true answer rose or fell, from two records of a question.
+
+    A sample counts 1 for the true answer, -1 for the most frequent wrong answer of both evaluations, 0 for any other or
+    none. Sample i of both evaluations was drawn with the same random numbers, so they are compared in pairs.
+    """
+    right, answers = [*before["right"], *after["right"]], [*before["answers"], *after["answers"]]
+    wrong = [None if r else answer for r, answer in zip(right, answers, strict=True)]
+    rival = max(questions.classes(wrong, before["kind"]), key=len, default=[])
+    score = [int(r) for r in right]
+    for index in rival:
+        score[index] = -1
+    pairs = list(zip(score[: len(before["right"])], score[len(before["right"]) :], strict=True))
+    return sum(a > b for b, a in pairs), sum(a < b for b, a in pairs)
+
+
+def tail(count, total):
+    """Probability of at least `count` heads in `total` throws of a fair coin.
+
+    >>> tail(9, 10)  # 11 of 1,024
+    0.0107421875
+    """
+    return sum(math.comb(total, heads) for heads in range(count, total + 1)) / 2**total
+
+
+def direction(rises, falls):
+    """1 or -1 where the lead rose or fell beyond chance, else 0: the sign test over the samples whose score changed."""
+    if tail(max(rises, falls), rises + falls) > SIGNIFICANCE / 2:
+        return 0
+    return 1 if rises > falls else -1
+
+
+def false_alarms(changes):
+    """Probability that `changes` changed samples, each up or down by a fair coin, are taken for a rise (or for a fall)."""
+    return next((p for p in (tail(count, changes) for count in range(changes + 1)) if p <= SIGNIFICANCE / 2), 0.0)
 
 
 def fate(before, after):
-    """What became of a question, one of FATES, from its two evaluation records.
+    """What became of a question, one of FATES, from its two evaluation records. No change is claimed within chance.
 
-    >>> fate({"majority_right": False, "pass@1": 0.2}, {"majority_right": True, "pass@1": 0.7})
-    'learned'
+    >>> sure = {"kind": "math", "right": [1.0] * 8, "answers": ["7"] * 8, "majority_right": True}
+    >>> wrong = {"kind": "math", "right": [0.0] * 8, "answers": ["5"] * 8, "majority_right": False}
+    >>> fate(wrong, sure), fate(sure, wrong), fate(sure, sure)
+    ('learned', 'corrupted', 'held')
     """
-    if not before["majority_right"]:
-        return "learned" if after["majority_right"] else "missed"
-    if not after["majority_right"]:
-        return "corrupted"
-    change = after["pass@1"] - before["pass@1"]
-    return "sharpened" if change > 0 else "weakened" if change < 0 else "held"
+    change = direction(*lead_changes(before, after))
+    if not before["majority_right"] and not after["majority_right"]:
+        return "missed"
+    if before["majority_right"] and after["majority_right"]:
+        return {1: "sharpened", 0: "held", -1: "weakened"}[change]
+    if change == (1 if after["majority_right"] else -1):
+        return "learned" if after["majority_right"] else "corrupted"
+    return "unsure"
 
 
 def ledger(before, after):
@@ -125,6 +170,7 @@ def ledger(before, after):
             "id": b["id"],
             "truth": b["truth"],
             "fate": fate(b, a),
+            "false_alarms": false_alarms(sum(lead_changes(b, a))),
             "pass@1": [b["pass@1"], a["pass@1"]],
             "majority": [b["majority"], a["majority"]],
         }
@@ -133,23 +179,57 @@ def ledger(before, after):
     ]
 
 
+def paired_changes(before, after, names):
+    """Mean difference of each metric that has a value per question, and its standard error: the questions are paired.
+
+    names: {metric: field of the records}. The standard error of a difference of pairs leaves out what the questions
+    have in common, so it is smaller than those of `before` and `after` suggest.
+    """
+    changes = {}
+    for name, field in names.items():
+        pairs = [(b[field], a[field]) for b, a in zip(before, after, strict=True) if field in b and field in a]
+        if pairs:
+            differences = [float(a) - float(b) for b, a in pairs]
+            changes.update({name: mean(differences), f"{name}_se": standard_error(differences)})
+    return changes
+
+
+def better(best, step, records):
+    """The best evaluation so far: `best`, or this one. None without true answers, or with a single sample.
+
+    The largest of many noisy evaluations is too large. So the even samples choose, and the odd ones, which had no part
+    in the choice, are reported.
+    """
+    known = [row["right"] for row in records if row["truth"] is not None and len(row["right"]) > 1]
+    chosen_by = mean(mean(right[::2]) for right in known) if known else None
+    if chosen_by is None or (best and chosen_by <= best["chosen_by"]):
+        return best
+    reported = [mean(right[1::2]) for right in known]
+    return {"step": step, "pass@1": mean(reported), "pass@1_se": standard_error(reported), "chosen_by": chosen_by}
+
+
 def summarize(state):
-    """The numbers of a finished run for summary.json: metrics before, after and at the best evaluation, and the ledger."""
-    before, after, best = state["before"], state["after"], state["best"]
+    """The numbers of a finished run for summary.json: metrics before and after, their change, the best, the ledger."""
+    before, after = state["before"], state["after"]
     rows = ledger(before["records"], after["records"])
     counts = Counter(row["fate"] for row in rows)
+    samples = len(before["records"][0]["answers"])
+    names = {name: name for name in before["metrics"] if name in before["records"][0]}  # a value per question
+    names.update({f"maj@{samples}": "majority_right", f"pass@{samples}": "any_right"} if samples > 1 else {})
     return {
         "steps": state["step"],
         "before": before["metrics"],
         "after": after["metrics"],
-        "best": {"step": best["step"], **best["metrics"]},
+        "change": paired_changes(before["records"], after["records"], names),
+        "best": state["best"],
         "ledger": {name: counts[name] for name in FATES},
+        "expected_by_chance": sum(row["false_alarms"] for row in rows),
         "questions": rows,
     }
 
 
 def read_metrics(out):
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
 def speeds(out):
@@ -176,29 +256,42 @@ def progress(line, evaluation):
 def table(columns):
     """Metrics side by side as text: columns is {heading: metrics}; a metric's `name_se` is its standard error.
 
-    >>> print(table({"before": {"pass@1": 0.25, "pass@1_se": 0.05}, "after": {"pass@1": 0.5, "pass@1_se": 0.04}}))
-                                 before            after
-    pass@1                0.250 ± 0.050    0.500 ± 0.040
+    The column "change" holds differences, which are shown with their sign.
+
+    >>> print(table({"after": {"pass@1": 0.5, "pass@1_se": 0.04}, "change": {"pass@1": 0.25, "pass@1_se": 0.03}}))
+                                  after           change
+    pass@1                0.500 ± 0.040   +0.250 ± 0.030
     """
-    names = dict.fromkeys(name for metrics in columns.values() for name in metrics if not name.endswith("_se") and name != "step")
+    names = dict.fromkeys(name for metrics in columns.values() for name in metrics if not name.endswith("_se"))
     lines = [" " * 18 + "".join(f"{heading:>17}" for heading in columns)]
     for name in sorted(names, key=lambda n: (not n.startswith(("pass@1", "maj", "pass", "greedy")), n != "pass@1")):
         cells = []
-        for metrics in columns.values():
+        for heading, metrics in columns.items():
             error = f" ± {metrics[name + '_se']:.3f}" if name + "_se" in metrics else ""
             digits = 1 if name == "response_tokens" else 3
-            cells.append(f"{metrics[name]:.{digits}f}{error}" if name in metrics else "")
+            sign = "+" if heading == "change" else ""
+            cells.append(f"{metrics[name]:{sign}.{digits}f}{error}" if name in metrics else "")
         lines.append(f"{name:<18}" + "".join(f"{cell:>17}" for cell in cells))
     return "\n".join(line.rstrip() for line in lines)
 
 
 def render(summary, state):
     """All that is printed at the end of a run: table, ledger, three responses before and after."""
-    best = f"best (step {summary['best']['step']})"
-    parts = ["", table({"before": summary["before"], "after": summary["after"], best: summary["best"]})]
+    parts = ["", table({heading: summary[heading] for heading in ("before", "after", "change")})]
+    if summary["best"]:
+        best = summary["best"]
+        parts.append(
+            f"\nBest evaluation: step {best['step']}, pass@1 {best['pass@1']:.3f} ± {best['pass@1_se']:.3f} "
+            "(chosen by the even samples, measured on the odd ones)"
+        )
     if summary["questions"]:
         parts += ["", f"What became of the {len(summary['questions'])} questions:"]
         parts += [f"  {count:4d} {name:<10} {FATES[name]}" for name, count in summary["ledger"].items()]
+        parts.append(
+            "A change is claimed where the lead of the true answer over the most frequent wrong one changed beyond chance\n"
+            f"(sign test over paired samples, 5 %). Had nothing changed, chance alone would show up to "
+            f"{summary['expected_by_chance']:.1f} questions\nas learned or sharpened, and as many as corrupted or weakened."
+        )
     parts.append(responses(state["before"]["records"], state["after"]["records"]))
     return "\n".join(parts)
 

@@ -29,6 +29,8 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -110,9 +112,10 @@ class Config:
     wandb: bool = flag(False, "log to Weights & Biases too")
 
 
-TINY = dict(lr=5e-5, epochs=5, max_new_tokens=96, questions_per_update=2, kl=0.0,
+LOWER_TEMPERATURES = {"greedy": (1, 0.0, 1.0), "pass@1 at 0.6/0.95": (16, 0.6, 0.95)}  # samples, temperature, top-p
+TINY = dict(temperature=1.0, lr=5e-5, epochs=5, max_new_tokens=96, questions_per_update=2, kl=0.0,
             eval_every=8, eval_samples=64, eval_temperature=1.0, eval_top_p=1.0)  # fmt: skip
-REASONING_MODELS = ("tiny", "qwen2.5-math", "deepseek-r1", "skywork-or1")  # in the model's name: temperature 1.0, as in the paper
+REASONING_MODELS = ("qwen2.5-math", "deepseek-r1", "skywork-or1")  # in the model's name: temperature 1.0, as in the paper
 RESUME_MAY_CHANGE = {"out", "max_minutes", "allow_changed_flags", "dry_run", "wandb", "save_every"}
 
 
@@ -193,6 +196,10 @@ def check(c):
         raise ValueError(f"--warmup {c.warmup}: is a share of the updates, from 0 to below 1")
     if not 2 <= c.samples <= c.votes:
         raise ValueError(f"--samples {c.samples}: must be at least 2 and at most --votes ({c.votes})")
+    if not 0 <= c.seed < 2**32:
+        raise ValueError(f"--seed {c.seed}: must be a whole number from 0 to {2**32 - 1}")
+    if c.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--wandb: the package wandb is not installed; `pip install wandb`, or leave the flag out")
     if c.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here")
 
@@ -211,16 +218,7 @@ def vote(answers, kind="math"):
     >>> vote(["1/2", "3", "0.5", None])
     ('1/2', [1.0, 0.0, 1.0, 0.0])
     """
-    classes, class_of = [], {}  # lists of indices; spelling -> its class
-    for index, answer in enumerate(answers):
-        if answer is None:
-            continue
-        if answer not in class_of:
-            class_of[answer] = next((c for c in classes if questions.same_answer(answers[c[0]], answer, kind)), None)
-            if class_of[answer] is None:
-                class_of[answer] = []
-                classes.append(class_of[answer])
-        class_of[answer].append(index)
+    classes = questions.classes(answers, kind)
     if not classes:
         return None, [0.0] * len(answers)
     winner = max(classes, key=len)  # max takes the first of equals, and classes stand in the order of their first members
@@ -254,14 +252,15 @@ def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0,
     >>> round(loss.item(), 4)
     -1.2
     """
-    log_ratio = torch.where(mask, logprob - old_logprob, 0.0)
+    # Both exponents are bounded far outside of what the clips leave alone: the gradient of an infinite exp is NaN, not 0.
+    log_ratio = torch.where(mask, logprob - old_logprob, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
     unclipped, clipped = -ratio * advantage, -ratio.clamp(1 - clip, 1 + clip) * advantage
     per_token = torch.maximum(unclipped, clipped)
     per_token = torch.where(advantage < 0, torch.minimum(per_token, -dual_clip * advantage), per_token)
     sums = {"clip_fraction": ((clipped > unclipped) & mask).sum(), "kl_old_new": (ratio - 1 - log_ratio).sum()}
     if ref_logprob is not None:
-        d = torch.where(mask, ref_logprob - logprob, 0.0)
+        d = torch.where(mask, ref_logprob - logprob, 0.0).clamp(-20, 20)
         k3 = (d.exp() - d - 1).clamp(max=10)
         per_token = per_token + kl * k3
         sums["kl"] = k3.sum()
@@ -353,10 +352,10 @@ class Run:
     engine: Engine | None  # kept on a GPU for its CUDA graphs; a CPU gives the memory back to the learner
 
 
-def ask(c, tokenizer, name):
-    """Load a question set and its prompts; prompts over --max-prompt-tokens are named and left out, never cut."""
+def ask(c, tokenizer, name, loaded):
+    """The questions of a set and their prompts; prompts over --max-prompt-tokens are named and left out, never cut."""
     kept, prompts, dropped = [], [], []
-    for question in questions.load(name):
+    for question in loaded:
         ids = questions.encode_prompt(
             tokenizer, question.prompt, template=c.template, suffix=c.prompt_suffix, thinking=c.thinking, kind=question.kind
         )
@@ -374,12 +373,23 @@ def ask(c, tokenizer, name):
 
 def open_run(c, device):
     """Load model, tokenizer and questions, print the plan, and build the learner. Raises for whatever cannot work."""
-    folder = Path(__file__).parent / "tiny" / "model" if c.model == "tiny" else Path(first_on_main(lambda: resolve(c.model)))
+    folder = Path(__file__).parent / "tiny" / "model" if c.model == "tiny" else first_on_node(lambda: resolve(c.model))
+    train_set = first_on_node(lambda: questions.load(c.data))
+    eval_set = train_set if c.eval_data == c.data else first_on_node(lambda: questions.load(c.eval_data))
+    run = on_every_rank(lambda: prepare(c, device, folder, train_set, eval_set))
+    if not c.dry_run:
+        build_models(run, device)
+    return run
+
+
+def prepare(c, device, folder, train_set, eval_set):
+    """The run without its models: tokenizer, prompts and memory budgets; prints the plan, and refuses what cannot work."""
     model_config = read_config(folder)
     tokenizer, eos_ids = questions.load_tokenizer(folder)
     check_vocabulary(model_config, tokenizer)
-    train_set, train_prompts = ask(c, tokenizer, c.data)
-    eval_set, eval_prompts = (train_set, train_prompts) if c.eval_data == c.data else ask(c, tokenizer, c.eval_data)
+    same = eval_set is train_set
+    train_set, train_prompts = ask(c, tokenizer, c.data, train_set)
+    eval_set, eval_prompts = (train_set, train_prompts) if same else ask(c, tokenizer, c.eval_data, eval_set)
     if c.reward == "gold" and any(q.answer is None for q in train_set):
         raise ValueError(f"--reward gold: {c.data} has questions without an answer")
     longest = max(map(len, train_prompts + eval_prompts)) + c.max_new_tokens
@@ -390,92 +400,154 @@ def open_run(c, device):
         raise ValueError(
             f"--votes {c.votes}: fewer than the {dist.get_world_size()} processes, each needs a response to learn from"
         )
-    budgets = plan(c, model_config, device, longest, len(train_set))
+    budgets = plan(c, model_config, device, longest, len(train_set), len(eval_set))
     asked = (train_set, train_prompts, eval_set, eval_prompts)
-    run = Run(c, *budgets, longest, folder, tokenizer, eos_ids, *asked, None, None, None, None, None, None)
-    if not c.dry_run:
-        build_models(run, device)
-    return run
+    return Run(c, *budgets, longest, folder, tokenizer, eos_ids, *asked, None, None, None, None, None, None)
 
 
-def first_on_main(action):
-    """action() on rank 0, then on the others, which find in the cache what it downloaded; its failure is everyone's."""
+def on_every_rank(action):
+    """action() on every rank. If it fails on some, all raise ValueError with the reason of each rank that failed.
+
+    action must not communicate: a rank that fails would leave the others waiting.
+    """
     result = failure = None
-    if is_main():
-        try:
-            result = action()
-        except (ValueError, OSError) as error:
-            failure = error
-    failure = broadcast(failure)
-    if failure:
-        raise failure
-    return result if is_main() else action()
+    try:
+        result = action()
+    except (ValueError, OSError) as error:
+        failure = str(error)
+    failures = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    if len(set(failures)) == 1 and failure:
+        raise ValueError(failure)  # the same everywhere
+    if any(failures):
+        raise ValueError("; ".join(f"rank {rank}: {failed}" for rank, failed in enumerate(failures) if failed))
+    return result
+
+
+def first_on_node(action):
+    """action() on the first rank of each node, then on the others, which find in the cache what it downloaded."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    result = on_every_rank(lambda: action() if first else None)
+    return on_every_rank(lambda: result if first else action())
 
 
 def build_models(run, device):
     """Fill in policy, sampler, learner, reference and optimizer."""
-    c, cuda = run.config, device.type == "cuda"
-    half = torch.bfloat16 if cuda else torch.float32
-    run.policy = run.sampler = Transformer.from_pretrained(run.folder, half if c.eval_only else torch.float32, device)
-    if cuda and not c.eval_only:
-        run.sampler = Transformer.from_pretrained(run.folder, half, device)
-    if cuda:
+    c = run.config
+    on_every_rank(lambda: load_models(run, device))
+    if device.type == "cuda":
         most_rows = max(c.questions_per_step * c.votes, len(run.eval_set) * c.eval_samples)
         slots = min(run.rollout_tokens // run.longest, math.ceil(most_rows / dist.get_world_size()))
         run.engine = Engine(run.sampler, slots, run.longest, c.max_new_tokens, run.eos_ids)
     if c.eval_only:
         return
     run.policy.checkpointing = c.checkpointing
-    if c.kl > 0:
-        run.reference = Transformer.from_pretrained(run.folder, half, device).requires_grad_(False)
     run.learner = DistributedDataParallel(run.policy, gradient_as_bucket_view=True)
     run.optimizer = torch.optim.AdamW(run.policy.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
 
 
-def plan(c, model_config, device, longest, question_count):
+def load_models(run, device):
+    """Read the weights: the policy's, on a GPU the sampler's copy in bf16, and with --kl the reference's."""
+    c, cuda = run.config, device.type == "cuda"
+    half = torch.bfloat16 if cuda else torch.float32
+    run.policy = run.sampler = Transformer.from_pretrained(run.folder, half if c.eval_only else torch.float32, device)
+    if cuda and not c.eval_only:
+        run.sampler = Transformer.from_pretrained(run.folder, half, device)
+    if c.kl > 0 and not c.eval_only:
+        run.reference = Transformer.from_pretrained(run.folder, half, device).requires_grad_(False)
+
+
+def plan(c, model_config, device, longest, question_count, eval_question_count):
     """Print what is going to happen, and refuse what cannot fit: the token budgets of (sampler, micro-batch).
 
     Budgets come from the machine's total memory, not from what happens to be free, so that a restart gets the same ones.
     """
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Transformer(model_config).parameters())
     cuda, neighbours = device.type == "cuda", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     total = torch.cuda.get_device_properties(device).total_memory if cuda else physical_memory() // neighbours
-    half = 2 if cuda else 4  # bytes of a weight in compute precision
-    # fp32 master, gradient and two moments; on CUDA the sampler's copy; with --kl the reference
-    a_weight = half if c.eval_only else 16 + half * cuda + half * (c.kl > 0)
-    fixed, what = parameters * a_weight, "weights" if c.eval_only else "weights, gradients and moments"
+    parameters, parts = memory_parts(c, model_config, cuda)
+    fixed = sum(parts.values())
     # of the sampler: a token's keys and values; a row of them, and its logits in fp32
-    a_token = 2 * model_config.layers * model_config.kv_heads * model_config.head_dim * half
+    a_token = 2 * model_config.layers * model_config.kv_heads * model_config.head_dim * (2 if cuda else 4)
     row = longest * a_token + 4 * model_config.vocab_size
     available = int(0.9 * total) - fixed
+    what = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     if available < 8 * row:
         raise ValueError(
-            f"{c.model} does not fit: each rank needs {fixed / 1e9:.1f} GB for {what} and {8 * row / 1e9:.2f} GB "
+            f"{c.model} does not fit: each rank needs {fixed / 1e9:.1f} GB ({what}) and {8 * row / 1e9:.2f} GB "
             f"to sample eight rows, and has {0.9 * total / 1e9:.1f} GB"
         )
     rollout_tokens = c.rollout_tokens or available // 2 // row * longest
-    # of the learner: a token's activations, some 16 widths and 5 MLP widths a layer; with checkpointing a width, and one layer
-    layer = 4 * (16 * model_config.hidden_size + 5 * model_config.intermediate_size)
-    active = model_config.layers * 4 * model_config.hidden_size + layer if c.checkpointing else model_config.layers * layer
+    if rollout_tokens < longest:
+        raise ValueError(
+            f"--rollout-tokens {c.rollout_tokens}: must be at least {longest}, the tokens of the longest prompt and response"
+        )
+    active = activation_bytes(model_config, c.checkpointing)
     # a CPU is at full speed with a thousand tokens or a gigabyte of activations; more would only take memory
     largest, room = (32768, available // 4) if cuda else (1024, min(available // 4, 10**9))
     micro_batch_tokens = c.micro_batch_tokens or max(longest, min(largest, room // active))
     steps = c.epochs * math.ceil(question_count / c.questions_per_step)
+    sampled = responses_sampled(c, question_count, eval_question_count)
     say(
-        f"model    {c.model}: {parameters / 1e6:.1f} M parameters, {fixed / 1e9:.2f} GB for {what}",
+        f"model    {c.model}: {parameters / 1e6:.1f} M parameters, {fixed / 1e9:.2f} GB a rank ({what})",
         f"ranks    {dist.get_world_size()} on {device.type}, {torch.get_num_threads()} threads each",
         f"data     {c.data}: {question_count} questions, prompts up to {longest - c.max_new_tokens} tokens",
         f"plan     {c.epochs} epochs, {steps} steps of {c.questions_per_step} questions x {c.votes} votes "
         f"at temperature {c.temperature}; {c.samples} are trained on, rewarded by {c.reward}",
+        f"sampling {sum(sampled.values()):,} responses, {sampled['eval'] / sum(sampled.values()):.0%} of them for evaluation "
+        f"(--eval-every {c.eval_every}, --eval-samples {c.eval_samples})",
         f"memory   sampler up to {rollout_tokens:,} tokens, learner up to {micro_batch_tokens:,} tokens at a time",
         f"out      {c.out}",
     )
     return rollout_tokens, micro_batch_tokens
 
 
-def physical_memory():
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def memory_parts(c, model_config, cuda):
+    """(number of parameters, {part: bytes that a rank holds whatever it samples, and while it learns})."""
+    with torch.device("meta"):
+        model = Transformer(model_config)
+    count = sum(p.numel() for p in model.parameters())
+    half = 2 if cuda else 4  # bytes of a weight in compute precision
+    if c.eval_only:
+        return count, {"weights": half * count}
+    parts = {"weights": 4 * count, "gradients": 4 * count, "moments": 8 * count}  # fp32
+    parts["head's gradient"] = 4 * model.lm_head.weight.numel()  # of one micro-batch, before it is added to the others'
+    if cuda:
+        block = sum(p.numel() for p in model.layers[0].parameters())
+        parts["sampler"] = half * count
+        parts["autocast"] = half * block * (1 if c.checkpointing else len(model.layers))  # kept for the backward pass
+    if c.kl > 0:
+        parts["reference"] = half * count
+    return count, parts
+
+
+def activation_bytes(model_config, checkpointing):
+    """Bytes that learning holds per token: some 16 widths and 5 MLP widths a layer; with checkpointing a width, and one layer."""
+    layer = 4 * (16 * model_config.hidden_size + 5 * model_config.intermediate_size)
+    return model_config.layers * 4 * model_config.hidden_size + layer if checkpointing else model_config.layers * layer
+
+
+def responses_sampled(c, question_count, eval_question_count):
+    """Responses that the whole run samples, {"train": ..., "eval": ...}."""
+    steps = c.epochs * steps_an_epoch(c, question_count)
+    lower = [s for s, *setting in LOWER_TEMPERATURES.values() if tuple(setting) != (c.eval_temperature, c.eval_top_p)]
+    evaluations = 2 + (steps - 1) // c.eval_every  # before the first step, after the last, and between
+    responses = evaluations * c.eval_samples + 2 * sum(lower)
+    return {"train": c.epochs * question_count * c.votes, "eval": responses * eval_question_count}
+
+
+def physical_memory(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """Bytes of this machine's memory, or of the container's (its cgroup's limit) where that is less."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    lines = Path(own).read_text().splitlines() if Path(own).exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers not in ("", "memory"):
+            continue
+        kind, name = ("", "memory.max") if controllers == "" else ("memory", "memory.limit_in_bytes")  # version 2, version 1
+        for folder in (Path(path), *Path(path).parents):  # a limit of any group above holds as well
+            file = Path(root) / kind / folder.relative_to("/") / name
+            text = file.read_text().strip() if file.is_file() else "max"
+            sizes += [int(text)] if text.isdigit() else []
+    return min(sizes)
 
 
 def peak_memory_gb():
@@ -564,18 +636,22 @@ def judge(c, asked, groups):
 def micro_batches(rollout, rows, budget):
     """Cut rows (indices into a Rollout) into lists of at most `budget` tokens, a question's prompt counted once in each.
 
-    Rows of a question stay together, its short responses first, so that little of a micro-batch is padding.
+    Tokens are counted as attention computes them without flash-attn: prompts padded to the longest prompt of the
+    micro-batch, responses to the longest response. Rows of a question stay together, its short responses first, so that
+    little is padding. A row alone may exceed the budget.
     """
-    batches, tokens, before = [], math.inf, None
+    batches = []
     for row in sorted(rows, key=lambda r: (int(rollout.question[r]), int(rollout.response_length[r]))):
-        question, prompt, response = (int(x[row]) for x in (rollout.question, rollout.prompt_length, rollout.response_length))
-        tokens += response + (prompt if question != before else 0)
-        if tokens > budget:
+        if not batches or padded_tokens(rollout, [*batches[-1], row]) > budget:
             batches.append([])
-            tokens = prompt + response
         batches[-1].append(row)
-        before = question
     return batches
+
+
+def padded_tokens(rollout, rows):
+    """Tokens of a micro-batch: its prompts, each question's once, and its responses, both padded to their longest."""
+    prompts = len(set(rollout.question[rows].tolist())) * int(rollout.prompt_length[rows].max())
+    return prompts + len(rows) * int(rollout.response_length[rows].max())
 
 
 def learning_rate(c, update, updates):
@@ -593,7 +669,7 @@ def learn(run, rollout, advantage, update, updates):
     --questions-per-update questions. The ranks hold different rows of it, and may hold more or fewer micro-batches or none,
     but all have to make the same number of backward passes: a rank that has no more repeats a row with all of it masked.
     """
-    c, sums, norms, on_policy = run.config, Counter(), [], True
+    c, sums, norms, skipped, on_policy = run.config, Counter(), [], 0, True
     parameters = list(run.policy.parameters())
     gap_max = torch.zeros((), device=parameters[0].device)
     for number, start in enumerate(range(0, len(advantage), c.questions_per_update)):
@@ -607,7 +683,9 @@ def learn(run, rollout, advantage, update, updates):
         for index in range(passes):
             real = index < len(batches)
             mb = rollout[torch.tensor(batches[index] if real else [0])]
-            exchange = index == passes - 1  # gradients are exchanged once an update, with its last backward pass
+            # Gradients are exchanged once an update, with its last backward pass. The very first exchange makes them views of
+            # DDP's buckets; without it, at the first pass, no_sync would let autograd hold them a second time.
+            exchange = index == passes - 1 or parameters[0].grad is None
             with contextlib.nullcontext() if exchange else run.learner.no_sync():
                 loss, mb_sums, mb_gap_max = micro_batch_loss(run, mb, mb.mask() & real, advantage, token_count)
                 (loss * dist.get_world_size()).backward()  # DDP averages over ranks, but each loss is a share of one sum
@@ -619,10 +697,12 @@ def learn(run, rollout, advantage, update, updates):
             run.optimizer.step()
             norms.append(norm)
             on_policy = False
-        run.optimizer.zero_grad()
+        else:
+            skipped += 1
+        run.optimizer.zero_grad(set_to_none=False)  # they stay views of the buckets
     if run.sampler is not run.policy:
         run.sampler.copy_from(run.policy)
-    return learning_metrics(run, sums, gap_max, norms)
+    return {**learning_metrics(run, sums, gap_max, norms), "updates": len(norms), "skipped_updates": skipped}
 
 
 def micro_batch_loss(run, mb, mask, advantage, token_count):
@@ -632,7 +712,8 @@ def micro_batch_loss(run, mb, mask, advantage, token_count):
     old_logprob = mb.logprob[:, : mask.shape[1]].to(device, non_blocking=True)  # [B, R]
     sample = mb.sample.clamp(max=c.samples - 1)  # a masked row may be any of the N, advantages there are only of the M
     mb_advantage = advantage[mb.question, sample][:, None].to(device, non_blocking=True)  # [B, 1]
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    # No weight cache: each weight is used once a pass, and the cache would hold a bf16 copy of all of them.
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
         logprob, entropy = run.learner(mb, c.temperature)
         with torch.no_grad():
             ref_logprob = run.reference(mb, c.temperature)[0] if run.reference else None
@@ -660,7 +741,7 @@ def learning_metrics(run, sums, gap_max, norms):
     metrics.update(logprob_gap=gap / gap_tokens, logprob_gap_max=reduce({"max": gap_max}, dist.ReduceOp.MAX)["max"])
     if norms:
         metrics.update(grad_norm=report.mean(norms), grad_norm_max=max(norms), lr=run.optimizer.param_groups[0]["lr"])
-    return {**metrics, "updates": len(norms), "trained_tokens": tokens}
+    return {**metrics, "trained_tokens": tokens}
 
 
 def train_step(run, step):
@@ -708,14 +789,16 @@ def updates_of(c, question_count):
 # evaluation
 
 
-def evaluate(run, step, sampling=None):
+def evaluate(run, sampling=None):
     """Sample every evaluation question and grade it: on rank 0 (metrics, a record a question).
 
-    sampling: (samples a question, temperature, top-p), by default what the flags say.
+    sampling: (samples a question, temperature, top-p), by default what the flags say. Every evaluation of a run draws
+    with the same random numbers (step 0), so two of them differ by what was learned in between, not by luck: weights
+    that did not move give the same responses, and the difference of two evaluations is a difference of pairs.
     """
     c = run.config
     samples, temperature, top_p = sampling or (c.eval_samples, c.eval_temperature, c.eval_top_p)
-    how = dict(stream="eval", step=step, temperature=temperature, top_p=top_p)
+    how = dict(stream="eval", step=0, temperature=temperature, top_p=top_p)
     _, groups = sample_responses(run, run.eval_set, run.eval_prompts, samples, **how)
     if not is_main():
         return {}, []
@@ -723,14 +806,16 @@ def evaluate(run, step, sampling=None):
     return {**report.evaluation_metrics(records, samples), **report.describe(groups)}, records
 
 
-def evaluate_fully(run, step):
+def evaluate_fully(run):
     """The evaluation of the flags, and for the before/after table what a lower temperature alone would give."""
     c = run.config
-    metrics, records = evaluate(run, step)
-    for name, samples, temperature, top_p in (("greedy", 1, 0.0, 1.0), ("pass@1 at 0.6/0.95", 16, 0.6, 0.95)):
-        if (temperature, top_p) != (c.eval_temperature, c.eval_top_p):
-            other, _ = evaluate(run, step, (samples, temperature, top_p))
+    metrics, records = evaluate(run)
+    for name, sampling in LOWER_TEMPERATURES.items():
+        if sampling[1:] != (c.eval_temperature, c.eval_top_p):
+            other, other_records = evaluate(run, sampling)
             metrics.update({name: other["pass@1"], f"{name}_se": other["pass@1_se"]} if "pass@1" in other else {})
+            for row, other_row in zip(records, other_records, strict=True):
+                row.update({name: other_row["pass@1"]} if "pass@1" in other_row else {})
     return metrics, records
 
 
@@ -743,8 +828,9 @@ def train(run, state):
     c, entered, seconds_before = run.config, time.monotonic(), state["seconds"]
     steps = c.epochs * steps_an_epoch(c, len(run.train_set))
     if state["step"] == 0:
-        metrics, records = evaluate_fully(run, 0)
-        state["before"] = state["best"] = {"step": 0, "metrics": metrics, "records": records}
+        metrics, records = evaluate_fully(run)
+        state["before"] = {"step": 0, "metrics": metrics, "records": records}
+        state["best"] = report.better(None, 0, records)
         log(run, {"step": 0, "epoch": 0, **{f"eval/{k}": v for k, v in metrics.items()}}, [])
     bar = tqdm(total=steps, initial=state["step"], disable=not is_main(), unit="step", dynamic_ncols=True)
     for step in range(state["step"] + 1, steps + 1):
@@ -753,19 +839,22 @@ def train(run, state):
         last = step == steps
         if last or step % c.eval_every == 0:
             bar.set_description("evaluating")
-            metrics, records = evaluate_fully(run, step) if last else evaluate(run, step)
+            metrics, records = evaluate_fully(run) if last else evaluate(run)
             line.update({f"eval/{name}": value for name, value in metrics.items()})
             state["after"] = {"step": step, "metrics": metrics, "records": records}
-            if metrics.get("pass@1", 0) > state["best"]["metrics"].get("pass@1", 0):
-                state["best"] = {"step": step, "metrics": metrics, "records": []}
+            state["best"] = report.better(state["best"], step, records)
         state["step"], state["seconds"] = step, seconds_before + time.monotonic() - entered
+        state["updates"] += line["train/updates"]
+        state["skipped_updates"] += line["train/skipped_updates"]
+        if line["train/skipped_updates"]:
+            bar.write(f"step {step}: {line['train/skipped_updates']} updates skipped, their gradient was not finite")
         log(run, line, shown)
         bar.update()
         bar.set_description("")
         bar.set_postfix_str(report.progress(line, state["after"]["metrics"] if "after" in state else state["before"]["metrics"]))
         out_of_time = broadcast(c.max_minutes is not None and time.monotonic() - entered > 60 * c.max_minutes)
         if is_main() and (last or out_of_time or step % c.save_every == 0):
-            whole = {**state, "config": dataclasses.asdict(c), "environment": environment(c)}
+            whole = {**state, "config": dataclasses.asdict(c), "environment": environment(c), "questions": fingerprint(run)}
             checkpoint.save(Path(c.out) / "checkpoint", run.policy, run.optimizer, whole)
         if out_of_time and not last:
             bar.close()
@@ -834,25 +923,30 @@ def main(argv=None):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     given = parse(argv)
+    rank = int(os.environ.get("RANK", 0))
     try:  # the door: whatever is wrong with flags, files or memory is said in a sentence, before any work
         c = configure(given)
         device = start_processes(c.device)
         run = open_run(c, device)
         if run.config.dry_run:
             return
-        state = open_out(run)
+        state = on_every_rank(lambda: open_out(run))
     except (ValueError, OSError) as error:
-        if not dist.is_initialized() or is_main():
-            print(f"ttrl.py: {error}", file=sys.stderr)
+        if rank == 0 or not dist.is_initialized():  # once there is a group, all ranks raise the same
+            print(f"ttrl.py: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         raise SystemExit(2) from None
     if run.config.eval_only:
-        metrics, _ = evaluate_fully(run, 0)
+        metrics, _ = evaluate_fully(run)
         if is_main():
             whole = {"evaluation": metrics, "environment": environment(run.config), "config": dataclasses.asdict(run.config)}
             checkpoint.write_whole(Path(run.config.out) / "evaluation.json", json.dumps(whole, indent=1))
             print(report.table({"evaluation": metrics}))
-    elif train(run, state) and is_main():
-        finish(run, state)
+    elif train(run, state):
+        if state["skipped_updates"] and not state["updates"]:
+            reason = f"ttrl.py: the gradient of all {state['skipped_updates']} updates was not finite, nothing was learned"
+            raise SystemExit(reason if is_main() else 1)
+        if is_main():
+            finish(run, state)
 
 
 def open_out(run):
@@ -860,11 +954,14 @@ def open_out(run):
     c, out = run.config, Path(run.config.out)
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
-    state = {"step": 0, "seconds": 0.0}
+    state = {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0}
     folder = checkpoint.newest(out / "checkpoint")
     if folder and not c.eval_only:
         state = checkpoint.read_state(folder)
         compare_with_checkpoint(c, state.pop("config"), state.pop("environment"))
+        if state.pop("questions") != fingerprint(run):
+            raise ValueError(f"{c.out} holds a run on other questions: ids, prompts or answers of {c.data} or {c.eval_data} "
+                             "changed since its checkpoint; restore them, or choose another --out")  # fmt: skip
         checkpoint.restore(folder, run.policy, run.optimizer)
         if run.sampler is not run.policy:
             run.sampler.copy_from(run.policy)
@@ -877,8 +974,14 @@ def open_out(run):
             import wandb
 
             wandb.init(project="ttrl", name=out.name, config=dataclasses.asdict(c), resume="allow", id=out.name)
-    dist.barrier()
     return state
+
+
+def fingerprint(run):
+    """SHA-256 of what is asked, in training and evaluation, and of the answers that the report compares with."""
+    train = [[q.id, ids] for q, ids in zip(run.train_set, run.train_prompts, strict=True)]
+    evaluation = [[q.id, ids, q.answer] for q, ids in zip(run.eval_set, run.eval_prompts, strict=True)]
+    return hashlib.sha256(json.dumps([train, evaluation]).encode()).hexdigest()
 
 
 def compare_with_checkpoint(c, then, environment_then):

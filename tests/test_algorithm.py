@@ -171,7 +171,7 @@ def rows_of(lengths, prompt=10):
 def test_micro_batches_keep_to_the_budget_and_count_a_prompt_once():
     rollout = rows_of({0: [5, 20, 7], 1: [8, 3]})
     assert ttrl.micro_batches(rollout, range(5), 1000) == [[0, 2, 1, 4, 3]]
-    assert ttrl.micro_batches(rollout, range(5), 25) == [[0, 2], [1], [4, 3]]  # 10+5+7, then 10+20 (alone over it), then 10+3+8
+    assert ttrl.micro_batches(rollout, range(5), 26) == [[0, 2], [1], [4, 3]]  # 10+2*7, then 10+20 (alone over it), then 10+2*8
     assert ttrl.micro_batches(rollout, [], 25) == []
 
 
@@ -233,9 +233,9 @@ def test_a_model_that_does_not_fit_is_refused_with_the_bytes(tmp_path, monkeypat
     monkeypatch.setattr(ttrl.dist, "get_world_size", lambda: 1)
     config, options = (
         ttrl.configure({"model": "Qwen2.5-Math-7B", "device": "cpu"}),
-        (read_config(tmp_path), torch.device("cpu"), 4096, 30),
+        (read_config(tmp_path), torch.device("cpu"), 4096, 30, 30),
     )
-    with pytest.raises(ValueError, match=r"152\.3 GB for weights, gradients and moments .* has 72\.0 GB"):
+    with pytest.raises(ValueError, match=r"needs 154\.5 GB \(weights 30\.46, gradients 30\.46, moments 60\.92, .* has 72\.0 GB"):
         ttrl.plan(config, *options)
     rollout_tokens, _ = ttrl.plan(dataclasses.replace(config, eval_only=True), *options)
     assert 32 * 4096 < rollout_tokens < 64 * 4096

@@ -1,0 +1,107 @@
+"""The memory plan against what a run on the CPU really allocates."""
+
+import gc
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from torch.profiler import ProfilerActivity, profile
+
+import ttrl
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, few_questions):
+    """A run built and one step of learning made, in this process: (run, plan's parts, bytes held at each stage, gradients)."""
+    flags = ["--data", str(few_questions), "--out", str(tmp_path_factory.mktemp("memory")), *SMALL,
+             "--kl", "0.1", "--micro-batch-tokens", "300", "--questions-per-update", "2"]  # fmt: skip
+    c = ttrl.configure(ttrl.parse(flags))
+    device = ttrl.start_processes("cpu")
+    sizes, monkeypatch = {}, pytest.MonkeyPatch()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as build:
+            run = ttrl.open_run(c, device)
+            gc.collect()
+        sizes["built"] = held(build)[0]
+        rollout, _ = ttrl.sample_responses(
+            run, run.train_set[:3], run.train_prompts[:3], 8, stream="train", step=1, temperature=1.0
+        )
+        advantage = torch.randn(3, c.samples, generator=torch.Generator().manual_seed(0))
+        outside, loss_of = [], ttrl.micro_batch_loss
+
+        def recording(run, *arguments):
+            """Before each micro-batch but the first: what the ones before it have left in the gradients."""
+            if run.policy.norm.weight.grad is not None:
+                outside.append(gradients_outside_the_buckets(run))
+            return loss_of(run, *arguments)
+
+        monkeypatch.setattr(ttrl, "micro_batch_loss", recording)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as learning:
+            ttrl.learn(run, rollout, advantage, 0, 10)
+            gc.collect()
+        sizes["learned"], sizes["peak of learning"] = held(learning)
+    finally:
+        ttrl.dist.destroy_process_group()
+        monkeypatch.undo()
+    with_model = ttrl.read_config(ROOT / "tiny" / "model")
+    return run, ttrl.memory_parts(c, with_model, cuda=False)[1], sizes, outside
+
+
+def held(profiled):
+    """(bytes allocated and not freed, their peak) over a profiled piece of the program."""
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return total, peak
+
+
+def gradients_outside_the_buckets(run):
+    """Bytes of gradients that lie in storage of their own: a bucket of DDP holds those of several parameters."""
+    storages = Counter(p.grad.untyped_storage().data_ptr() for p in run.policy.parameters())
+    return sum(p.grad.nbytes for p in run.policy.parameters() if storages[p.grad.untyped_storage().data_ptr()] == 1)
+
+
+def test_gradients_are_views_of_the_buckets_from_the_first_update_on(measured):
+    _, _, _, outside = measured
+    assert len(outside) >= 4 and not any(outside)
+
+
+def test_the_plan_counts_what_is_held(measured):
+    """Weights, reference and the buckets of gradients when built, the moments with the first update."""
+    _, parts, sizes, _ = measured
+    assert sizes["built"] == pytest.approx(parts["weights"] + parts["reference"] + parts["gradients"], rel=0.02)
+    assert sizes["learned"] == pytest.approx(parts["moments"], rel=0.02)
+
+
+def test_the_plan_bounds_the_peak_of_learning(measured):
+    """Moments, the head's gradient and a micro-batch of activations; what the plan counts is not twice what there is."""
+    run, parts, sizes, _ = measured
+    active = ttrl.activation_bytes(run.policy.config, run.config.checkpointing)
+    planned = parts["moments"] + parts["head's gradient"] + run.micro_batch_tokens * active
+    assert 0.5 * planned < sizes["peak of learning"] < planned
+
+
+@pytest.mark.parametrize(
+    "own, files, limit",
+    [
+        ("0::/\n", {"memory.max": "1000"}, 1000),
+        ("0::/a/b\n", {"a/memory.max": "500", "a/b/memory.max": "max"}, 500),  # the group above limits as well
+        ("4:memory:/docker/x\n0::/\n", {"memory/memory.limit_in_bytes": "700"}, 700),  # version 1, seen from inside
+        ("4:memory:/y\n", {"memory/y/memory.limit_in_bytes": "9223372036854771712"}, None),  # version 1 without a limit
+        ("3:cpu,cpuacct:/y\n", {"y/memory.max": "5"}, None),  # of another controller
+        ("", {}, None),
+    ],
+)
+def test_a_containers_limit_counts(tmp_path, own, files, limit):
+    (tmp_path / "cgroup").write_text(own)
+    for name, text in files.items():
+        path = tmp_path / "fs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    found = ttrl.physical_memory(tmp_path / "fs", tmp_path / "cgroup")
+    whole = ttrl.physical_memory(Path("/nowhere"), Path("/nowhere"))
+    assert found == (limit or whole) and whole > 10**9
