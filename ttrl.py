@@ -1005,4 +1005,7 @@ if __name__ == "__main__":
         raise SystemExit("interrupted; the same command goes on from the last checkpoint") from None
     finally:
         if dist.is_initialized():
+            # gloo's thread needs the GIL to drop the tensors of its last operation, and the end of the group waits for that
+            # thread without giving the GIL away: a deadlock, unless the thread gets its turn before
+            time.sleep(0.05)
             dist.destroy_process_group()
