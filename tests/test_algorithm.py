@@ -118,6 +118,15 @@ def test_k3_kl_is_clamped():
     assert one_token(1.0, 0.0, ref_logprob=torch.tensor([[5.0]]), kl=1.0)[:2] == (10.0, 0.0)
 
 
+@pytest.mark.parametrize("ratio", [1e-50, 1e50])
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("d", [-200.0, 200.0])
+def test_a_token_that_became_all_but_impossible_has_a_finite_gradient(ratio, advantage, d):
+    """exp() overflows in fp32 above 88, and the gradient of what a clamp cuts off an infinity is NaN."""
+    loss, gradient, _ = one_token(ratio, advantage, ref_logprob=torch.tensor([[math.log(ratio) + d]]), kl=1.0)
+    assert math.isfinite(loss) and math.isfinite(gradient)
+
+
 def test_loss_is_a_sum_over_tokens_by_the_global_count():
     """Three tokens in two rows; what lies behind the mask, even infinities, has no say; shares of micro-batches add up."""
     logprob = torch.tensor([[0.1, -0.2], [0.3, float("inf")]])
@@ -175,6 +184,14 @@ def test_micro_batches_keep_to_the_budget_and_count_a_prompt_once():
     assert ttrl.micro_batches(rollout, [], 25) == []
 
 
+def test_micro_batches_count_padding():
+    """60 responses of 1 token and one of 3,000 are 63 tokens more than the prompt, but 61 x 3,000 in one micro-batch."""
+    rollout = rows_of({0: [1] * 60, 1: [1] * 59 + [3000]})
+    batches = ttrl.micro_batches(rollout, range(120), 4000)
+    assert sorted(itertools.chain(*batches)) == list(range(120)) and batches[-1] == [119] and len(batches) == 2
+    assert all(ttrl.padded_tokens(rollout, batch) <= 4000 for batch in batches)
+
+
 def test_standard_error_is_clustered_by_question():
     assert report.standard_error([0.0, 1.0, 1.0, 0.0]) == pytest.approx(math.sqrt(1 / 3 / 4))
     assert report.standard_error([0.3]) == 0.0
@@ -198,6 +215,10 @@ def test_standard_error_is_clustered_by_question():
         (["--eval-top-p", "0"], "--eval-top-p 0"),
         (["--kl", "-1"], "--kl -1"),
         (["--device", "cuda"], "--device cuda"),
+        (["--seed", "20000000000000"], "--seed 20000000000000"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--rollout-tokens", "10"], "--rollout-tokens 10: must be at least 148"),
+        (["--wandb"], "--wandb: the package wandb is not installed"),
     ],
 )
 def test_bad_flags_are_one_sentence(arguments, words, capsys):
@@ -221,6 +242,19 @@ def test_defaults_are_the_papers():
     qwen3 = ttrl.configure({"model": "Qwen3-8B", "data": "math"})
     assert (qwen3.questions_per_step, qwen3.epochs, qwen3.temperature) == (32, 10, 0.6)
     assert ttrl.configure({"model": "Qwen3-8B", "thinking": True}).temperature == 1.0
+
+
+@pytest.mark.parametrize("model, temperature", [
+    ("tiny", 1.0), ("TinyLlama-1.1B-Chat", 0.6), ("my/destiny-7b", 0.6), ("runs/tiny-aime", 0.6), ("a/Qwen2.5-Math-7B-ft", 1.0),
+])  # fmt: skip
+def test_only_the_embedded_model_is_called_tiny(model, temperature):
+    assert ttrl.configure({"model": model, "data": "tiny"}).temperature == temperature
+
+
+def test_the_plan_counts_the_responses_of_evaluation():
+    """MATH-500 with the paper's settings: 160 steps and 82 evaluations of 500 x 16, and greedy before and after."""
+    c = ttrl.configure({"model": "Qwen2.5-Math-1.5B", "data": "math"})
+    assert ttrl.responses_sampled(c, 500, 500) == {"train": 10 * 500 * 64, "eval": 81 * 500 * 16 + 2 * 500}
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_bytes(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The real program as a subprocess: what it leaves, that it never reads the answers, ranks, and being killed."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, SMALL, command, environment, lines_of, program
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 TINY = ROOT / "tiny" / "model"
@@ -270,3 +272,76 @@ def test_an_unknown_model_is_one_sentence_on_every_rank(tmp_path):
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     printed = program("--dry-run", "--out", tmp_path / "run").stdout
     assert "plan " in printed and "memory " in printed and not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what used to be silent
+
+
+def test_changed_questions_are_not_resumed(finished, few_questions, tmp_path):
+    """The same file name with another question, another answer, or one question less."""
+    asked = json.loads(few_questions.read_text())
+    path, out = tmp_path / "mine.json", tmp_path / "run"
+    path.write_text(json.dumps(asked))
+    arguments = ["--data", path, "--out", out, *SMALL]
+    program(*arguments, "--max-minutes", "0.001")
+    changes = [asked[1:], [{**asked[0], "prompt": "1+1=?"}, *asked[1:]], [{**asked[0], "answer": "1"}, *asked[1:]]]
+    for changed in changes:
+        path.write_text(json.dumps(changed))
+        error = program(*arguments, "--allow-changed-flags", code=2).stderr
+        assert error.count("\n") == 1 and "holds a run on other questions" in error and str(path) in error
+    path.write_text(json.dumps(asked))
+    assert "resume   from step 1" in program(*arguments).stdout and same_weights(finished[0], out)
+
+
+def test_stray_files_do_not_end_training(few_questions, tmp_path):
+    folder = tmp_path / "run" / "checkpoint"
+    (folder / "step-mine").mkdir(parents=True)
+    for name in (".DS_Store", ".nfs0001", "step-9", "notes.txt"):
+        (folder / name).write_text("not ours")
+    program("--data", few_questions, "--out", tmp_path / "run", *SMALL)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".DS_Store",
+        ".nfs0001",
+        "notes.txt",
+        "step-000004",
+        "step-9",
+        "step-mine",
+    ]
+
+
+def test_separators_inside_a_line_survive_a_resume(tmp_path):
+    import checkpoint
+
+    path = tmp_path / "rollouts.jsonl"
+    lines = [{"step": 1, "response": "one\u2028two\u0085three"}, {"step": 2, "response": "gone"}]
+    checkpoint.append(path, lines)
+    checkpoint.forget_after(path, 1)
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] == lines[:1]
+
+
+def test_updates_that_are_never_finite_do_not_end_as_if_all_were_well(few_questions, tmp_path):
+    """The real program with a gradient norm that is always nan: a line a step, and at the end a sentence and no table."""
+    out = tmp_path / "run"
+    done = program(tmp_path, "--data", few_questions, "--out", out, *SMALL, script="tests/broken_run.py", code=1)
+    assert re.search(r"step 1: \d updates skipped, their gradient was not finite", done.stdout + done.stderr)
+    assert re.search(r"ttrl.py: the gradient of all \d updates was not finite, nothing was learned\n", done.stderr)
+    assert "What became of" not in done.stdout and not (out / "summary.json").exists() and moved_nowhere(out)
+
+
+def moved_nowhere(out):
+    base = load_file(TINY / "model.safetensors")
+    with safe_open(out / "checkpoint" / "step-000004" / "weights.safetensors", "pt") as file:
+        return torch.equal(file.get_tensor("embed_tokens.weight"), base["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("failing", ["1", "0 1"])
+def test_an_error_on_any_rank_is_said(few_questions, tmp_path, failing):
+    """A rank that cannot read the questions says its number and why, and no rank waits for it; alike on all ranks, once."""
+    done = subprocess.run(
+        command(tmp_path, "--data", few_questions, "--out", tmp_path / "run", *SMALL, ranks=2, script="tests/broken_run.py"),
+        env={**environment(), "RANKS_THAT_CANNOT_READ": failing}, capture_output=True, text=True, timeout=120, cwd="/",
+    )  # fmt: skip
+    assert done.returncode == 1 and "Connection closed" not in done.stderr
+    [line] = [line for line in done.stderr.splitlines() if "ttrl.py: " in line and "disk" in line]
+    assert line == "ttrl.py: rank 1: the disk is gone" if failing == "1" else "ttrl.py: the disk is gone"
