@@ -54,6 +54,7 @@ import questions
 import report
 from model import TOKENIZER_FILES, Transformer, check_vocabulary, read_config, resolve
 from rollout import Engine, generate
+from support.prompts import decode_response, encode_prompt, load_tokenizer, show_prompt
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: every field is a flag of the same name
@@ -357,7 +358,7 @@ def ask(c, tokenizer, name):
     """Load a question set and its prompts; prompts over --max-prompt-tokens are named and left out, never cut."""
     kept, prompts, dropped = [], [], []
     for question in questions.load(name):
-        ids = questions.encode_prompt(
+        ids = encode_prompt(
             tokenizer, question.prompt, template=c.template, suffix=c.prompt_suffix, thinking=c.thinking, kind=question.kind
         )
         if len(ids) > c.max_prompt_tokens:
@@ -376,7 +377,7 @@ def open_run(c, device):
     """Load model, tokenizer and questions, print the plan, and build the learner. Raises for whatever cannot work."""
     folder = Path(__file__).parent / "tiny" / "model" if c.model == "tiny" else Path(first_on_main(lambda: resolve(c.model)))
     model_config = read_config(folder)
-    tokenizer, eos_ids = questions.load_tokenizer(folder)
+    tokenizer, eos_ids = load_tokenizer(folder)
     check_vocabulary(model_config, tokenizer)
     train_set, train_prompts = ask(c, tokenizer, c.data)
     eval_set, eval_prompts = (train_set, train_prompts) if c.eval_data == c.data else ask(c, tokenizer, c.eval_data)
@@ -391,6 +392,7 @@ def open_run(c, device):
             f"--votes {c.votes}: fewer than the {dist.get_world_size()} processes, each needs a response to learn from"
         )
     budgets = plan(c, model_config, device, longest, len(train_set))
+    say(f"prompt   {show_prompt(tokenizer, train_prompts[0])}")
     asked = (train_set, train_prompts, eval_set, eval_prompts)
     run = Run(c, *budgets, longest, folder, tokenizer, eos_ids, *asked, None, None, None, None, None, None)
     if not c.dry_run:
@@ -535,7 +537,7 @@ def sample_responses(run, asked, prompts, samples, *, stream, step, temperature,
         )
     for row, (question, _) in enumerate(rows):
         ids, finished = rollout.response(row), bool(rollout.finished[row])
-        text = questions.decode_response(run.tokenizer, ids)
+        text = decode_response(run.tokenizer, ids)
         answer = questions.extract_answer(text, asked[question].kind, truncated=not finished)
         responses.append(Response(answer, text, len(ids), finished))
     everything = collect(responses)
