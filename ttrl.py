@@ -896,6 +896,7 @@ def compare_with_checkpoint(c, then, environment_then):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # prompts hold what not every terminal can show
     torch.use_deterministic_algorithms(not torch.cuda.is_available())
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     try:

@@ -1,4 +1,4 @@
-"""support/prompts.py: tokenizer.json is what the model reads and writes, and a prompt is shown as it is fed."""
+"""support/prompts.py: tokenizer.json alone turns text into ids and back; a prompt is shown as it is fed."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 from support import prompts
 from support.prompts import SAMPLES, decode_response, encode_prompt, load_tokenizer, show_prompt
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Folders in Hugging Face format, made up after the models of the paper
 
 LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")  # three digits a token at most, not one
@@ -40,17 +40,20 @@ MATH_SYSTEM = "Please reason step by step, and put your final answer within \\\\
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 NAMES = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "</s>"}
+REBUILT = ["LlamaTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer"]  # classes that make rules of their own
 TEXT = "What is 6+7? 12345678  x\n\\boxed{é数} e\u0301"
+
+
+def split_then_bytes(pattern):
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
 
 
 def byte_level(split=LLAMA3_SPLIT, normalizer=None, special=None):
     """A trained tokenizers.Tokenizer such as those of Qwen2 and Llama 3."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizer
-    split = pre_tokenizers.Split(Regex(split), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
+    tokenizer.pre_tokenizer = split_then_bytes(split)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -71,9 +74,8 @@ def sentencepiece():
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator([line.split(" ") for line in CORPUS], trainer)
     written = json.loads(tokenizer.to_str())
-    written["added_tokens"] = [
-        token for token in written["added_tokens"] if not token["content"].startswith("<0x")
-    ]
+    added = [token for token in written["added_tokens"] if not token["content"].startswith("<0x")]
+    written["added_tokens"] = added
     return Tokenizer.from_str(json.dumps(written))
 
 
@@ -85,7 +87,7 @@ def with_bos(tokenizer):
 
 
 def write_folder(folder, tokenizer, name="PreTrainedTokenizerFast", model_type="llama", **config):
-    """tokenizer.json, tokenizer_config.json with NAMES and whatever else is given, config.json; returns the folder."""
+    """The folder, now with tokenizer.json, config.json, and in tokenizer_config.json NAMES and `config`."""
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": name, **NAMES, **config}
@@ -95,7 +97,7 @@ def write_folder(folder, tokenizer, name="PreTrainedTokenizerFast", model_type="
 
 
 def assert_as_written(folder, tokenizer, texts=(*SAMPLES, TEXT)):
-    """Ids and text are those of folder's tokenizer.json, and a prompt and a response pass through unchanged."""
+    """The ids of prompts and the text of responses are those of the folder's tokenizer.json."""
     reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
     reference.no_truncation()
     reference.no_padding()
@@ -114,14 +116,9 @@ def make_tokenizer(template=None, add_bos=False):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
     if add_bos:
-        bos = [("<s>", tokenizer.token_to_id("<s>"))]
-        template_processing = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=bos
-        )
-        tokenizer.post_processor = template_processing
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>" if add_bos else None, eos_token="<|im_end|>"
-    )
+        with_bos(tokenizer)
+    names = {"bos_token": "<s>" if add_bos else None, "eos_token": "<|im_end|>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     fast.chat_template = template
     return fast
 
@@ -132,25 +129,22 @@ def spelled(tokenizer, ids):
 
 
 def chat(system, user):
-    return (
-        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
-    )
+    turns = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
+    return turns + "<|im_start|>assistant\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # tokenizer.json is the truth
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", "gpt2", "unheard_of"])
-@pytest.mark.parametrize(
-    "name", ["LlamaTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer", "Unheard"]
-)
+@pytest.mark.parametrize("name", [*REBUILT, "LlamaTokenizer", "Unheard"])
 def test_class_and_model_type_change_nothing(tmp_path, name, model_type):
     folder = write_folder(tmp_path / "any", byte_level(), name, model_type)
     assert_as_written(folder, load_tokenizer(folder)[0])
 
 
-@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer"])
+@pytest.mark.parametrize("name", REBUILT)
 def test_normalizer_pre_tokenizer_and_decoder_are_those_of_the_file(tmp_path, name):
     for number, tokenizer in enumerate((
         byte_level(r"\p{N}{1,3}|\P{N}+"),
@@ -177,7 +171,7 @@ def test_settings_beside_the_file_change_nothing(tmp_path, model_type):
     folder = write_folder(
         tmp_path / "all", tokenizer, "LlamaTokenizerFast", model_type, added_tokens_decoder=decoder,
         split_special_tokens=True, add_prefix_space=True, legacy=True, clean_up_tokenization_spaces=True,
-        additional_special_tokens=["</think>"], fast_tokenizer_files=["tokenizer.4.0.0.json", "tokenizer.json"],
+        additional_special_tokens=["</think>"], fast_tokenizer_files=["tokenizer.4.0.0.json"],
     )  # fmt: skip
     byte_level(QWEN2_SPLIT).save(str(folder / "tokenizer.4.0.0.json"))
     texts = ("a <think> b</think>c", " <s>x<|im_start|> y <|im_end|>\n", "It is 5 , ok . I 'm", *SAMPLES)
@@ -206,10 +200,7 @@ def test_another_tokenizer_than_the_files_is_refused(tmp_path, monkeypatch):
         backend.pre_tokenizer = pre_tokenizers.Metaspace()
 
     def other_digits(backend):
-        split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
-        )
+        backend.pre_tokenizer = split_then_bytes(QWEN2_SPLIT)
 
     def no_spaces(backend):
         backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("  ", " ")])
@@ -236,18 +227,22 @@ def test_another_tokenizer_than_the_files_is_refused(tmp_path, monkeypatch):
     load_tokenizer(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What the other files add: templates, names, flags
 
+
+def qwen2():
+    return byte_level(QWEN2_SPLIT, normalizers.NFC())
+
+
+BOS = "{{ bos_token }}"
 FAMILIES = {  # where transformers' own choice of a class is right: tokenizer, class, model_type, template
-    "qwen2": (lambda: byte_level(QWEN2_SPLIT, normalizers.NFC()), "Qwen2Tokenizer", "qwen2", "CHATML"),
-    "llama 3": (lambda: with_bos(byte_level()), "PreTrainedTokenizerFast", "llama", "{{ bos_token }}CHATML"),
-    "mistral": (lambda: with_bos(sentencepiece()), "LlamaTokenizer", "mistral", "{{ bos_token }}[INST] CHATML"),
-    "tekken": (lambda: with_bos(byte_level()), "PreTrainedTokenizerFast", "mistral", "{{ bos_token }}[INST]CHATML"),
-    "distilled qwen2": (
-        lambda: byte_level(QWEN2_SPLIT, normalizers.NFC()), "LlamaTokenizerFast", "qwen2", "{{ bos_token }}CHATML<think>\n",
-    ),
-}  # fmt: skip
+    "qwen2": (qwen2, "Qwen2Tokenizer", "qwen2", "CHATML"),
+    "distilled qwen2": (qwen2, "LlamaTokenizerFast", "qwen2", BOS + "CHATML<think>\n"),
+    "llama 3": (lambda: with_bos(byte_level()), "PreTrainedTokenizerFast", "llama", BOS + "CHATML"),
+    "tekken": (lambda: with_bos(byte_level()), "PreTrainedTokenizerFast", "mistral", BOS + "[INST]CHATML"),
+    "mistral": (lambda: with_bos(sentencepiece()), "LlamaTokenizer", "mistral", BOS + "[INST] CHATML"),
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -294,19 +289,11 @@ def test_a_chat_template_is_found_wherever_it_lies(tmp_path):
 
 
 def test_special_tokens_map_and_full_descriptions_name_the_tokens(tmp_path):
-    described = {
-        "__type": "AddedToken",
-        "content": "<s>",
-        "lstrip": False,
-        "normalized": True,
-        "rstrip": False,
-    }
-    folder = write_folder(
-        tmp_path / "model", byte_level(), "LlamaTokenizerFast", bos_token=described, eos_token=None
-    )
-    (folder / "special_tokens_map.json").write_text(
-        '{"eos_token": {"content": "<|im_end|>", "lstrip": false}}'
-    )
+    described = {"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": True}
+    named = {"bos_token": described, "eos_token": None}
+    folder = write_folder(tmp_path / "model", byte_level(), "LlamaTokenizerFast", **named)
+    written = {"eos_token": {"content": "<|im_end|>", "lstrip": False}}
+    (folder / "special_tokens_map.json").write_text(json.dumps(written))
     tokenizer, eos_ids = load_tokenizer(folder)
     assert tokenizer.bos_token_id == tokenizer.convert_tokens_to_ids("<s>")
     assert eos_ids == [tokenizer.eos_token_id] == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
@@ -324,19 +311,16 @@ def test_a_bos_that_only_the_flag_asks_for_is_put_first(tmp_path):
         assert ids.count(ids[0]) == 1 and ids[0] == post_processor.token_to_id("<s>")
     for flag in False, None:
         folder = write_folder(tmp_path / "without", byte_level(), "LlamaTokenizerFast", add_bos_token=flag)
-        assert (
-            decode_response(
-                load_tokenizer(folder)[0], encode_prompt(load_tokenizer(folder)[0], "1?", template="none")
-            )
-            == "1?"
-        )
+        tokenizer, _ = load_tokenizer(folder)
+        assert tokenizer.decode(encode_prompt(tokenizer, "1+1?", template="none")) == "1+1?"
 
 
 def test_a_named_end_token_does_not_reach_the_grader(tmp_path):
-    """Some files hold the end token as an ordinary added one."""
+    """Some files hold the end token as an ordinary added one. Thoughts stay, whatever names they have."""
     tokenizer = byte_level(special=["<s>", "</s>"])
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
-    loaded, _ = load_tokenizer(write_folder(tmp_path / "model", tokenizer, "Qwen2Tokenizer", "qwen2"))
+    folder = write_folder(tmp_path / "model", tokenizer, "Qwen2Tokenizer", "qwen2", think_token="<think>")
+    loaded, _ = load_tokenizer(folder)
     ids = loaded.encode("<think>5</think> The answer is 42 , ok .<|im_end|></s>", add_special_tokens=False)
     assert decode_response(loaded, ids) == "<think>5</think> The answer is 42 , ok ."
 
@@ -345,16 +329,29 @@ def test_a_token_that_tokenizer_json_does_not_have_is_refused_unless_nothing_use
     named = {"<|end|>": {"eos_token": "<|end|>"}, "<bos>": {"bos_token": "<bos>", "pad_token": "<bos>"}}
     named["<tool>"] = {"added_tokens_decoder": {"7000": {"content": "<tool>", "special": True}}}
     named["<|user|>"] = {"additional_special_tokens": ["<|user|>"]}
+    named["<image>"] = {"image_token": "<image>"}
     for token, config in named.items():
         with pytest.raises(ValueError, match=r"tokenizer\.json lacks the token") as error:
             load_tokenizer(write_folder(tmp_path / "model", byte_level(), **config))
         assert repr(token) in str(error.value) and "model" in str(error.value)
-    folder = write_folder(
-        tmp_path / "model", byte_level(), "LlamaTokenizer", pad_token="[PAD]", unk_token="<unk>"
-    )
-    tokenizer, _ = load_tokenizer(folder)
-    assert len(tokenizer) == byte_level().get_vocab_size() and tokenizer.pad_token_id is None
-    assert_as_written(folder, tokenizer, ["[PAD] <unk>"])
+    for padding in "[PAD]", "!":  # not there, or an ordinary token, which must stay one
+        unused = {"pad_token": padding, "unk_token": "<unk>"}
+        folder = write_folder(tmp_path / "model", byte_level(), "LlamaTokenizer", **unused)
+        tokenizer, _ = load_tokenizer(folder)
+        assert len(tokenizer) == byte_level().get_vocab_size() and tokenizer.pad_token_id is None
+        assert_as_written(folder, tokenizer, ["[PAD] <unk> 5! = 120!"])
+
+
+def test_an_end_token_that_is_only_in_the_vocabulary_is_special_all_the_same(tmp_path):
+    written = json.loads(byte_level(special=["<s>", "</s>", "<|im_start|>"]).to_str())
+    vocabulary = written["model"]["vocab"]
+    vocabulary["<|im_end|>"] = len(vocabulary)
+    for number, token in enumerate(written["added_tokens"]):
+        token["id"] = len(vocabulary) + number
+    folder = write_folder(tmp_path / "model", Tokenizer.from_str(json.dumps(written)), "LlamaTokenizerFast")
+    tokenizer, eos_ids = load_tokenizer(folder)
+    assert tokenizer.encode("5 <|im_end|>", add_special_tokens=False)[-1:] == eos_ids
+    assert decode_response(tokenizer, tokenizer.encode("5 6<|im_end|>")) == "5 6"
 
 
 @pytest.mark.parametrize("names", [["tokenizer.model"], ["vocab.json", "merges.txt"], ["tekken.json"]])
@@ -374,7 +371,7 @@ def test_a_folder_without_tokenizer_json_says_how_to_make_it(tmp_path, names):
         assert load_tokenizer(tmp_path)[0].eos_token == "<|im_end|>"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Building prompts
 
 
@@ -394,12 +391,7 @@ def test_template_without_boxed_gets_the_suffix_unless_the_question_has_it():
     assert spelled(tokenizer, encode_prompt(tokenizer, asked)) == chat(system, asked)
     for nothing in "none", "":
         assert spelled(tokenizer, encode_prompt(tokenizer, "1+1?", suffix=nothing)) == chat(system, "1+1?")
-    assert (
-        len(
-            [i for i in encode_prompt(tokenizer, "x") if i == tokenizer.convert_tokens_to_ids("<|im_start|>")]
-        )
-        == 3
-    )
+    assert encode_prompt(tokenizer, "x").count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
 
 
 def test_no_template_and_template_none():
@@ -466,7 +458,7 @@ def test_load_tokenizer_errors(tmp_path):
         load_tokenizer(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The prompt in the plan
 
 
@@ -476,9 +468,7 @@ def test_the_shown_prompt_is_one_line_decoded_from_the_ids():
     escaped = r"1+1?\x1b[2J\r\u202e\u2028數é"
     text = chat(r"Box it: \boxed{}.", escaped).replace("\n", r"\n")
     assert show_prompt(tokenizer, ids) == "<s>" + text
-    assert (
-        show_prompt(tokenizer, ids[:1] + ids) == "<s><s>" + text
-    )  # what is fed is shown, not what was meant
+    assert show_prompt(tokenizer, ids[:1] + ids) == "<s><s>" + text  # shown as it is fed, not as it was meant
 
 
 def test_a_long_prompt_shows_its_start_and_its_end():
@@ -512,10 +502,16 @@ def test_the_program_prints_the_first_prompt_of_a_byte_level_llama(tmp_path):
         assert "second" not in printed and printed.index("plan  ") < printed.index("prompt ")
 
 
+def test_a_terminal_that_cannot_show_a_prompt_gets_escapes(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    (tmp_path / "q.jsonl").write_text('{"prompt": "What is 6+7 數?"}\n')
+    printed = program("--dry-run", "--data", tmp_path / "q.jsonl", "--out", tmp_path / "run").stdout
+    assert r"user\nWhat is 6+7 \u6578?<|im_end|>\n" in printed
+
+
 def test_the_program_refuses_a_tokenizer_in_one_sentence(tmp_path):
     folder = write_folder(tmp_path / "model", byte_level(), eos_token="<|end|>")
     shutil.copy(ROOT / "tiny" / "model" / "config.json", folder)
-    error = program(
-        "--dry-run", "--model", folder, "--data", "tiny", "--out", tmp_path / "run", code=2
-    ).stderr
+    flags = ["--dry-run", "--model", folder, "--data", "tiny", "--out", tmp_path / "run"]
+    error = program(*flags, code=2).stderr
     assert error.count("\n") == 1 and error.startswith("ttrl.py: ") and "'<|end|>'" in error
