@@ -3,7 +3,7 @@ r"""What is asked and how it is graded: load questions, build prompts, extract a
 Four sections, in the order in which a step uses them:
 
 1. Questions:  load("aime") -> list[Question]; a benchmark is downloaded once, checked and cached.
-2. Prompts:    encode_prompt(tokenizer, prompt) -> token ids; decode_response goes the other way.
+2. Prompts:    in support/prompts.py.
 3. Extraction: extract_answer(response) -> "the last \boxed{...}", a phrase, or the last number; None is no answer.
 4. Equality:   same_answer("1/2", "0.5") -> True. Plain numbers are compared here, the rest by math-verify.
 
@@ -185,76 +185,6 @@ def _question(row, place: str, index: int, kind: str) -> Question:
             raise ValueError(f'{place}: "{key}" must be a text or a finite number, not {value!r}')
     answer = None if row.get("answer") is None else str(row["answer"]).strip() or None
     return Question(prompt, answer, str(index) if identity in (None, "") else str(identity), kind)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Prompts
-
-SUFFIXES = {
-    "math": "\nPlease reason step by step, and put your final answer within \\boxed{}.",
-    "choice": "\nPlease reason step by step, and put the letter of your final answer within \\boxed{}.",
-}
-
-
-def load_tokenizer(folder: str | os.PathLike) -> tuple:
-    """(tokenizer, eos_ids) of an HF folder; eos_ids: sorted union of generation_config, config and tokenizer.
-
-    Raises ValueError if the tokenizer is missing, does not load, or nothing names an end-of-sequence token.
-    """
-    from transformers import AutoTokenizer  # seconds to import; grading does not need it
-
-    folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ValueError(f"{folder}: has no tokenizer (tokenizer.json is missing)")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise anything, plain Exception included
-        raise ValueError(f"{folder}: the tokenizer does not load; is tokenizer.json whole? ({error})") from None
-    eos_ids = {tokenizer.eos_token_id}
-    for name in "generation_config.json", "config.json":
-        if (folder / name).is_file():
-            config = _json((folder / name).read_text(encoding="utf-8"), str(folder / name))
-            value = config.get("eos_token_id") if isinstance(config, dict) else None
-            eos_ids.update(value if isinstance(value, list) else [value])
-    eos_ids = sorted(eos_ids - {None})
-    if not eos_ids:
-        raise ValueError(f"{folder}: no end-of-sequence token; set eos_token_id in generation_config.json")
-    return tokenizer, eos_ids
-
-
-def encode_prompt(
-    tokenizer, prompt: str, *, template: str = "auto", suffix: str = "auto", thinking: bool = False, kind: str = "math"
-) -> list[int]:
-    """Token ids of a question, ready for the model to answer.
-
-    template: "auto" uses the tokenizer's chat template with its own default system turn, and the bare prompt where it
-    has none; "none" takes the prompt verbatim. suffix: "auto" appends SUFFIXES[kind] where neither the template nor
-    the question mentions boxed (never with template "none"); "none" or "" appends nothing; else it is the text itself.
-    thinking: passed to the template as enable_thinking (Qwen3's switch). Raises ValueError if the template fails.
-    """
-    chat = template == "auto" and bool(tokenizer.chat_template)
-
-    def render(content: str) -> str:
-        messages = [{"role": "user", "content": content}]
-        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
-        return tokenizer.apply_chat_template(messages, **options) if chat else content
-
-    try:
-        if suffix == "auto":
-            suffix = "" if template == "none" or "boxed" in render(prompt) else SUFFIXES[kind]
-        text = render(prompt + ("" if suffix == "none" else suffix))
-    except Exception as error:  # a template is a program of its own and raises what it likes
-        raise ValueError(f"the tokenizer's chat template fails ({error}); --template none goes without it") from None
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    # A template writes its own BOS. Elsewhere the model's BOS is put first, if it uses one, and never twice.
-    bos = tokenizer.bos_token_id
-    wants_bos = not chat and bos is not None and bos in tokenizer.encode("") and ids[:1] != [bos]
-    return [bos, *ids] if wants_bos else ids
-
-
-def decode_response(tokenizer, ids: list[int]) -> str:
-    """Text of a response, special tokens dropped: an end token must not reach the grader."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

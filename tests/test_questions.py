@@ -1,4 +1,4 @@
-"""questions.py: loading, prompts, extraction, equality. Hostile text runs in a process that is killed after 10 s."""
+"""questions.py: loading, extraction, equality. Hostile text runs in a process that is killed after 10 s."""
 # ruff: noqa: E501, RUF001
 
 import hashlib
@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import questions
-from questions import BENCHMARKS, Question, benchmark_of, encode_prompt, extract_answer, load, same_answer
+from questions import BENCHMARKS, Question, benchmark_of, extract_answer, load, same_answer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files are not at hand")
@@ -657,127 +657,3 @@ def test_failed_download_says_what_to_do(web, data):
     message = str(error.value)
     assert "aime" in message and "--data FILE" in message and "https://" in message and "\n" not in message
     assert not web.cached.exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
-
-CHATML = (
-    "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\nSYSTEM<|im_end|>\n{% endif %}"
-    "{%- for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-MATH_SYSTEM = "Please reason step by step, and put your final answer within \\\\boxed{}."
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-
-
-def make_tokenizer(template=None, add_bos=False):
-    """A byte-level tokenizer that can spell anything, with or without a BOS of its own."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    if add_bos:
-        bos = [("<s>", tokenizer.token_to_id("<s>"))]
-        template_processing = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=bos)
-        tokenizer.post_processor = template_processing
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>" if add_bos else None, eos_token="<|im_end|>")
-    fast.chat_template = template
-    return fast
-
-
-def spelled(tokenizer, ids):
-    assert isinstance(ids, list) and all(type(i) is int for i in ids)
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-
-
-def chat(system, user):
-    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
-
-
-def test_template_with_its_own_boxed_instruction_gets_no_suffix():
-    tokenizer = make_tokenizer(CHATML.replace("SYSTEM", "{{ '" + MATH_SYSTEM + "' }}"))
-    text = spelled(tokenizer, encode_prompt(tokenizer, "1+1?"))
-    assert text == chat(INSTRUCTION.strip(), "1+1?")
-    assert encode_prompt(tokenizer, "1+1?", suffix=" Go.") == encode_prompt(tokenizer, "1+1? Go.")
-
-
-def test_template_without_boxed_gets_the_suffix_unless_the_question_has_it():
-    tokenizer = make_tokenizer(CHATML.replace("SYSTEM", "You are a helpful assistant."))
-    system = "You are a helpful assistant."
-    assert spelled(tokenizer, encode_prompt(tokenizer, "1+1?")) == chat(system, "1+1?" + INSTRUCTION)
-    assert "the letter of your" in spelled(tokenizer, encode_prompt(tokenizer, "Which?", kind="choice"))
-    asked = "1+1? Use \\boxed{}."
-    assert spelled(tokenizer, encode_prompt(tokenizer, asked)) == chat(system, asked)
-    for nothing in "none", "":
-        assert spelled(tokenizer, encode_prompt(tokenizer, "1+1?", suffix=nothing)) == chat(system, "1+1?")
-    assert len([i for i in encode_prompt(tokenizer, "x") if i == tokenizer.convert_tokens_to_ids("<|im_start|>")]) == 3
-
-
-def test_no_template_and_template_none():
-    bare, chatty = make_tokenizer(), make_tokenizer(CHATML)
-    assert spelled(bare, encode_prompt(bare, "1+1?")) == "1+1?" + INSTRUCTION
-    for tokenizer in bare, chatty:
-        assert spelled(tokenizer, encode_prompt(tokenizer, "1+1=", template="none")) == "1+1="
-        assert spelled(tokenizer, encode_prompt(tokenizer, "1+1=", template="none", suffix="#")) == "1+1=#"
-
-
-def test_bos_is_there_once():
-    with_bos = make_tokenizer("<s>" + CHATML, add_bos=True)
-    bos = with_bos.bos_token_id
-    for ids in (
-        encode_prompt(with_bos, "1+1?"),
-        encode_prompt(with_bos, "1+1?", template="none"),
-        encode_prompt(with_bos, "<s>1+1?", template="none"),
-        encode_prompt(make_tokenizer(add_bos=True), "1+1?"),
-    ):
-        assert ids[0] == bos and ids.count(bos) == 1
-    no_bos = make_tokenizer(CHATML)
-    assert "<s>" not in spelled(no_bos, encode_prompt(no_bos, "1+1?", template="none"))
-
-
-def test_thinking_reaches_the_template():
-    tokenizer = make_tokenizer(CHATML + "{% if not enable_thinking %}<think>\n\n</think>{% endif %}")
-    assert spelled(tokenizer, encode_prompt(tokenizer, "x")).endswith("<think>\n\n</think>")
-    assert spelled(tokenizer, encode_prompt(tokenizer, "x", thinking=True)).endswith("assistant\n")
-
-
-def test_failing_template_is_one_sentence():
-    with pytest.raises(ValueError, match="--template none"):
-        tokenizer = make_tokenizer("{{ raise_exception('system role only') }}")
-        encode_prompt(tokenizer, "x")
-
-
-def test_decode_drops_special_tokens():
-    tokenizer = make_tokenizer()
-    ids = tokenizer.encode("The answer is 42 , ok .<|im_end|>", add_special_tokens=False)
-    assert questions.decode_response(tokenizer, ids) == "The answer is 42 , ok ."
-
-
-def test_load_tokenizer_unites_the_eos_ids(tmp_path):
-    make_tokenizer(CHATML).save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "eos_token_id": 5}')
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 5, 2]}')
-    tokenizer, eos_ids = questions.load_tokenizer(tmp_path)
-    assert eos_ids == sorted({2, 5, 9, tokenizer.eos_token_id}) and tokenizer.chat_template == CHATML
-    (tmp_path / "generation_config.json").unlink()
-    assert questions.load_tokenizer(str(tmp_path))[1] == sorted({5, tokenizer.eos_token_id})
-
-
-def test_load_tokenizer_errors(tmp_path):
-    with pytest.raises(ValueError, match=r"tokenizer\.json is missing") as error:
-        questions.load_tokenizer(tmp_path / "nowhere")
-    assert "nowhere" in str(error.value)
-    tokenizer = make_tokenizer()
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no end-of-sequence token"):
-        questions.load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text()[:500])
-    with pytest.raises(ValueError, match="does not load"):
-        questions.load_tokenizer(tmp_path)
