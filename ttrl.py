@@ -52,8 +52,11 @@ from tqdm import tqdm
 import checkpoint
 import questions
 import report
-from model import TOKENIZER_FILES, Transformer, check_vocabulary, read_config, resolve
-from rollout import Engine, generate
+from engine import Engine
+from model import ModelConfig, Transformer
+from rollout import generate
+from support.hub import TOKENIZER_FILES, resolve
+from support.pretrained import check_vocabulary
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: every field is a flag of the same name
@@ -375,7 +378,7 @@ def ask(c, tokenizer, name):
 def open_run(c, device):
     """Load model, tokenizer and questions, print the plan, and build the learner. Raises for whatever cannot work."""
     folder = Path(__file__).parent / "tiny" / "model" if c.model == "tiny" else Path(first_on_main(lambda: resolve(c.model)))
-    model_config = read_config(folder)
+    model_config = ModelConfig.from_pretrained(folder)
     tokenizer, eos_ids = questions.load_tokenizer(folder)
     check_vocabulary(model_config, tokenizer)
     train_set, train_prompts = ask(c, tokenizer, c.data)

@@ -133,7 +133,7 @@ def forget_peak():
 
 def gemm_peaks(size=2048):
     """FLOP/s of one large square product in fp32, by each library that torch has here: {name: FLOP/s}."""
-    from model import ONEDNN, onednn_product  # here: the processes whose memory is measured do not all need it
+    from kernels.linear import ONEDNN, onednn_product  # here: the processes whose memory is measured do not all need it
 
     a, b = torch.randn(size, size), torch.randn(size, size)
     products = {"torch.mm": lambda: a @ b}

@@ -27,7 +27,7 @@ from common import clocked, forget_peak, last_line, memory, peak_memory, say, ta
 import torch  # isort: skip
 
 import ttrl  # isort: skip
-from model import Transformer, read_config  # isort: skip
+from model import ModelConfig, Transformer  # isort: skip
 from rollout import generate  # isort: skip
 
 PROMPT = 16  # tokens
@@ -49,7 +49,7 @@ def random_model(vocabulary, width, folder):
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    model = Transformer(read_config(folder))
+    model = Transformer(ModelConfig.from_pretrained(folder))
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.05)

@@ -13,7 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from kernels import logprob, sampler
+from kernels import logprob_triton as logprob
+from kernels import sampler_triton as sampler
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block, CUDA C++ Programming Guide, table 24
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma", 100: "tcgen05.mma"}

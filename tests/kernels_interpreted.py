@@ -12,7 +12,7 @@ import triton
 from triton import language as tl
 from triton.runtime import interpreter
 
-from kernels import logprob, sampler
+from kernels import logprob, logprob_triton, sampler, sampler_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Builder = interpreter.InterpreterBuilder
@@ -83,7 +83,7 @@ def on_gpu(monkeypatch):
     for name, patch in mended().items():
         monkeypatch.setattr(Builder, name, patch)
     monkeypatch.setattr(logprob, "on_gpu", lambda x: True)
-    monkeypatch.setattr(logprob, "programs_wanted", lambda device: 3)
+    monkeypatch.setattr(logprob_triton, "programs_wanted", lambda device: 3)
     monkeypatch.setattr(logprob, "product", lambda a, b: a.float() @ b.float())  # what torch.mm(out_dtype=) does on a GPU
 
 
@@ -141,19 +141,19 @@ def test_values_and_gradients(tokens, width, vocabulary, used, dtype, monkeypatc
 
 @pytest.mark.parametrize("programs", [1, 1000])
 def test_however_the_vocabulary_is_split(programs, monkeypatch):
-    monkeypatch.setattr(logprob, "programs_wanted", lambda device: programs)
+    monkeypatch.setattr(logprob_triton, "programs_wanted", lambda device: programs)
     hidden, weight, targets, _ = inputs(5, 24, 333, torch.float32)
-    pieces = logprob.partials_triton(hidden.float(), weight.float(), targets, 0.7)
-    again = logprob.partials_triton(hidden.float(), weight.float(), targets, 0.7)
+    pieces = logprob_triton.partials_triton(hidden.float(), weight.float(), targets, 0.7)
+    again = logprob_triton.partials_triton(hidden.float(), weight.float(), targets, 0.7)
     assert pieces.shape[1] == (1 if programs == 1 else 6) and torch.equal(pieces, again)
-    _, _, *got = logprob.combine(*pieces, 0.7)
+    _, _, *got = logprob.merge(*pieces, 0.7)
     for expected, x in zip(plain(hidden, weight, targets, 0.7), got, strict=True):
         assert (x - expected).abs().max() < 5e-6
 
 
 def test_gradient_is_written_over_the_logits():
     z, per_token = torch.randn(3, 50), torch.rand(5, 3)
-    out = logprob.logits_to_gradient_triton(z, 7, torch.tensor([7, 8, 60]), *per_token, 0.7, torch.float32)
+    out = logprob_triton.logits_to_gradient_triton(z, 7, torch.tensor([7, 8, 60]), *per_token, 0.7, torch.float32)
     assert out is z
 
 
@@ -164,7 +164,7 @@ def test_gradient_is_written_over_the_logits():
 @triton.jit
 def uniforms(key, position, out, N: tl.constexpr):
     at = tl.arange(0, N)
-    tl.store(out + at, sampler.uniform_of(tl.load(key + at), tl.load(position + at)))
+    tl.store(out + at, sampler_triton.uniform_of(tl.load(key + at), tl.load(position + at)))
 
 
 def test_random_numbers_are_those_of_torch():
@@ -177,7 +177,7 @@ def test_random_numbers_are_those_of_torch():
 @triton.jit
 def picks(mass, target, place, rest, N: tl.constexpr):
     row, index = tl.program_id(0), tl.arange(0, N)
-    p, r = sampler.first_above(tl.load(mass + row * N + index), tl.load(target + row), index)
+    p, r = sampler_triton.first_above(tl.load(mass + row * N + index), tl.load(target + row), index)
     tl.store(place + row, p.to(tl.int64))
     tl.store(rest + row, r)
 
@@ -187,7 +187,7 @@ def test_a_place_without_mass_is_never_picked():
     target, mass = torch.tensor([0.0, 0.5, 1.0, 2.5, 3.0, 3.5]), torch.tensor([0.0, 0, 1, 0, 2, 0, 0, 0]).repeat(6, 1)
     place, rest = torch.empty(6, dtype=torch.int64), torch.empty(6)
     picks[(6,)](mass, target, place, rest, N=8)
-    for got_place, got_rest in ((place, rest), sampler.pick(mass, target)):
+    for got_place, got_rest in ((place, rest), sampler.inverse_cdf(mass, target)):
         assert got_place.tolist() == [2, 2, 4, 4, 4, 4] and got_rest.tolist() == [0, 0.5, 0, 1.5, 2, 2.5]
 
 
@@ -204,8 +204,8 @@ def test_draws_are_those_of_torch(vocabulary, temperature, masked, dtype):
         logits[:, : 3 * vocabulary // 4] = -torch.inf  # whole blocks
     logits[0, -1] = 50  # the last token, all but surely
     key, position = torch.randint(2**62, (rows,), generator=generator), torch.arange(rows)
-    token, logp = sampler.draw_triton(logits, key, position, temperature)
-    expected, expected_logp = sampler.draw(logits, key, position, temperature)
+    token, logp = sampler_triton.sample_tokens_triton(logits, key, position, temperature)
+    expected, expected_logp = sampler.sample_tokens(logits, key, position, temperature)
     exact = (logits.double() / temperature).log_softmax(-1)
     clear = (exact.exp().cumsum(-1) - sampler.uniform(key, position)[:, None]).abs().amin(-1) > 1e-5
     assert clear.float().mean() > 0.5 or vocabulary == 1
@@ -220,5 +220,5 @@ def test_draw_never_leaves_the_vocabulary():
     key = position = torch.zeros(2, dtype=torch.int64)
     logits = torch.full((2, 1500), -torch.inf)
     logits[0, 3], logits[1] = 0.0, torch.nan
-    token, logp = sampler.draw_triton(logits, key, position, 1.0)
+    token, logp = sampler_triton.sample_tokens_triton(logits, key, position, 1.0)
     assert token[0] == 3 and logp[0] == 0 and 0 <= token[1] < 1500 and logp[1].isnan()

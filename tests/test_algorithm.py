@@ -10,7 +10,7 @@ import torch
 
 import report
 import ttrl
-from model import read_config
+from model import ModelConfig
 from rollout import Rollout
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_bytes(tmp_path, monkeypat
     monkeypatch.setattr(ttrl.dist, "get_world_size", lambda: 1)
     config, options = (
         ttrl.configure({"model": "Qwen2.5-Math-7B", "device": "cpu"}),
-        (read_config(tmp_path), torch.device("cpu"), 4096, 30),
+        (ModelConfig.from_pretrained(tmp_path), torch.device("cpu"), 4096, 30),
     )
     with pytest.raises(ValueError, match=r"152\.3 GB for weights, gradients and moments .* has 72\.0 GB"):
         ttrl.plan(config, *options)

@@ -33,7 +33,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from model import Transformer, read_config  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
 from questions import decode_response, encode_prompt, extract_answer  # noqa: E402
 from rollout import Rollout, generate  # noqa: E402
 
@@ -197,7 +197,7 @@ def main():
     questions = write_questions(HERE / "questions.json", random.Random(1))
     tokenizer = write_tokenizer(folder)
     write_config(folder, tokenizer)
-    model = Transformer(read_config(folder), source=folder)
+    model = Transformer(ModelConfig.from_pretrained(folder), source=folder)
     train(model, tokenizer, random.Random(0), held_out={row["prompt"] for row in questions})
     model.save_pretrained(folder)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {(time.time() - start) / 60:.1f} minutes")

@@ -1,0 +1,168 @@
+"""A model's name -> its folder: what is asked of the hub, and what a failure says. Nothing is downloaded."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import filter_repo_objects
+from parity import FIXED, assert_one_sentence, write_model
+
+from support import hub
+from support.hub import resolve
+
+PAPER = [
+    "Qwen/Qwen2.5-Math-1.5B",
+    "Qwen/Qwen2.5-Math-7B",
+    "Qwen/Qwen2.5-7B",
+    "Qwen/Qwen2.5-32B",
+    "Qwen/Qwen3-8B",
+    "meta-llama/Llama-3.1-8B-Instruct",
+    "meta-llama/Llama-3.2-3B-Instruct",
+    "sail/Llama-3.2-3B-Oat-Zero",
+    "mistralai/Mistral-Nemo-Instruct-2407",
+    "mistralai/Ministral-8B-Instruct-2410",
+    "deepseek-ai/deepseek-math-7b-instruct",
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+    "Skywork/Skywork-OR1-Math-7B",
+]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What resolve asks the hub for; nothing is downloaded."""
+    calls = []
+
+    def snapshot_download(repo, allow_patterns):
+        calls.append((repo, allow_patterns))
+        return "/downloaded"
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+@pytest.mark.parametrize("repo", PAPER)
+def test_bare_names_of_the_papers_models(asked, repo):
+    assert resolve(repo) == resolve(repo.split("/")[1]) == Path("/downloaded")
+    assert [call[0] for call in asked] == [repo, repo]
+
+
+def test_only_safetensors_and_tokenizer_are_downloaded(asked):
+    resolve("Mistral-Nemo-Instruct-2407")
+    wanted = ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json",
+              "model-00001-of-00005.safetensors", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+              "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"]  # fmt: skip
+    others = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "params.json", "tekken.json", "README.md",
+              "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "original/consolidated.00.pth", "original/params.json",
+              "modeling_evil.py", "tf_model.h5", "flax_model.msgpack", "onnx/model.onnx", "optimizer.pt"]  # fmt: skip
+    assert sorted(filter_repo_objects(wanted + others, allow_patterns=asked[0][1])) == sorted(wanted)
+
+
+def test_folders_come_first(tmp_path, monkeypatch, asked):
+    (tmp_path / "Qwen2.5-Local").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("Qwen2.5-Local", "./Qwen2.5-Local", str(tmp_path / "Qwen2.5-Local"), "~/Qwen2.5-Local"):
+        assert resolve(name).resolve() == (tmp_path / "Qwen2.5-Local").resolve()
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    "name", ["", "./nowhere", "/no/where", "~/nowhere", "a/b/c", "unheard-of-7B", "x\0y", "n" * 5000]
+)
+def test_names_that_cannot_be_are_refused_without_asking(asked, name):
+    with pytest.raises(FileNotFoundError):
+        resolve(name)
+    assert asked == []
+
+
+def test_a_file_is_not_a_model(tmp_path, asked):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(FileNotFoundError) as caught:
+        resolve(str(tmp_path / "model.safetensors"))
+    assert_one_sentence(caught.value, tmp_path, "the folder that holds config.json")
+
+
+def hub_error(kind, status):
+    response = SimpleNamespace(headers={}, request=None, status_code=status)
+    return kind(
+        f"{status} Client Error.\n\nSomething went wrong.\nhttps://huggingface.co/api", response=response
+    )
+
+
+HUB_FAILURES = {
+    "gated": (
+        hub_error(hub_errors.GatedRepoError, 403),
+        "accept its licence at https://huggingface.co/Qwen/Qwen9-1B and set HF_TOKEN",
+    ),
+    "typo": (hub_error(hub_errors.RepositoryNotFoundError, 404), "check the spelling"),
+    "bad token": (hub_error(hub_errors.HfHubHTTPError, 401), "check HF_TOKEN"),
+    "server": (hub_error(hub_errors.HfHubHTTPError, 500), "run again"),
+    "no network": (
+        hub_errors.LocalEntryNotFoundError("Cannot find\nan appropriate snapshot"),
+        "cannot be reached",
+    ),
+    "offline": (hub_errors.OfflineModeIsEnabled("offline"), "cannot be reached"),
+    "broken off": (hub_errors.HTTPError("peer closed connection\nwithout a word"), "run again: it resumes"),
+    "connection reset": (ConnectionResetError(104, "Connection reset by peer"), "run again: it resumes"),
+    "bad id": (
+        hub_errors.HFValidationError("Repo id must be in the form 'repo_name' or 'namespace/repo_name'"),
+        "owner/name",
+    ),
+    "full disk": (OSError(errno.ENOSPC, "No space left on device"), "HF_HOME"),
+    "full disk in hf_xet": (
+        RuntimeError("Data processing error: I/O error: No space left on device (os error 28)"),
+        "HF_HOME",
+    ),
+    "read-only cache": (PermissionError(errno.EACCES, "Permission denied", "/cache"), "/cache"),
+}
+
+
+@pytest.mark.parametrize("failure", HUB_FAILURES)
+def test_failed_downloads_say_what_to_do(monkeypatch, failure):
+    error, words = HUB_FAILURES[failure]
+
+    def snapshot_download(repo, allow_patterns):
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    with pytest.raises(FileNotFoundError) as caught:
+        resolve("Qwen9-1B")
+    assert_one_sentence(caught.value, "Qwen/Qwen9-1B", words)
+
+
+def test_real_cache_offline(tmp_path):
+    """The real hub client in a process of its own: HF_HOME's cache is used, HF_HUB_OFFLINE obeyed."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--Qwen--Qwen2.5-Cached"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    write_model(repo / "snapshots" / commit, FIXED | {"model_type": "qwen2"})
+    program = """
+from model import Transformer
+from support.hub import resolve
+print(Transformer.from_pretrained(resolve("Qwen2.5-Cached")).config.layers)
+for name in ("Qwen2.5-Absent", "not a/hub id"):
+    try:
+        resolve(name)
+    except FileNotFoundError as error:
+        print(error)
+"""
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE"))
+    }
+    environment |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    layers, absent, invalid = done.stdout.strip().splitlines()
+    assert layers == "2"
+    assert_one_sentence(absent, "Qwen/Qwen2.5-Absent", "cannot be reached")
+    assert_one_sentence(invalid, "not a/hub id", "owner/name")
