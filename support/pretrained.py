@@ -206,12 +206,20 @@ def read_weights(folder, config, shapes, dtype):
 
 
 def copy_tensor(target, tensor, name, path):
-    """Copy a file's tensor into ours. Raises ValueError if it is not what config.json lets expect."""
+    """Copy a file's tensor into ours. Raises ValueError if it is not as config.json says, or not finite."""
     if tensor.shape != target.shape:
         raise ValueError(f"{path}: {name} is {list(tensor.shape)}, config.json says {list(target.shape)}")
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{path}: {name} is {tensor.dtype}; only float32, float16 and bfloat16 are read")
+    if not is_finite(tensor):
+        raise ValueError(f"{path}: {name} has entries that are infinite or not numbers; the file is damaged")
     target.copy_(tensor)
+
+
+def is_finite(tensor):
+    """Are all entries finite? A sum, which NaN and infinity survive, is the fast way to say yes."""
+    total = tensor.sum(dtype=torch.float32)  # fp16 would overflow above 65,504
+    return bool(total.isfinite() or tensor.isfinite().all())  # a sum of finite entries may overflow too
 
 
 def check_names(folder, wanted, held, tied):

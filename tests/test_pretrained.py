@@ -146,7 +146,7 @@ def test_tied_head_is_one_parameter(tmp_path):
 
 
 def test_weights_outlive_their_file(folder):
-    """safetensors maps the file into memory: without a copy, writing over it would change the model, or kill the process."""
+    """safetensors maps the file: without a copy, writing over it would change the model or kill the process."""
     ours = Transformer.from_pretrained(folder)
     before = [p.detach().clone() for p in ours.parameters()]
     with open(folder / "model.safetensors", "r+b") as file:
@@ -248,6 +248,33 @@ def test_damaged_index_is_refused(folder, text):
 def test_weights_that_do_not_fit_are_refused(folder, name, change):
     edit_weights(folder, change)
     refused(folder, folder, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(folder, dtype, value):
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def damage(weights):
+        weights[name] = weights[name].to(dtype)
+        weights[name][3, 5] = value
+
+    edit_weights(folder, damage)
+    refused(folder, folder / "model.safetensors", name, "infinite or not numbers")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_large_weights_are_finite(folder, dtype):
+    """Their sum overflows, in their own precision and in fp32."""
+    largest = torch.finfo(dtype).max / 2
+    edit_weights(
+        folder,
+        lambda weights: weights.update(
+            {name: torch.full_like(w, largest, dtype=dtype) for name, w in weights.items()}
+        ),
+    )
+    ours = Transformer.from_pretrained(folder)
+    assert all(p.isfinite().all() and p.max() == largest for p in ours.parameters())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\0"])
