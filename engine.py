@@ -125,7 +125,7 @@ class Engine:
         self.graphs = GraphCache() if on_gpu else None
 
     def insert(self, first, prompts, keys, temperature, top_p):
-        """Put rows into the slots from `first` on and sample their first tokens: a Prefilled and a key each."""
+        """Put rows (Prefilled, keys [B]) into the slots from `first` on, and sample their first tokens."""
         slots = slice(first, first + len(prompts))
         self.key[slots] = keys
         self.alive[slots] = True

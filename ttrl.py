@@ -55,7 +55,7 @@ import report
 from engine import Engine
 from model import ModelConfig, Transformer
 from rollout import generate
-from support.hub import TOKENIZER_FILES, resolve
+from support.hub import TOKENIZER_FILES, fetch_weights
 from support.pretrained import check_vocabulary
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ def ask(c, tokenizer, name):
 
 def open_run(c, device):
     """Load model, tokenizer and questions, print the plan, and build the learner. Raises for whatever cannot work."""
-    folder = Path(__file__).parent / "tiny" / "model" if c.model == "tiny" else Path(first_on_main(lambda: resolve(c.model)))
+    folder = Path(__file__).parent / "tiny" / "model" if c.model == "tiny" else Path(first_on_main(lambda: fetch_weights(c.model)))
     model_config = ModelConfig.from_pretrained(folder)
     tokenizer, eos_ids = questions.load_tokenizer(folder)
     check_vocabulary(model_config, tokenizer)

@@ -46,7 +46,7 @@ def sample_tokens(logits, key, position, temperature=1.0, top_p=1.0):
 
 
 def splitmix64(x):
-    """Scramble int64 values by splitmix64's finaliser: an input bit flips half of them (Steele et al. 2014)."""
+    """Scramble int64 values by splitmix64's finaliser: each bit flips half of them (Steele et al. 2014)."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ logical_shift(x, shift)) * factor
     return x ^ logical_shift(x, 31)

@@ -1,11 +1,16 @@
-"""A model's name -> its local folder: fetched from the Hugging Face hub once, then found in its cache."""
+"""A model's name -> its local folder: fetched from the Hugging Face hub once, then found in its cache.
+
+In two steps, so that a run that cannot work is refused before anything large is downloaded: config.json and
+the tokenizer (`fetch_config`), then the weights (`fetch_weights`). For the name of a folder both return that
+folder.
+"""
 
 import errno
 import os
 from pathlib import Path
 
-from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
+from huggingface_hub import errors as hub_errors
 
 from support.pretrained import one_line
 
@@ -14,43 +19,59 @@ OWNERS = {  # how a bare model name starts -> who publishes it on the hub
     "Mistral": "mistralai", "Ministral": "mistralai", "DeepSeek": "deepseek-ai", "Skywork": "Skywork",
     "SmolLM": "HuggingFaceTB",
 }  # fmt: skip
+CONFIG_FILES = ["config.json", "generation_config.json"]
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                    "chat_template*"]  # fmt: skip
-FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
+WEIGHT_FILES = ["model*.safetensors", "model.safetensors.index.json"]
 
 
-def resolve(name):
-    """The local folder of a model: `name` itself, or that of a hub id, downloaded at the first call.
+def fetch_config(name):
+    """The local folder of a model, with config.json and the tokenizer; its weights may be missing.
 
-    A bare name gets its owner: Qwen2.5-Math-1.5B is Qwen/Qwen2.5-Math-1.5B. Raises FileNotFoundError with
-    what to do.
+    A bare name gets its owner: Qwen2.5-Math-1.5B is Qwen/Qwen2.5-Math-1.5B. Raises FileNotFoundError, which
+    says what to do.
     """
-    folder = os.path.expanduser(name)
-    if os.path.isdir(folder):
-        return Path(folder)
-    if os.path.exists(folder):
+    return local_folder(name) or download(repo_of(name), CONFIG_FILES + TOKENIZER_FILES)
+
+
+def fetch_weights(name):
+    """The local folder of a model, complete. Raises FileNotFoundError, which says what to do."""
+    # all files, not only the weights: the repository may have changed, and then the folder is another one
+    return local_folder(name) or download(repo_of(name), CONFIG_FILES + TOKENIZER_FILES + WEIGHT_FILES)
+
+
+def local_folder(name):
+    """The folder `name`, or None if it can only be on the hub."""
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path):
         raise FileNotFoundError(
             f"{name}: a file; a model is the folder that holds config.json and the weights"
         )
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: no such folder")
-    repo = name if "/" in name else f"{owner_of(name)}/{name}"
-    try:
-        return Path(
-            snapshot_download(repo, allow_patterns=FILES + TOKENIZER_FILES)
-        )  # resumes a broken download
-    except (OSError, RuntimeError, hub_errors.HTTPError, hub_errors.HFValidationError) as error:
-        raise FileNotFoundError(f"{repo}: {download_advice(repo, error)}") from None
+    return None
 
 
-def owner_of(name):
-    """Who publishes the model of a bare name."""
+def repo_of(name):
+    """owner/name on the hub. Raises FileNotFoundError for a bare name whose owner we do not know."""
+    if "/" in name:
+        return name
     for start, owner in OWNERS.items():
         if name.lower().startswith(start.lower()):
-            return owner
+            return f"{owner}/{name}"
     raise FileNotFoundError(
         f"{name}: neither a folder nor a model name whose owner is known; give owner/name"
     )
+
+
+def download(repo, patterns):
+    """The folder in the hub's cache with the files that match; goes on with what was broken off."""
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns))
+    except (OSError, RuntimeError, hub_errors.HTTPError, hub_errors.HFValidationError) as error:
+        raise FileNotFoundError(f"{repo}: {download_advice(repo, error)}") from None
 
 
 def download_advice(repo, error):
@@ -62,12 +83,16 @@ def download_advice(repo, error):
     if isinstance(error, hub_errors.HFValidationError):
         return "neither a folder here nor a hub id, which is owner/name"
     if isinstance(error, (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled)):
-        return (
-            "not complete in the local cache, and the hub cannot be reached; download it elsewhere "
-            "and give its folder"
-        )
+        cause = "not complete in the local cache, and the hub cannot be reached"
+        return f"{cause}; download it elsewhere and give its folder"
     if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
         return f"the hub refuses access ({one_line(error)}); check HF_TOKEN"
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+    return disk_advice(error) or f"the download broke off ({one_line(error)}); run again: it resumes"
+
+
+def disk_advice(error):
+    """What to do if the disk is to blame, else None. hf_xet reports it as a RuntimeError, only in words."""
+    code, text = getattr(error, "errno", None), str(error)
+    if code == errno.ENOSPC or "No space left" in text:
         return "the disk is full; free some space or set HF_HOME to a larger disk, then run again: it resumes"
-    return f"the download broke off ({one_line(error)}); run again: it resumes"
+    return None

@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 from parity import FIXED, assert_one_sentence, write_model
 
 from support import hub
-from support.hub import resolve
+from support.hub import fetch_config, fetch_weights
 
 PAPER = [
     "Qwen/Qwen2.5-Math-1.5B",
@@ -33,9 +33,12 @@ PAPER = [
 ]
 
 
+both_steps = pytest.mark.parametrize("fetch", [fetch_config, fetch_weights])
+
+
 @pytest.fixture
 def asked(monkeypatch):
-    """What resolve asks the hub for; nothing is downloaded."""
+    """What the hub is asked for; nothing is downloaded."""
     calls = []
 
     def snapshot_download(repo, allow_patterns):
@@ -46,45 +49,57 @@ def asked(monkeypatch):
     return calls
 
 
+@both_steps
 @pytest.mark.parametrize("repo", PAPER)
-def test_bare_names_of_the_papers_models(asked, repo):
-    assert resolve(repo) == resolve(repo.split("/")[1]) == Path("/downloaded")
+def test_bare_names_of_the_papers_models(asked, repo, fetch):
+    assert fetch(repo) == fetch(repo.split("/")[1]) == Path("/downloaded")
     assert [call[0] for call in asked] == [repo, repo]
 
 
-def test_only_safetensors_and_tokenizer_are_downloaded(asked):
-    resolve("Mistral-Nemo-Instruct-2407")
-    wanted = ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json",
-              "model-00001-of-00005.safetensors", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-              "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"]  # fmt: skip
-    others = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "params.json", "tekken.json", "README.md",
-              "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "original/consolidated.00.pth", "original/params.json",
-              "modeling_evil.py", "tf_model.h5", "flax_model.msgpack", "onnx/model.onnx", "optimizer.pt"]  # fmt: skip
-    assert sorted(filter_repo_objects(wanted + others, allow_patterns=asked[0][1])) == sorted(wanted)
+CONFIG = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+          "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+          "chat_template.json"]  # fmt: skip
+WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-00001-of-00005.safetensors"]
+OTHERS = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "params.json", "tekken.json",
+          "README.md", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin",
+          "original/consolidated.00.pth", "original/params.json", "modeling_evil.py", "tf_model.h5", "flax_model.msgpack", "onnx/model.onnx",
+          "optimizer.pt"]  # fmt: skip
 
 
-def test_folders_come_first(tmp_path, monkeypatch, asked):
+@pytest.mark.parametrize("fetch, wanted", [(fetch_config, CONFIG), (fetch_weights, CONFIG + WEIGHTS)])
+def test_only_safetensors_and_tokenizer_are_downloaded(asked, fetch, wanted):
+    """And the weights not before they are asked for: config and tokenizer are enough for the plan."""
+    fetch("Mistral-Nemo-Instruct-2407")
+    assert len(asked) == 1
+    found = filter_repo_objects(CONFIG + WEIGHTS + OTHERS, allow_patterns=asked[0][1])
+    assert sorted(found) == sorted(wanted)
+
+
+@both_steps
+def test_folders_come_first(tmp_path, monkeypatch, asked, fetch):
     (tmp_path / "Qwen2.5-Local").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("Qwen2.5-Local", "./Qwen2.5-Local", str(tmp_path / "Qwen2.5-Local"), "~/Qwen2.5-Local"):
-        assert resolve(name).resolve() == (tmp_path / "Qwen2.5-Local").resolve()
+        assert fetch(name).resolve() == (tmp_path / "Qwen2.5-Local").resolve()
     assert asked == []
 
 
+@both_steps
 @pytest.mark.parametrize(
     "name", ["", "./nowhere", "/no/where", "~/nowhere", "a/b/c", "unheard-of-7B", "x\0y", "n" * 5000]
 )
-def test_names_that_cannot_be_are_refused_without_asking(asked, name):
+def test_names_that_cannot_be_are_refused_without_asking(asked, name, fetch):
     with pytest.raises(FileNotFoundError):
-        resolve(name)
+        fetch(name)
     assert asked == []
 
 
-def test_a_file_is_not_a_model(tmp_path, asked):
+@both_steps
+def test_a_file_is_not_a_model(tmp_path, asked, fetch):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(FileNotFoundError) as caught:
-        resolve(str(tmp_path / "model.safetensors"))
+        fetch(str(tmp_path / "model.safetensors"))
     assert_one_sentence(caught.value, tmp_path, "the folder that holds config.json")
 
 
@@ -123,8 +138,9 @@ HUB_FAILURES = {
 }
 
 
+@both_steps
 @pytest.mark.parametrize("failure", HUB_FAILURES)
-def test_failed_downloads_say_what_to_do(monkeypatch, failure):
+def test_failed_downloads_say_what_to_do(monkeypatch, failure, fetch):
     error, words = HUB_FAILURES[failure]
 
     def snapshot_download(repo, allow_patterns):
@@ -132,7 +148,7 @@ def test_failed_downloads_say_what_to_do(monkeypatch, failure):
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     with pytest.raises(FileNotFoundError) as caught:
-        resolve("Qwen9-1B")
+        fetch("Qwen9-1B")
     assert_one_sentence(caught.value, "Qwen/Qwen9-1B", words)
 
 
@@ -146,11 +162,12 @@ def test_real_cache_offline(tmp_path):
     write_model(repo / "snapshots" / commit, FIXED | {"model_type": "qwen2"})
     program = """
 from model import Transformer
-from support.hub import resolve
-print(Transformer.from_pretrained(resolve("Qwen2.5-Cached")).config.layers)
+from support.hub import fetch_config, fetch_weights
+assert fetch_config("Qwen2.5-Cached") == fetch_weights("Qwen2.5-Cached")
+print(Transformer.from_pretrained(fetch_weights("Qwen2.5-Cached")).config.layers)
 for name in ("Qwen2.5-Absent", "not a/hub id"):
     try:
-        resolve(name)
+        fetch_weights(name)
     except FileNotFoundError as error:
         print(error)
 """
