@@ -9,7 +9,7 @@ import errno
 import os
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub import errors as hub_errors
 
 from support.pretrained import one_line
@@ -95,4 +95,7 @@ def disk_advice(error):
     code, text = getattr(error, "errno", None), str(error)
     if code == errno.ENOSPC or "No space left" in text:
         return "the disk is full; free some space or set HF_HOME to a larger disk, then run again: it resumes"
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS) or "Permission denied" in text or "Read-only" in text:
+        where = getattr(error, "filename", None) or constants.HF_HUB_CACHE
+        return f"cannot write to {where}; set HF_HOME to a folder that you may write to"
     return None

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
 from parity import FIXED, assert_one_sentence, write_model
@@ -134,7 +135,18 @@ HUB_FAILURES = {
         RuntimeError("Data processing error: I/O error: No space left on device (os error 28)"),
         "HF_HOME",
     ),
-    "read-only cache": (PermissionError(errno.EACCES, "Permission denied", "/cache"), "/cache"),
+    "cache of somebody else": (
+        PermissionError(errno.EACCES, "Permission denied", "/cache"),
+        "cannot write to /cache; set HF_HOME",
+    ),
+    "read-only cache": (
+        OSError(errno.EROFS, "Read-only file system", "/cache"),
+        "cannot write to /cache; set HF_HOME",
+    ),
+    "read-only cache in hf_xet": (
+        RuntimeError("Data processing error: I/O error: Permission denied (os error 13)"),
+        f"cannot write to {constants.HF_HUB_CACHE}; set HF_HOME",
+    ),
 }
 
 
