@@ -93,7 +93,7 @@ def prefill(model, prompts):
 
     hidden = model.backbone(batch.tokens, batch.positions, attend_and_record)  # [T, D]
     last = lengths.cumsum(0) - 1  # [Q] the last token of each prompt
-    logits = model.lm_head(hidden[last.to(device)])  # [Q, V]
+    logits = model.next_token_logits(hidden[last.to(device)])  # [Q, V]
     k, v = torch.stack(keys).transpose(1, 2), torch.stack(values).transpose(1, 2)  # [L, K, T, E]
     sizes = lengths.tolist()
     return [Prefilled(*parts) for parts in zip(k.split(sizes, 2), v.split(sizes, 2), logits, strict=True)]
@@ -102,7 +102,7 @@ def prefill(model, prompts):
 def decode(model, cache, token, position, context):
     """One more token per row: tokens [B] at positions [B] below `context` -> next-token logits [B, V]."""
     cache.open_step(position, context)
-    return model.lm_head(model.backbone(token, position, cache.attend_cached))
+    return model.next_token_logits(model.backbone(token, position, cache.attend_cached))
 
 
 class Engine:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.linear import Linear, TiedWeight
-from kernels.logprob import linear_logprob
+from kernels.logprob import linear_logprob, product
 from packing import gather_rows, pack_responses, pack_rows
 from support.pretrained import read_config, read_weights, write_model
 
@@ -249,6 +249,16 @@ class Transformer(nn.Module):
             else:
                 x = layer(x, cos, sin, attend_here)
         return self.norm(x)
+
+    def next_token_logits(self, hidden):
+        """What tokens are sampled from: hidden states [B, D] -> logits [B, V], on a GPU in fp32. No gradients.
+
+        cuBLAS sums bf16 products in fp32. Rounded to bf16, logits between 16 and 32 would be 1/8 apart, and the
+        sampler would draw from another distribution than the learner computes (linear_logprob: in fp32 too).
+        """
+        if hidden.is_cuda:
+            return product(hidden, self.lm_head.weight.T)
+        return self.lm_head(hidden)
 
     def logits(self, tokens):
         """Plain next-token logits, [B, T] -> [B, T, V]: for tests and exercises, never built in training."""

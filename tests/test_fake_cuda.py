@@ -73,6 +73,10 @@ class ScriptedEngine(engine.Engine):
         self.at[slots] = 1
         self.end[slots] = torch.randint(1, self.max_new_tokens + 1, (len(prompts),), generator=self.dice)
 
+    def sample(self, logits, *rest):
+        assert logits.dtype == torch.float32, "logits that are rounded to bf16"
+        super().sample(logits, *rest)
+
     def step(self, *shape):
         with self.mode.as_recorded():  # also the first, which is not: what comes later is the same
             super().step(*shape)
@@ -475,6 +479,7 @@ IN_SAMPLING = {  # what is wrong: (where, function, its text, the text planted, 
     "flash-attn's cache in SDPA's layout": (CACHE, "attend_cached", "keys.transpose(1, 2), values.transpose(1, 2)", "keys, values",
                                             "must be a multiple"),
     "prompts stay on the CPU": (rollout, "prefill", "model.config.windows).to(device)", "model.config.windows)", MIXES),
+    "logits in bf16": (Transformer, "next_token_logits", "if hidden.is_cuda:", "if False:", "rounded to bf16"),
     "the sampler on the CPU": (ttrl, "build_models", "run.sampler = Transformer.from_pretrained(run.folder, half, device)",
                                "run.sampler = Transformer.from_pretrained(run.folder, half)", "the engine is on the CPU"),
 }  # fmt: skip

@@ -152,6 +152,21 @@ def test_drawing(device, rows, vocabulary, dtype, temperature):
     assert ((p.cumsum(-1) - p).gather(1, token[:, None])[:, 0] - u < 1e-5).all()  # ... nor behind it
 
 
+@on_both
+@torch.no_grad()
+def test_the_head_of_a_bf16_model_does_not_round_its_sums(device):
+    """What the sampler draws from, against float64: on a GPU fp32's error, where bf16 would make steps of 1/8 at 16."""
+    whole = small_model(torch.bfloat16).to(device)
+    hidden = 20 * torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    logits = whole.next_token_logits(hidden)
+    exact = hidden.double() @ whole.lm_head.weight.double().T
+    assert exact.abs().max() > 16
+    if device == "cuda":
+        assert logits.dtype == torch.float32 and (logits - exact).abs().max() < 1e-3
+    else:
+        assert logits.equal(whole.lm_head(hidden)) and (logits - exact).abs().max() < 1
+
+
 # ------------------------------------------------------------------------------------------------------------
 # flash-attn: the package itself
 
