@@ -77,33 +77,36 @@ def pack_responses(rows, windows):
         targets                  d e | f g h
         logit_positions          2 3 | 2 4 5        c predicts both d and f
 
-    The numbers at the end of the lines below are those of this example.
+    The numbers behind the lines of code, here and in `append_inputs`, are those of this example.
     """
-    prompt_length, response_length = rows.prompt_length, rows.response_length  # 3 3, 2 3
     first_row, prompt_of = distinct(rows.question)  # 0, 0 0
-    prompts = rows.tokens[first_row, : int(prompt_length.max())]
-    batch = pack_rows(prompts, prompt_length[first_row], windows)
-
-    input_length = response_length - 1  # 1 2
-    input_start = len(batch.tokens) + input_length.cumsum(0) - input_length  # 3 4
+    prompts = rows.tokens[first_row, : int(rows.prompt_length.max())]
+    batch = pack_rows(prompts, rows.prompt_length[first_row], windows)
     prompt_start = batch.groups[0].query[prompt_of, 0]  # 0 0
-    query = flat_index(input_start, input_length)  # [B, R-1]  3 0, 4 5
-    key = key_index(prompt_start, prompt_length, input_start, input_length)  # [B, Tk]  0 1 2 3 0, 0 1 2 4 5
-    is_input = length_mask(input_length)  # [B, R-1]
-    if is_input.any():
-        batch.groups.append(AttentionGroup(query, input_length, key, prompt_length))
 
-    is_response = length_mask(response_length)  # [B, R]
-    column = prompt_length[:, None] + torch.arange(is_response.shape[1])  # [B, R]  3 4 5, 3 4 5
+    is_response = length_mask(rows.response_length)  # [B, R]
+    column = rows.prompt_length[:, None] + torch.arange(is_response.shape[1])  # [B, R]  3 4 5, 3 4 5
     targets = rows.tokens.gather(1, column.clamp(max=rows.tokens.shape[1] - 1))  # [B, R]  d e 0, f g h
-    width = is_input.shape[1]
-    batch.tokens = torch.cat((batch.tokens, targets[:, :width][is_input]))
-    batch.positions = torch.cat((batch.positions, column[:, :width][is_input]))
-    batch.targets = targets[is_response]
-    batch.logit_positions = key.gather(1, column - 1)[is_response]
-    batch.unpacked = is_response.flatten().nonzero()[:, 0]
-    batch.shape = is_response.shape
+    key = append_inputs(batch, targets, column, prompt_start, rows.prompt_length, rows.response_length - 1)
+    batch.targets = targets[is_response]  # d e f g h
+    batch.logit_positions = key.gather(1, column - 1)[is_response]  # 2 3 2 4 5
+    batch.unpacked = is_response.flatten().nonzero()[:, 0]  # 0 1 3 4 5
+    batch.shape = is_response.shape  # 2 3
     return batch
+
+
+def append_inputs(batch, responses, positions, prompt_start, prompt_length, lengths):
+    """Append to a batch of prompts the first `lengths` [B] tokens of responses [B, R]: returns the keys [B, Tk]."""
+    is_input = length_mask(lengths)  # [B, R-1]
+    width = is_input.shape[1]
+    start = len(batch.tokens) + lengths.cumsum(0) - lengths  # [B] the flat index of each first token  3 4
+    query = flat_index(start, lengths)  # [B, R-1]  3 0, 4 5
+    key = key_index(prompt_start, prompt_length, start, lengths)  # [B, Tk]  0 1 2 3 0, 0 1 2 4 5
+    batch.tokens = torch.cat((batch.tokens, responses[:, :width][is_input]))  # a b c d f g
+    batch.positions = torch.cat((batch.positions, positions[:, :width][is_input]))  # 0 1 2 3 3 4
+    if is_input.any():
+        batch.groups.append(AttentionGroup(query, lengths, key, prompt_length))
+    return key
 
 
 class AttentionGroup:
@@ -128,11 +131,8 @@ class AttentionGroup:
     def attend_rows(self, window, q, k, v):
         """q [T, H, E], k and v [T, K, E] of all flat tokens -> [the real queries of this group, H, E]."""
         if flash_available(q.dtype, q.shape[-1]):
-            q, k, v = (
-                gather_rows(q, self.flat_query),
-                gather_rows(k, self.flat_key),
-                gather_rows(v, self.flat_key),
-            )
+            q = gather_rows(q, self.flat_query)
+            k, v = gather_rows(k, self.flat_key), gather_rows(v, self.flat_key)
             longest = self.query.shape[1], self.key.shape[1]
             return flash_packed(q, k, v, self.cu_seqlens_q, self.cu_seqlens_k, *longest, window)
         q, k, v = gather_rows(q, self.query), gather_rows(k, self.key), gather_rows(v, self.key)  # padded
@@ -143,9 +143,8 @@ class AttentionGroup:
         """Which keys each query sees, [G or 1, 1, Tq, Tk] of bool; made when a layer first asks for it."""
         if window not in self.masks:
             device = self.query.device
-            query_at = (
-                self.offset[:, None, None, None] + torch.arange(self.query.shape[1], device=device)[:, None]
-            )
+            place = torch.arange(self.query.shape[1], device=device)[:, None]
+            query_at = self.offset[:, None, None, None] + place  # [G or 1, 1, Tq, 1]
             key_at = torch.arange(self.key.shape[1], device=device)
             causal = key_at <= query_at
             self.masks[window] = causal if window is None else causal & (key_at > query_at - window)
@@ -182,8 +181,8 @@ def key_index(prompt_start, prompt_length, input_start, input_length):
     """[B, Tp + R-1]: the flat indices of each row's keys, those of its prompt, then its own, then 0."""
     width = int(prompt_length.max()) + max(int(input_length.max()), 1)
     place = torch.arange(width)
-    in_prompt, own = prompt_start[:, None] + place, (input_start - prompt_length)[:, None] + place
-    index = torch.where(place < prompt_length[:, None], in_prompt, own)
+    of_prompt, own = prompt_start[:, None] + place, (input_start - prompt_length)[:, None] + place
+    index = torch.where(place < prompt_length[:, None], of_prompt, own)
     return index * length_mask(prompt_length + input_length, width)
 
 

@@ -14,6 +14,81 @@ from rollout import Rollout
 from support.pretrained import hf_tensors
 
 
+SHAPE = ([5, 9], [(1, 6), (0, 1), (1, 3), (0, 8)])  # prompt lengths; (question, response length) of each row
+
+
+def plain_attention(q, k, v, window):
+    """Causal attention of one row without packing, padding or a fused kernel: q [T, H, E], k and v [T, K, E]."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = torch.einsum("qhe,khe->hqk", q, k) / q.shape[-1] ** 0.5
+    distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
+    seen = (distance >= 0) & (distance < (window or len(q)))
+    return torch.einsum("hqk,khe->qhe", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_packed_attention_equals_each_row_alone(window):
+    """Two prompts of 5 and 9 tokens, once each, then the responses without their last tokens: values and gradients."""
+    rows = make_rollout(FIXED, *SHAPE, 0)
+    batch = pack_responses(rows, (window,))
+    prompts, first, alone = [range(5), range(5, 14)], 14, []
+    for question, length in SHAPE[1]:
+        alone.append([*prompts[question], *range(first, first + length - 1)])
+        first += length - 1
+    q, k, v = (torch.randn(first, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    packed = batch.attend_packed(0, q, k, v)
+    plain = torch.zeros_like(packed)
+    for row in alone:  # a prompt several times, always with the same result
+        plain[row] = plain_attention(q[row], k[row], v[row], window)
+    assert first == len(batch.tokens) and torch.allclose(packed, plain, atol=1e-6)
+    for row in range(len(rows)):
+        tokens = rows.tokens[row, : rows.prompt_length[row] + rows.response_length[row] - 1]
+        assert batch.tokens[alone[row]].equal(tokens) and batch.positions[alone[row]].equal(
+            torch.arange(len(tokens))
+        )
+    # the gradient: each prompt's tokens once, each response's own
+    weight = torch.randn(first, 4, 8)
+    chosen = {index: row for row in reversed(alone) for index in row}  # one row that holds each token
+    total = sum(
+        (
+            plain_attention(q[row], k[row], v[row], window)
+            * weight[row]
+            * torch.tensor([chosen[i] is row for i in row])[:, None, None]
+        ).sum()
+        for row in alone
+    )
+    for got, want in zip(
+        torch.autograd.grad((packed * weight).sum(), (q, k, v)),
+        torch.autograd.grad(total, (q, k, v)),
+        strict=True,
+    ):
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_the_example_of_the_docstring():
+    a, b, c, d, e, f, g, h = range(1, 9)
+    rows = Rollout(
+        question=torch.tensor([4, 4]),
+        sample=torch.tensor([0, 1]),
+        prompt_length=torch.tensor([3, 3]),
+        response_length=torch.tensor([2, 3]),
+        tokens=torch.tensor([[a, b, c, d, e, 0], [a, b, c, f, g, h]]),
+        logprob=torch.zeros(2, 3),
+        finished=torch.ones(2, dtype=torch.bool),
+    )
+    batch = pack_responses(rows, (None,))
+    assert batch.tokens.tolist() == [a, b, c, d, f, g] and batch.positions.tolist() == [0, 1, 2, 3, 3, 4]
+    assert batch.targets.tolist() == [d, e, f, g, h] and batch.logit_positions.tolist() == [2, 3, 2, 4, 5]
+    assert batch.groups[1].query.tolist() == [[3, 0], [4, 5]]
+    assert batch.groups[1].key.tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 4, 5]]
+    assert batch.unpack(torch.arange(1.0, 6.0)).tolist() == [[1, 2, 0], [3, 4, 5]]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the learner
+
+
 @st.composite
 def shapes(draw):
     """Prompt length of each question, and (question, response length) of each row in any order."""
@@ -101,8 +176,6 @@ def test_learner_equals_transformers_row_by_row_long(config, shape, temperature,
 
 # ------------------------------------------------------------------------------------------------------------
 # can these tests fail? planted mistakes
-
-SHAPE = ([5, 9], [(1, 6), (0, 1), (1, 3), (0, 8)])
 
 
 def test_learner_notices_a_wrong_start(monkeypatch):
