@@ -26,7 +26,9 @@ def append(path, lines):
 def forget_after(path, step):
     """Drop the lines of steps that a resumed run is going to make again, and a line that a crash cut in two."""
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:  # U+2028 may stand inside a line
+    for line in (
+        path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    ):  # U+2028 may stand inside a line
         with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -68,10 +70,16 @@ def save(root, policy, optimizer, state):
     """Write root/step-NNNNNN from the fp32 policy, its AdamW and `state` (JSON, with the key "step"); older ones go."""
     names = [name for name, _ in policy.named_parameters()]
     moments = optimizer.state_dict()["state"]  # {index of the parameter: {step, exp_avg, exp_avg_sq}}
-    flat = {f"{key} {names[index]}": value.cpu() for index, entry in moments.items() for key, value in entry.items()}
+    flat = {
+        f"{key} {names[index]}": value.cpu()
+        for index, entry in moments.items()
+        for key, value in entry.items()
+    }
 
     def fill(folder):
-        save_file({name: p.detach().cpu() for name, p in policy.named_parameters()}, folder / "weights.safetensors")
+        save_file(
+            {name: p.detach().cpu() for name, p in policy.named_parameters()}, folder / "weights.safetensors"
+        )
         save_file(flat, folder / "optimizer.safetensors")
         (folder / "state.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
 
@@ -84,7 +92,11 @@ def save(root, policy, optimizer, state):
 
 def folders(root):
     """The checkpoints in `root`, oldest first, half-written ones (.tmp) among them. Whatever else lies there is not ours."""
-    named = [(re.fullmatch(r"step-(\d+)(\.tmp)?", path.name), path) for path in root.glob("step-*") if path.is_dir()]
+    named = [
+        (re.fullmatch(r"step-(\d+)(\.tmp)?", path.name), path)
+        for path in root.glob("step-*")
+        if path.is_dir()
+    ]
     return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
 
 
@@ -103,7 +115,9 @@ def restore(folder, policy, optimizer):
     """Load a checkpoint's weights and moments in place. Raises ValueError if they are those of another model."""
     parameters, weights = dict(policy.named_parameters()), load_file(folder / "weights.safetensors")
     if weights.keys() != parameters.keys():
-        raise ValueError(f"{folder}: holds the parameters of another model or version of this program; choose another --out")
+        raise ValueError(
+            f"{folder}: holds the parameters of another model or version of this program; choose another --out"
+        )
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
     moments, index_of = defaultdict(dict), {name: index for index, name in enumerate(parameters)}

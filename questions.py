@@ -56,7 +56,9 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "aime": Benchmark("AIME-TTT", "f52c531f6919731115b491d056be701e760e115d4b1cd5b57f48de2251a85d66", epochs=80),
+    "aime": Benchmark(
+        "AIME-TTT", "f52c531f6919731115b491d056be701e760e115d4b1cd5b57f48de2251a85d66", epochs=80
+    ),
     "amc": Benchmark("AMC-TTT", "c343f64e98b46c19f74e5c9991c3ed390da3acffe29b84d6c2b5b5b01e497eea"),
     "math": Benchmark("MATH-TTT", "c1680e2e2e034486ad1b7f5aa6dec7ce47ec801769d011cc5d6934ac139fcd46", 10, 32),
     "math-l1": Benchmark("MATH-L1-TTT", "ea08037b069f66c632855fbdcf529a981164da29d0073f60c9dc9df95c9494af"),
@@ -64,7 +66,9 @@ BENCHMARKS = {
     "math-l3": Benchmark("MATH-L3-TTT", "36885c8c6fb3484abda81760129e8856551a4e1a52f43b053e8fddb1048125f9"),
     "math-l4": Benchmark("MATH-L4-TTT", "013f29732266f5fe7fe1e8b748c3e5f63c6246d1671bac0f32aaf38733ddfda7"),
     "math-l5": Benchmark("MATH-L5-TTT", "6fe7c3d8cbd7c0500a988def00e960f1ea5784f0a92478a0b18bbf9837e34efd"),
-    "gpqa": Benchmark("GPQA-TTT", "b57fd28a487e5ae1cbf7155f50e3e35254940250c7c46874de407a84bda3a9b5", kind="choice"),
+    "gpqa": Benchmark(
+        "GPQA-TTT", "b57fd28a487e5ae1cbf7155f50e3e35254940250c7c46874de407a84bda3a9b5", kind="choice"
+    ),
 }
 USER_FILE_EPOCHS = 10
 SOURCE = "https://raw.githubusercontent.com/PRIME-RL/TTRL/3e2cc9376dc7486256f6021b37c4353d0e1abe2b/verl/data"
@@ -79,9 +83,13 @@ def load(name_or_file: str) -> list[Question]:
     benchmark = BENCHMARKS.get(name_or_file)
     if benchmark:
         return _read(_download(name_or_file, benchmark), f"{benchmark.folder}/train.json", benchmark.kind)
-    path = Path(__file__).parent / "tiny" / "questions.json" if name_or_file == "tiny" else _local(name_or_file)
+    path = (
+        Path(__file__).parent / "tiny" / "questions.json" if name_or_file == "tiny" else _local(name_or_file)
+    )
     if path.suffix.lower() not in (".json", ".jsonl"):
-        raise ValueError(f"{path}: a question file ends in .json or .jsonl; known names: tiny, {', '.join(BENCHMARKS)}")
+        raise ValueError(
+            f"{path}: a question file ends in .json or .jsonl; known names: tiny, {', '.join(BENCHMARKS)}"
+        )
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; a .json or .jsonl file is needed")
     if not path.exists():
@@ -122,7 +130,9 @@ def _download(name: str, benchmark: Benchmark) -> bytes:
         if hashlib.sha256(data).hexdigest() != benchmark.sha256:
             raise OSError(f"{len(data)} bytes came whose SHA-256 is not {benchmark.sha256}")
     except (OSError, http.client.HTTPException) as error:
-        raise FileNotFoundError(f"{name}: cannot fetch {url} ({error}); save that file yourself and pass --data FILE") from error
+        raise FileNotFoundError(
+            f"{name}: cannot fetch {url} ({error}); save that file yourself and pass --data FILE"
+        ) from error
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         # Written aside and renamed: a reader, another rank for one, sees the whole file or none.
@@ -144,7 +154,9 @@ def _read(data: bytes, where: str, kind: str) -> list[Question]:
         raise ValueError(f"{where}: is not UTF-8 text (byte {error.start})") from None
     if where.lower().endswith(".jsonl"):
         lines = enumerate(text.split("\n"), 1)  # not splitlines: U+2028 may stand inside a JSON string
-        rows = [(f"{where}, line {i}", _json(line, f"{where}, line {i}")) for i, line in lines if line.strip()]
+        rows = [
+            (f"{where}, line {i}", _json(line, f"{where}, line {i}")) for i, line in lines if line.strip()
+        ]
     else:
         rows = _json(text, where) if text.strip() else []
         if not isinstance(rows, list):
@@ -156,7 +168,9 @@ def _read(data: bytes, where: str, kind: str) -> list[Question]:
     for index, (place, row) in enumerate(rows):
         question = _question(row, place, index, kind)
         if question.id in seen:
-            raise ValueError(f'{place}: "id" {question.id!r} is that of {seen[question.id]} too; ids must differ')
+            raise ValueError(
+                f'{place}: "id" {question.id!r} is that of {seen[question.id]} too; ids must differ'
+            )
         seen[question.id] = place
         questions.append(question)
     return questions
@@ -190,12 +204,16 @@ def _question(row, place: str, index: int, kind: str) -> Question:
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Extraction
 
-BOX_OR_BRACE = re.compile(r"\\f?box(?:ed)?\s*\{|\\[{}]|[{}]")  # escaped braces belong to the answer, not the nesting
+BOX_OR_BRACE = re.compile(
+    r"\\f?box(?:ed)?\s*\{|\\[{}]|[{}]"
+)  # escaped braces belong to the answer, not the nesting
 BARE_BOX = re.compile(r"\\boxed\s*(-?[0-9A-Za-z][0-9A-Za-z.,/]*)(?=[^0-9A-Za-z.,/])")
 ANSWER_IS = re.compile(r"answer\s+is\b[\s:]*", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?\\?%?")
 LETTER = r"(?<![A-Za-z\\])([A-D])(?![A-Za-z'])"
-CHOICE_IS = re.compile(r"(?i:answer\s{0,9}(?:is|:)[\s:]{0,9}(?:\\text|option|choice)?)[\s*$({\[]{0,9}" + LETTER)
+CHOICE_IS = re.compile(
+    r"(?i:answer\s{0,9}(?:is|:)[\s:]{0,9}(?:\\text|option|choice)?)[\s*$({\[]{0,9}" + LETTER
+)
 # "A planet ..." begins with the article; "A is correct" with a choice.
 LAST_LETTER = re.compile(LETTER + r"(?!(?<=A)\s+(?!is\b|and\b|or\b|because\b|since\b)[a-z])")
 
@@ -279,12 +297,19 @@ def _letter(answer: str) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Equality
 
-MAX_NUMBER, MAX_LATEX, MAX_NESTING = 300, 200, 8  # characters of a plain number, of a formula; depth of its brackets
+MAX_NUMBER, MAX_LATEX, MAX_NESTING = (
+    300,
+    200,
+    8,
+)  # characters of a plain number, of a formula; depth of its brackets
 TIME_LIMIT = 5.0  # seconds for one comparison
 grading_timeouts = 0  # comparisons that ran into the limit, which the rules below should make impossible
 
 REWRITES = [  # spelling, not meaning; in this order
-    (re.compile(r"[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]"), ""),  # zero-width and right-to-left marks
+    (
+        re.compile(r"[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]"),
+        "",
+    ),  # zero-width and right-to-left marks
     (re.compile(r"[\u2212\u2013]"), "-"),
     (re.compile("\u03c0"), r"\\pi "),
     (re.compile("\u00d7"), r"\\times "),
@@ -298,7 +323,9 @@ REWRITES = [  # spelling, not meaning; in this order
     (re.compile(r"\\%|\s*(?:\\text\{\s*)?\b(?:percent|pct)\b(?:\s*\})?"), "%"),
     (re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\u00b0|\\degree)"), ""),
 ]
-ASSIGNMENT = re.compile(r"([A-Za-z]{1,2}(?:\([a-z]\))?) ?(?:=|\\in(?![a-z])) ?(?!.*(?:=|[<>]|\\[lgn]eq?(?![a-z])))")
+ASSIGNMENT = re.compile(
+    r"([A-Za-z]{1,2}(?:\([a-z]\))?) ?(?:=|\\in(?![a-z])) ?(?!.*(?:=|[<>]|\\[lgn]eq?(?![a-z])))"
+)
 UNIT_WORD = (
     "(?:(?:square|sq|cubic|cu|per) )*(?:[cmk]?m|mm|inch(?:es)?|in|feet|foot|ft|yards?|miles?|[cmk]?g|pounds?|grams?"
     "|(?:centi|milli|kilo)?(?:meter|metre|gram|liter)s?|units?|degrees?|deg|radians?|seconds?|minutes?|hours?|days?"
@@ -340,7 +367,9 @@ def _same(a: str, b: str) -> bool:
     left_a, left_b = ASSIGNMENT.match(a), ASSIGNMENT.match(b)
     if left_a and left_b and left_a[1] != left_b[1]:
         return False
-    if left_a and (left_b or not RELATION.search(b)):  # x = 5 against 5, but y = 2x against 2x - y = 0 stays whole
+    if left_a and (
+        left_b or not RELATION.search(b)
+    ):  # x = 5 against 5, but y = 2x against 2x - y = 0 stays whole
         a = a[left_a.end() :]
     if left_b and (left_a or not RELATION.search(a)):
         b = b[left_b.end() :]
@@ -400,7 +429,9 @@ TRIGONOMETRY = {"sin", "cos", "tan", "cot", "sec", "csc"}
 ALLOWED = re.compile(r"[0-9A-Za-z\s+\-*/=<>^_{}()\[\]|!.,;:\\&%]*")
 SMALL_POWER = re.compile(r"\^ ?(?:\{(?:[^{}^!]|\{[^{}^!]*\}){1,24}\}|-?\d+|\\?[A-Za-z]+)")
 SMALL_BINOMIAL = re.compile(r"\\binom ?\{\d{1,3}\} ?\{\d{1,3}\}")
-PLAIN_COMMANDS = re.compile(r"\\(?:frac|cdot|times|pi|leq?|geq?|in|cup|cap|infty|pm|text|(?:begin|end)\{[a-z]+\})(?![a-z])")
+PLAIN_COMMANDS = re.compile(
+    r"\\(?:frac|cdot|times|pi|leq?|geq?|in|cup|cap|infty|pm|text|(?:begin|end)\{[a-z]+\})(?![a-z])"
+)
 RELATION = re.compile(r"[=<>]|\\(?:leq?|geq?|lt|gt|neq?)(?![a-z])")
 HARD_TO_SOLVE = re.compile(
     r"\\(?:sqrt|sin|cos|tan|cot|sec|csc|arc\w+|log|ln|exp|binom)(?![a-z])|[!|]|\^ ?(?:\{ ?)?(?:[^\d{ ]|\d\d|[5-9])"
@@ -416,7 +447,12 @@ def _refused(latex: str) -> bool:
         depth += (character in "{([") - (character in "})]")
         deepest = max(deepest, depth)
     names = re.findall(r"\\([A-Za-z]+)", latex)
-    if len(latex) > MAX_LATEX or deepest > MAX_NESTING or not ALLOWED.fullmatch(latex) or set(names) - COMMANDS:
+    if (
+        len(latex) > MAX_LATEX
+        or deepest > MAX_NESTING
+        or not ALLOWED.fullmatch(latex)
+        or set(names) - COMMANDS
+    ):
         return True
     powers = SMALL_POWER.findall(latex)
     exponents = [math.prod(map(int, re.findall(r"[1-9]\d*", power))) for power in powers]
@@ -424,15 +460,20 @@ def _refused(latex: str) -> bool:
     roots = [int(index or 2) for index in re.findall(r"\\sqrt ?(?:\[ ?(\d) ?\])?", latex)]
     numbers = math.prod(map(int, re.findall(r"[1-9]\d*", latex)))
     rules = (
-        re.search(r"\^|# ?#", SMALL_POWER.sub("#", latex)),  # a tower, or an exponent that is a formula of its own
+        re.search(
+            r"\^|# ?#", SMALL_POWER.sub("#", latex)
+        ),  # a tower, or an exponent that is a formula of its own
         max(exponents, default=0) > (60 if symbolic else 9999),
-        re.search(r"[)}\]|] ?\^", latex) and math.prod(exponents) > (20 if symbolic else 9999),  # (x^9+y)^9 expands
-        math.prod(roots) > 16 or re.search(r"\\sqrt ?\[(?! ?\d ?\])", latex),  # the degree of an algebraic number
+        re.search(r"[)}\]|] ?\^", latex)
+        and math.prod(exponents) > (20 if symbolic else 9999),  # (x^9+y)^9 expands
+        math.prod(roots) > 16
+        or re.search(r"\\sqrt ?\[(?! ?\d ?\])", latex),  # the degree of an algebraic number
         re.search(r"\^ ?\{[^{}]*(?:/|\\frac)[^^]*?\d\d", latex),  # a root in another dress
         "!" in SMALL_FACTORIAL.sub("", latex) or "binom" in SMALL_BINOMIAL.sub("", latex),
         "\\infty" in INTERVAL_END.sub("", latex),
         re.search(r"[)}\]|]\s*_|\d[eE][-+]?\d|\* ?\*|matrix\} ?\^|\d{41}", latex),
-        TRIGONOMETRY.intersection(names) and re.search(r"\d{5}|\^ ?\{?\d\d", latex),  # cos(3^{60} x) is expanded
+        TRIGONOMETRY.intersection(names)
+        and re.search(r"\d{5}|\^ ?\{?\d\d", latex),  # cos(3^{60} x) is expanded
         # n log m becomes log(m^n) on the way, so n has to be small, however it is written
         {"log", "ln"}.intersection(names) and (re.search(r"\d ?\^|!|binom", latex) or numbers > 10**6),
         RELATION.search(latex) and HARD_TO_SOLVE.search(latex),
@@ -465,7 +506,9 @@ def _same_formula(a: str, b: str) -> bool:
     """Equality by math-verify, asked both ways round since it is not symmetric (x = 5 against 5, sets, relations)."""
     from math_verify import verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off: ours is on
+    logging.getLogger("math_verify").setLevel(
+        logging.ERROR
+    )  # it warns that its own time limit is off: ours is on
     options = {"strict": True, "allow_set_relation_comp": True, "timeout_seconds": None}
 
     def compare() -> bool:
@@ -493,7 +536,9 @@ def _within_time_limit(compare) -> bool:
         raise _OutOfTime
 
     began, outer_handler = time.monotonic(), signal.signal(signal.SIGALRM, stop)
-    outer_delay, outer_interval = signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT, 1.0)  # again each second: see above
+    outer_delay, outer_interval = signal.setitimer(
+        signal.ITIMER_REAL, TIME_LIMIT, 1.0
+    )  # again each second: see above
     try:
         return compare()
     except _OutOfTime:

@@ -142,7 +142,9 @@ def direction(rises, falls):
 
 def false_alarms(changes):
     """Probability that `changes` changed samples, each up or down by a fair coin, are taken for a rise (or for a fall)."""
-    return next((p for p in (tail(count, changes) for count in range(changes + 1)) if p <= SIGNIFICANCE / 2), 0.0)
+    return next(
+        (p for p in (tail(count, changes) for count in range(changes + 1)) if p <= SIGNIFICANCE / 2), 0.0
+    )
 
 
 def fate(before, after):
@@ -187,7 +189,9 @@ def paired_changes(before, after, names):
     """
     changes = {}
     for name, field in names.items():
-        pairs = [(b[field], a[field]) for b, a in zip(before, after, strict=True) if field in b and field in a]
+        pairs = [
+            (b[field], a[field]) for b, a in zip(before, after, strict=True) if field in b and field in a
+        ]
         if pairs:
             differences = [float(a) - float(b) for b, a in pairs]
             changes.update({name: mean(differences), f"{name}_se": standard_error(differences)})
@@ -205,7 +209,12 @@ def better(best, step, records):
     if chosen_by is None or (best and chosen_by <= best["chosen_by"]):
         return best
     reported = [mean(right[1::2]) for right in known]
-    return {"step": step, "pass@1": mean(reported), "pass@1_se": standard_error(reported), "chosen_by": chosen_by}
+    return {
+        "step": step,
+        "pass@1": mean(reported),
+        "pass@1_se": standard_error(reported),
+        "chosen_by": chosen_by,
+    }
 
 
 def summarize(state):
@@ -229,7 +238,11 @@ def summarize(state):
 
 
 def read_metrics(out):
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    return [
+        json.loads(line)
+        for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+        if line
+    ]
 
 
 def speeds(out):
@@ -237,7 +250,10 @@ def speeds(out):
     lines = [line for line in read_metrics(out) if "train/rollout_tokens_per_s" in line]
     names = ("rollout_tokens_per_s", "train_tokens_per_s")
     means = {name: sum(line[f"train/{name}"] for line in lines) / len(lines) for name in names if lines}
-    return {**means, **({"peak_memory_gb": max(line["train/peak_memory_gb"] for line in lines)} if lines else {})}
+    return {
+        **means,
+        **({"peak_memory_gb": max(line["train/peak_memory_gb"] for line in lines)} if lines else {}),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,7 +265,9 @@ def progress(line, evaluation):
     parts = [f"pass@1 {evaluation['pass@1']:.3f}"] if "pass@1" in evaluation else []
     parts.append(f"majority {line['train/majority_ratio']:.2f}" if "train/majority_ratio" in line else "")
     parts.append(f"reward {line['train/reward']:.2f}" if "train/reward" in line else "")
-    parts.append(f"{line['train/rollout_tokens_per_s']:,.0f} tok/s" if "train/rollout_tokens_per_s" in line else "")
+    parts.append(
+        f"{line['train/rollout_tokens_per_s']:,.0f} tok/s" if "train/rollout_tokens_per_s" in line else ""
+    )
     return ", ".join(part for part in parts if part)
 
 
@@ -262,9 +280,13 @@ def table(columns):
                                   after           change
     pass@1                0.500 ± 0.040   +0.250 ± 0.030
     """
-    names = dict.fromkeys(name for metrics in columns.values() for name in metrics if not name.endswith("_se"))
+    names = dict.fromkeys(
+        name for metrics in columns.values() for name in metrics if not name.endswith("_se")
+    )
     lines = [" " * 18 + "".join(f"{heading:>17}" for heading in columns)]
-    for name in sorted(names, key=lambda n: (not n.startswith(("pass@1", "maj", "pass", "greedy")), n != "pass@1")):
+    for name in sorted(
+        names, key=lambda n: (not n.startswith(("pass@1", "maj", "pass", "greedy")), n != "pass@1")
+    ):
         cells = []
         for heading, metrics in columns.items():
             error = f" ± {metrics[name + '_se']:.3f}" if name + "_se" in metrics else ""
@@ -306,13 +328,18 @@ def responses(before, after, how_many=3):
 
     pairs = sorted(zip(before, after, strict=True), key=interest)
     firsts = {interest(pair): pair for pair in reversed(pairs)}  # one of each kind, then whatever is left
-    chosen = (list(firsts.values())[::-1] + [pair for pair in pairs if pair not in firsts.values()])[:how_many]
+    chosen = (list(firsts.values())[::-1] + [pair for pair in pairs if pair not in firsts.values()])[
+        :how_many
+    ]
     blocks = []
     for b, a in chosen:
         truth = f", truth {b['truth']}" if b["truth"] is not None else ""
         what = f" ({fate(b, a)})" if b["truth"] is not None else ""
         blocks.append(f"\n{shorten(b['prompt'])}{truth}{what}")
-        blocks += [f"  {when} (majority {r['majority']}): {shorten(r['response'])}" for when, r in (("before", b), ("after", a))]
+        blocks += [
+            f"  {when} (majority {r['majority']}): {shorten(r['response'])}"
+            for when, r in (("before", b), ("after", a))
+        ]
     return "\n".join(blocks)
 
 
@@ -329,7 +356,9 @@ def shorten(text, length=160):
 def draw_curves(out, eval_samples):
     """Redraw out/curves.png from out/metrics.jsonl."""
     lines = read_metrics(out)
-    from matplotlib.figure import Figure  # here: the import takes a second, which the start of a run need not wait for
+    from matplotlib.figure import (
+        Figure,
+    )  # here: the import takes a second, which the start of a run need not wait for
 
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -386,7 +415,9 @@ def draw_policy(axes, lines):
     drawn = []
     for name, color in (("reward", "C2"), ("entropy", "C3")):
         steps, values = series(lines, f"train/{name}")
-        drawn += axes.plot(steps, values, color=color, label=name + (" (nats a token)" if name == "entropy" else ""))
+        drawn += axes.plot(
+            steps, values, color=color, label=name + (" (nats a token)" if name == "entropy" else "")
+        )
     axes.set_ylim(bottom=0)
     lengths = axes.twinx()
     steps, values = series(lines, "train/response_tokens")

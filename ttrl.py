@@ -54,8 +54,11 @@ from tqdm import tqdm
 import checkpoint
 import questions
 import report
-from model import TOKENIZER_FILES, Transformer, check_vocabulary, read_config, resolve
-from rollout import Engine, generate
+from engine import Engine
+from model import ModelConfig, Transformer
+from rollout import generate
+from support.hub import TOKENIZER_FILES, fetch_weights
+from support.pretrained import check_vocabulary
 from support.prompts import decode_response, encode_prompt, load_tokenizer, show_prompt
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -70,22 +73,31 @@ def flag(default, text, choices=None):
 class Config:
     """The defaults are the paper's. None stands for a value that the model or the data decide, see `configure`."""
 
-    model: str = flag("tiny", "tiny, a folder in Hugging Face format, a hub id, or a bare name such as Qwen2.5-Math-1.5B")
+    model: str = flag(
+        "tiny", "tiny, a folder in Hugging Face format, a hub id, or a bare name such as Qwen2.5-Math-1.5B"
+    )
     data: str | None = flag(
-        None, "tiny, aime, amc, math, math-l1 to math-l5, gpqa, or a .json/.jsonl file [tiny for tiny, else aime]"
+        None,
+        "tiny, aime, amc, math, math-l1 to math-l5, gpqa, or a .json/.jsonl file [tiny for tiny, else aime]",
     )
     votes: int = flag(64, "responses sampled per question")
     samples: int = flag(32, "of those, the first so many are trained on")
     questions_per_step: int | None = flag(None, "questions in one rollout batch [8; math: 32]")
     questions_per_update: int = flag(1, "questions in one optimizer update")
-    epochs: int | None = flag(None, "passes over the questions [aime 80, amc 30, math 10, math-l* and gpqa 30, a file 10]")
+    epochs: int | None = flag(
+        None, "passes over the questions [aime 80, amc 30, math 10, math-l* and gpqa 30, a file 10]"
+    )
     max_prompt_tokens: int = flag(1024, "questions with longer prompts are listed and left out")
     max_new_tokens: int = flag(3072, "longest response; it is cut there")
     temperature: float | None = flag(
         None, "of sampling in training, and in the loss [1.0 for REASONING_MODELS and --thinking, else 0.6]"
     )
-    template: str = flag("auto", "auto: the tokenizer's chat template; none: the prompt is taken verbatim", ("auto", "none"))
-    prompt_suffix: str = flag("auto", "appended to each prompt; auto: asks for \\boxed{} where nothing else does; none: nothing")
+    template: str = flag(
+        "auto", "auto: the tokenizer's chat template; none: the prompt is taken verbatim", ("auto", "none")
+    )
+    prompt_suffix: str = flag(
+        "auto", "appended to each prompt; auto: asks for \\boxed{} where nothing else does; none: nothing"
+    )
     thinking: bool = flag(False, "Qwen3's thinking switch")
     lr: float = flag(5e-7, "peak learning rate of AdamW, cosine decay to 0")
     warmup: float = flag(0.03, "share of the updates in which the learning rate rises")
@@ -93,16 +105,26 @@ class Config:
     kl: float = flag(0.001, "weight of the k3 KL to the initial policy; 0 holds no reference model")
     weight_decay: float = flag(0.01, "of AdamW")
     grad_clip: float = flag(1.0, "largest gradient norm")
-    reward: str = flag("vote", "vote, or gold: trains on the true answers, the upper bound of the paper", ("vote", "gold"))
-    eval_every: int = flag(2, "steps between evaluations; always also before the first step and after the last")
+    reward: str = flag(
+        "vote", "vote, or gold: trains on the true answers, the upper bound of the paper", ("vote", "gold")
+    )
+    eval_every: int = flag(
+        2, "steps between evaluations; always also before the first step and after the last"
+    )
     eval_samples: int = flag(16, "responses sampled per question in evaluation")
     eval_temperature: float = flag(0.6, "of sampling in evaluation; 0 is greedy")
-    eval_top_p: float = flag(0.95, "nucleus sampling in evaluation (training always samples from the whole softmax)")
+    eval_top_p: float = flag(
+        0.95, "nucleus sampling in evaluation (training always samples from the whole softmax)"
+    )
     eval_data: str | None = flag(None, "evaluate on other questions than --data [the same]")
     eval_only: bool = flag(False, "evaluate and exit")
-    rollout_tokens: int | None = flag(None, "tokens whose keys and values a rank's sampler may hold [by memory]")
+    rollout_tokens: int | None = flag(
+        None, "tokens whose keys and values a rank's sampler may hold [by memory]"
+    )
     micro_batch_tokens: int | None = flag(None, "tokens of a learner's micro-batch [by memory]")
-    checkpointing: bool | None = flag(None, "gradient checkpointing: less memory, a third more time [on for CUDA]")
+    checkpointing: bool | None = flag(
+        None, "gradient checkpointing: less memory, a third more time [on for CUDA]"
+    )
     out: str | None = flag(None, "folder of the run; a run found there is resumed [runs/<model>-<data>]")
     seed: int = flag(0, "of sampling and of the order of the questions")
     device: str = flag("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
@@ -113,10 +135,17 @@ class Config:
     wandb: bool = flag(False, "log to Weights & Biases too")
 
 
-LOWER_TEMPERATURES = {"greedy": (1, 0.0, 1.0), "pass@1 at 0.6/0.95": (16, 0.6, 0.95)}  # samples, temperature, top-p
+LOWER_TEMPERATURES = {
+    "greedy": (1, 0.0, 1.0),
+    "pass@1 at 0.6/0.95": (16, 0.6, 0.95),
+}  # samples, temperature, top-p
 TINY = dict(temperature=1.0, lr=5e-5, epochs=5, max_new_tokens=96, questions_per_update=2, kl=0.0,
             eval_every=8, eval_samples=64, eval_temperature=1.0, eval_top_p=1.0)  # fmt: skip
-REASONING_MODELS = ("qwen2.5-math", "deepseek-r1", "skywork-or1")  # in the model's name: temperature 1.0, as in the paper
+REASONING_MODELS = (
+    "qwen2.5-math",
+    "deepseek-r1",
+    "skywork-or1",
+)  # in the model's name: temperature 1.0, as in the paper
 RESUME_MAY_CHANGE = {"out", "max_minutes", "allow_changed_flags", "dry_run", "wandb", "save_every"}
 
 
@@ -126,7 +155,9 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             name = message.split()[2]
             close = difflib.get_close_matches(name, self._option_string_actions, n=1)
-            message = f"unknown flag {name}" + (f", did you mean {close[0]}?" if close else "; --help lists them all")
+            message = f"unknown flag {name}" + (
+                f", did you mean {close[0]}?" if close else "; --help lists them all"
+            )
         self.exit(2, f"ttrl.py: {message}\n")
 
 
@@ -139,9 +170,17 @@ def parse(argv):
         argument_default=argparse.SUPPRESS,
     )
     for field in dataclasses.fields(Config):
-        kind = field.type if isinstance(field.type, type) else next(t for t in field.type.__args__ if t is not type(None))
+        kind = (
+            field.type
+            if isinstance(field.type, type)
+            else next(t for t in field.type.__args__ if t is not type(None))
+        )
         shown = "" if field.default is None else f" [{field.default}]"
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=field.metadata["choices"])
+        how = (
+            dict(action=argparse.BooleanOptionalAction)
+            if kind is bool
+            else dict(type=kind, choices=field.metadata["choices"])
+        )
         name = "--" + field.name.replace("_", "-")
         parser.add_argument(name, help=(field.metadata["help"] + shown).replace("%", "%%"), **how)
     return vars(parser.parse_args(argv))
@@ -168,7 +207,9 @@ def configure(given):
         data=data,
         eval_data=c.eval_data or data,
         questions_per_step=c.questions_per_step or (benchmark.questions_per_step if benchmark else 8),
-        epochs=c.epochs if c.epochs is not None else (benchmark.epochs if benchmark else questions.USER_FILE_EPOCHS),
+        epochs=c.epochs
+        if c.epochs is not None
+        else (benchmark.epochs if benchmark else questions.USER_FILE_EPOCHS),
         temperature=c.temperature if c.temperature is not None else 1.0 if reasons else 0.6,
         checkpointing=c.checkpointing if c.checkpointing is not None else device == "cuda",
         device=device,
@@ -190,7 +231,9 @@ def check(c):
         if not 0 <= getattr(c, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must not be negative")
     if not 0 < c.temperature < math.inf:
-        raise ValueError(f"--temperature {c.temperature}: must be above 0 in training, where a greedy group would be all alike")
+        raise ValueError(
+            f"--temperature {c.temperature}: must be above 0 in training, where a greedy group would be all alike"
+        )
     if not 0 < c.eval_top_p <= 1:
         raise ValueError(f"--eval-top-p {c.eval_top_p}: must be above 0 and at most 1")
     if not 0 <= c.warmup < 1:
@@ -200,7 +243,9 @@ def check(c):
     if not 0 <= c.seed < 2**32:
         raise ValueError(f"--seed {c.seed}: must be a whole number from 0 to {2**32 - 1}")
     if c.wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError("--wandb: the package wandb is not installed; `pip install wandb`, or leave the flag out")
+        raise ValueError(
+            "--wandb: the package wandb is not installed; `pip install wandb`, or leave the flag out"
+        )
     if c.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here")
 
@@ -222,7 +267,9 @@ def vote(answers, kind="math"):
     classes = questions.classes(answers, kind)
     if not classes:
         return None, [0.0] * len(answers)
-    winner = max(classes, key=len)  # max takes the first of equals, and classes stand in the order of their first members
+    winner = max(
+        classes, key=len
+    )  # max takes the first of equals, and classes stand in the order of their first members
     label = Counter(answers[index] for index in winner).most_common(1)[0][0]
     return label, [float(index in winner) for index in range(len(answers))]
 
@@ -240,7 +287,18 @@ def advantages(rewards):
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
 
 
-def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0, ref_logprob=None, kl=0.0, token_count=None):
+def grpo_loss(
+    logprob,
+    old_logprob,
+    advantage,
+    mask,
+    *,
+    clip=0.2,
+    dual_clip=3.0,
+    ref_logprob=None,
+    kl=0.0,
+    token_count=None,
+):
     """Clipped policy-gradient loss of some response tokens, and what to report of them: (loss, {name: sum over tokens}).
 
     All tensors [B, R] (advantage may be [B, 1]); mask is True at response tokens. The loss is a sum divided by
@@ -259,7 +317,10 @@ def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0,
     unclipped, clipped = -ratio * advantage, -ratio.clamp(1 - clip, 1 + clip) * advantage
     per_token = torch.maximum(unclipped, clipped)
     per_token = torch.where(advantage < 0, torch.minimum(per_token, -dual_clip * advantage), per_token)
-    sums = {"clip_fraction": ((clipped > unclipped) & mask).sum(), "kl_old_new": (ratio - 1 - log_ratio).sum()}
+    sums = {
+        "clip_fraction": ((clipped > unclipped) & mask).sum(),
+        "kl_old_new": (ratio - 1 - log_ratio).sum(),
+    }
     if ref_logprob is not None:
         d = torch.where(mask, ref_logprob - logprob, 0.0).clamp(-20, 20)
         k3 = (d.exp() - d - 1).clamp(max=10)
@@ -281,7 +342,9 @@ def start_processes(device):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", socket.if_nameindex()[0][1])  # loopback: needs no network
         where = dict(store=dist.HashStore(), rank=0, world_size=1)
     # A rank may have to wait for the slowest one's rollout, or for rank 0's checkpoint: hours for a large model.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=4), **where)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=4), **where
+    )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
@@ -358,7 +421,12 @@ def ask(c, tokenizer, name, loaded):
     kept, prompts, dropped = [], [], []
     for question in loaded:
         ids = encode_prompt(
-            tokenizer, question.prompt, template=c.template, suffix=c.prompt_suffix, thinking=c.thinking, kind=question.kind
+            tokenizer,
+            question.prompt,
+            template=c.template,
+            suffix=c.prompt_suffix,
+            thinking=c.thinking,
+            kind=question.kind,
         )
         if len(ids) > c.max_prompt_tokens:
             dropped.append(question.id)
@@ -366,7 +434,9 @@ def ask(c, tokenizer, name, loaded):
             kept.append(question)
             prompts.append(ids)
     if dropped:
-        say(f"left out of {name}: {len(dropped)} prompts over --max-prompt-tokens {c.max_prompt_tokens}: {', '.join(dropped)}")
+        say(
+            f"left out of {name}: {len(dropped)} prompts over --max-prompt-tokens {c.max_prompt_tokens}: {', '.join(dropped)}"
+        )
     if not kept:
         raise ValueError(f"{name}: every prompt is longer than --max-prompt-tokens {c.max_prompt_tokens}")
     return kept, prompts
@@ -374,7 +444,11 @@ def ask(c, tokenizer, name, loaded):
 
 def open_run(c, device):
     """Load model, tokenizer and questions, print the plan, and build the learner. Raises for whatever cannot work."""
-    folder = Path(__file__).parent / "tiny" / "model" if c.model == "tiny" else first_on_node(lambda: resolve(c.model))
+    folder = (
+        Path(__file__).parent / "tiny" / "model"
+        if c.model == "tiny"
+        else first_on_node(lambda: fetch_weights(c.model))
+    )
     train_set = first_on_node(lambda: questions.load(c.data))
     eval_set = train_set if c.eval_data == c.data else first_on_node(lambda: questions.load(c.eval_data))
     run = on_every_rank(lambda: prepare(c, device, folder, train_set, eval_set))
@@ -385,7 +459,7 @@ def open_run(c, device):
 
 def prepare(c, device, folder, train_set, eval_set):
     """The run without its models: tokenizer, prompts and memory budgets; prints the plan, and refuses what cannot work."""
-    model_config = read_config(folder)
+    model_config = ModelConfig.from_pretrained(folder)
     tokenizer, eos_ids = load_tokenizer(folder)
     check_vocabulary(model_config, tokenizer)
     same = eval_set is train_set
@@ -422,7 +496,9 @@ def on_every_rank(action):
     if len(set(failures)) == 1 and failure:
         raise ValueError(failure)  # the same everywhere
     if any(failures):
-        raise ValueError("; ".join(f"rank {rank}: {failed}" for rank, failed in enumerate(failures) if failed))
+        raise ValueError(
+            "; ".join(f"rank {rank}: {failed}" for rank, failed in enumerate(failures) if failed)
+        )
     return result
 
 
@@ -445,14 +521,18 @@ def build_models(run, device):
         return
     run.policy.checkpointing = c.checkpointing
     run.learner = DistributedDataParallel(run.policy, gradient_as_bucket_view=True)
-    run.optimizer = torch.optim.AdamW(run.policy.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
+    run.optimizer = torch.optim.AdamW(
+        run.policy.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True
+    )
 
 
 def load_models(run, device):
     """Read the weights: the policy's, on a GPU the sampler's copy in bf16, and with --kl the reference's."""
     c, cuda = run.config, device.type == "cuda"
     half = torch.bfloat16 if cuda else torch.float32
-    run.policy = run.sampler = Transformer.from_pretrained(run.folder, half if c.eval_only else torch.float32, device)
+    run.policy = run.sampler = Transformer.from_pretrained(
+        run.folder, half if c.eval_only else torch.float32, device
+    )
     if cuda and not c.eval_only:
         run.sampler = Transformer.from_pretrained(run.folder, half, device)
     if c.kl > 0 and not c.eval_only:
@@ -512,11 +592,15 @@ def memory_parts(c, model_config, cuda):
     if c.eval_only:
         return count, {"weights": half * count}
     parts = {"weights": 4 * count, "gradients": 4 * count, "moments": 8 * count}  # fp32
-    parts["head's gradient"] = 4 * model.lm_head.weight.numel()  # of one micro-batch, before it is added to the others'
+    parts["head's gradient"] = (
+        4 * model.lm_head.weight.numel()
+    )  # of one micro-batch, before it is added to the others'
     if cuda:
         block = sum(p.numel() for p in model.layers[0].parameters())
         parts["sampler"] = half * count
-        parts["autocast"] = half * block * (1 if c.checkpointing else len(model.layers))  # kept for the backward pass
+        parts["autocast"] = (
+            half * block * (1 if c.checkpointing else len(model.layers))
+        )  # kept for the backward pass
     if c.kl > 0:
         parts["reference"] = half * count
     return count, parts
@@ -525,13 +609,21 @@ def memory_parts(c, model_config, cuda):
 def activation_bytes(model_config, checkpointing):
     """Bytes that learning holds per token: some 16 widths and 5 MLP widths a layer; with checkpointing a width, and one layer."""
     layer = 4 * (16 * model_config.hidden_size + 5 * model_config.intermediate_size)
-    return model_config.layers * 4 * model_config.hidden_size + layer if checkpointing else model_config.layers * layer
+    return (
+        model_config.layers * 4 * model_config.hidden_size + layer
+        if checkpointing
+        else model_config.layers * layer
+    )
 
 
 def responses_sampled(c, question_count, eval_question_count):
     """Responses that the whole run samples, {"train": ..., "eval": ...}."""
     steps = c.epochs * steps_an_epoch(c, question_count)
-    lower = [s for s, *setting in LOWER_TEMPERATURES.values() if tuple(setting) != (c.eval_temperature, c.eval_top_p)]
+    lower = [
+        s
+        for s, *setting in LOWER_TEMPERATURES.values()
+        if tuple(setting) != (c.eval_temperature, c.eval_top_p)
+    ]
     evaluations = 2 + (steps - 1) // c.eval_every  # before the first step, after the last, and between
     responses = evaluations * c.eval_samples + 2 * sum(lower)
     return {"train": c.epochs * question_count * c.votes, "eval": responses * eval_question_count}
@@ -544,7 +636,9 @@ def physical_memory(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers not in ("", "memory"):
             continue
-        kind, name = ("", "memory.max") if controllers == "" else ("memory", "memory.limit_in_bytes")  # version 2, version 1
+        kind, name = (
+            ("", "memory.max") if controllers == "" else ("memory", "memory.limit_in_bytes")
+        )  # version 2, version 1
         for folder in (Path(path), *Path(path).parents):  # a limit of any group above holds as well
             file = Path(root) / kind / folder.relative_to("/") / name
             text = file.read_text().strip() if file.is_file() else "max"
@@ -555,7 +649,11 @@ def physical_memory(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
 def peak_memory_gb():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if platform.system() == "Darwin" else 1024)
+        / 1e9
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -618,7 +716,9 @@ def sample_responses(run, asked, prompts, samples, *, stream, step, temperature,
 
 def vote_on(asked, groups):
     """(label, rewards) of each question, from its responses."""
-    return [vote([r.answer for r in group], question.kind) for question, group in zip(asked, groups, strict=True)]
+    return [
+        vote([r.answer for r in group], question.kind) for question, group in zip(asked, groups, strict=True)
+    ]
 
 
 def judge(c, asked, groups):
@@ -678,7 +778,11 @@ def learn(run, rollout, advantage, update, updates):
         mini = range(start, min(start + c.questions_per_update, len(advantage)))
         if c.kl == 0 and not advantage[mini.start : mini.stop].any():
             continue  # nothing to learn, and momentum and weight decay alone must not move the weights
-        rows = [r for r in range(len(rollout)) if int(rollout.question[r]) in mini and int(rollout.sample[r]) < c.samples]
+        rows = [
+            r
+            for r in range(len(rollout))
+            if int(rollout.question[r]) in mini and int(rollout.sample[r]) < c.samples
+        ]
         batches = micro_batches(rollout, rows, run.micro_batch_tokens)
         token_count = int(reduce({"tokens": int(rollout.response_length[rows].sum())})["tokens"])
         passes = int(reduce({"passes": len(batches)}, dist.ReduceOp.MAX)["passes"])
@@ -689,9 +793,15 @@ def learn(run, rollout, advantage, update, updates):
             # DDP's buckets; without it, at the first pass, no_sync would let autograd hold them a second time.
             exchange = index == passes - 1 or parameters[0].grad is None
             with contextlib.nullcontext() if exchange else run.learner.no_sync():
-                loss, mb_sums, mb_gap_max = micro_batch_loss(run, mb, mb.mask() & real, advantage, token_count)
-                (loss * dist.get_world_size()).backward()  # DDP averages over ranks, but each loss is a share of one sum
-            sums.update({name: value for name, value in mb_sums.items() if on_policy or not name.startswith("gap")})
+                loss, mb_sums, mb_gap_max = micro_batch_loss(
+                    run, mb, mb.mask() & real, advantage, token_count
+                )
+                (
+                    loss * dist.get_world_size()
+                ).backward()  # DDP averages over ranks, but each loss is a share of one sum
+            sums.update(
+                {name: value for name, value in mb_sums.items() if on_policy or not name.startswith("gap")}
+            )
             gap_max = torch.maximum(gap_max, mb_gap_max) if on_policy else gap_max
         (norm,) = read(torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip))
         if math.isfinite(norm):
@@ -710,9 +820,13 @@ def learn(run, rollout, advantage, update, updates):
 def micro_batch_loss(run, mb, mask, advantage, token_count):
     """One forward pass: (loss, {name: sum over tokens}, largest gap between sampler and learner). mask [B, R] of mb's tokens."""
     c, device = run.config, next(run.policy.parameters()).device
-    mask = mask.to(device, non_blocking=True)  # here and below: queued, the GPU may still be busy with the last micro-batch
+    mask = mask.to(
+        device, non_blocking=True
+    )  # here and below: queued, the GPU may still be busy with the last micro-batch
     old_logprob = mb.logprob[:, : mask.shape[1]].to(device, non_blocking=True)  # [B, R]
-    sample = mb.sample.clamp(max=c.samples - 1)  # a masked row may be any of the N, advantages there are only of the M
+    sample = mb.sample.clamp(
+        max=c.samples - 1
+    )  # a masked row may be any of the N, advantages there are only of the M
     mb_advantage = advantage[mb.question, sample][:, None].to(device, non_blocking=True)  # [B, 1]
     # No weight cache: each weight is used once a pass, and the cache would hold a bf16 copy of all of them.
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
@@ -723,7 +837,12 @@ def micro_batch_loss(run, mb, mask, advantage, token_count):
     loss, sums = grpo_loss(logprob, old_logprob, mb_advantage, mask, **options)
     gap = torch.where(mask, logprob.detach() - old_logprob, 0.0).abs()
     tokens = mask.sum()
-    sums.update(tokens=tokens, entropy=torch.where(mask, entropy.detach(), 0.0).sum(), gap=gap.sum(), gap_tokens=tokens)
+    sums.update(
+        tokens=tokens,
+        entropy=torch.where(mask, entropy.detach(), 0.0).sum(),
+        gap=gap.sum(),
+        gap_tokens=tokens,
+    )
     return loss, sums, gap.max()
 
 
@@ -740,9 +859,13 @@ def learning_metrics(run, sums, gap_max, norms):
     sums = reduce(dict(zip(sums, values, strict=True)))
     tokens, gap, gap_tokens = sums.pop("tokens"), sums.pop("gap"), sums.pop("gap_tokens")
     metrics = {name: value / tokens for name, value in sums.items()}  # entropy, clip_fraction, kl_old_new, kl
-    metrics.update(logprob_gap=gap / gap_tokens, logprob_gap_max=reduce({"max": gap_max}, dist.ReduceOp.MAX)["max"])
+    metrics.update(
+        logprob_gap=gap / gap_tokens, logprob_gap_max=reduce({"max": gap_max}, dist.ReduceOp.MAX)["max"]
+    )
     if norms:
-        metrics.update(grad_norm=report.mean(norms), grad_norm_max=max(norms), lr=run.optimizer.param_groups[0]["lr"])
+        metrics.update(
+            grad_norm=report.mean(norms), grad_norm_max=max(norms), lr=run.optimizer.param_groups[0]["lr"]
+        )
     return {**metrics, "trained_tokens": tokens}
 
 
@@ -753,26 +876,39 @@ def train_step(run, step):
     asked, prompts = [run.train_set[i] for i in batch], [run.train_prompts[i] for i in batch]
 
     began = time.perf_counter()
-    rollout, groups = sample_responses(run, asked, prompts, c.votes, stream="train", step=step, temperature=c.temperature)
+    rollout, groups = sample_responses(
+        run, asked, prompts, c.votes, stream="train", step=step, temperature=c.temperature
+    )
     sampled = time.perf_counter()
     labels, rewards, metrics = judge(c, asked, groups) if is_main() else (None, None, {})
     rewards = torch.tensor(broadcast(rewards))  # [P, N]; rank 0 decides, so the ranks cannot disagree
     judged = time.perf_counter()
     per_epoch = updates_of(c, len(run.train_set))
     epoch, batch_in_epoch = divmod(step - 1, steps_an_epoch(c, len(run.train_set)))
-    first_update = epoch * per_epoch + batch_in_epoch * math.ceil(c.questions_per_step / c.questions_per_update)
-    metrics.update(learn(run, rollout, advantages(rewards[:, : c.samples]), first_update, c.epochs * per_epoch))
+    first_update = epoch * per_epoch + batch_in_epoch * math.ceil(
+        c.questions_per_step / c.questions_per_update
+    )
+    metrics.update(
+        learn(run, rollout, advantages(rewards[:, : c.samples]), first_update, c.epochs * per_epoch)
+    )
     learned = time.perf_counter()
 
     metrics["grading_timeouts"] = questions.grading_timeouts
     metrics["peak_memory_gb"] = peak_memory_gb()
-    metrics.update(seconds_sampling=sampled - began, seconds_voting=judged - sampled, seconds_learning=learned - judged)
+    metrics.update(
+        seconds_sampling=sampled - began, seconds_voting=judged - sampled, seconds_learning=learned - judged
+    )
     metrics["train_tokens_per_s"] = metrics.pop("trained_tokens", 0) / (learned - judged)
     shown = []  # a few responses for rollouts.jsonl
     if is_main():
         metrics["rollout_tokens_per_s"] = sum(r.tokens for group in groups for r in group) / (sampled - began)
         for q, group, label, row in list(zip(asked, groups, labels, rewards.tolist(), strict=True))[:4]:
-            response = {"response": group[0].text, "answer": group[0].answer, "label": label, "reward": row[0]}
+            response = {
+                "response": group[0].text,
+                "answer": group[0].answer,
+                "label": label,
+                "reward": row[0],
+            }
             shown.append({"step": step, "id": q.id, "prompt": q.prompt, **response})
     return {f"train/{name}": value for name, value in metrics.items()}, shown
 
@@ -784,7 +920,9 @@ def steps_an_epoch(c, question_count):
 def updates_of(c, question_count):
     """Optimizer updates in an epoch; the last batch of an epoch may be smaller."""
     full, rest = divmod(question_count, c.questions_per_step)
-    return full * math.ceil(c.questions_per_step / c.questions_per_update) + math.ceil(rest / c.questions_per_update)
+    return full * math.ceil(c.questions_per_step / c.questions_per_update) + math.ceil(
+        rest / c.questions_per_update
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -804,7 +942,9 @@ def evaluate(run, sampling=None):
     _, groups = sample_responses(run, run.eval_set, run.eval_prompts, samples, **how)
     if not is_main():
         return {}, []
-    records = [report.record(*row) for row in zip(run.eval_set, groups, vote_on(run.eval_set, groups), strict=True)]
+    records = [
+        report.record(*row) for row in zip(run.eval_set, groups, vote_on(run.eval_set, groups), strict=True)
+    ]
     return {**report.evaluation_metrics(records, samples), **report.describe(groups)}, records
 
 
@@ -815,7 +955,9 @@ def evaluate_fully(run):
     for name, sampling in LOWER_TEMPERATURES.items():
         if sampling[1:] != (c.eval_temperature, c.eval_top_p):
             other, other_records = evaluate(run, sampling)
-            metrics.update({name: other["pass@1"], f"{name}_se": other["pass@1_se"]} if "pass@1" in other else {})
+            metrics.update(
+                {name: other["pass@1"], f"{name}_se": other["pass@1_se"]} if "pass@1" in other else {}
+            )
             for row, other_row in zip(records, other_records, strict=True):
                 row.update({name: other_row["pass@1"]} if "pass@1" in other_row else {})
     return metrics, records
@@ -849,14 +991,25 @@ def train(run, state):
         state["updates"] += line["train/updates"]
         state["skipped_updates"] += line["train/skipped_updates"]
         if line["train/skipped_updates"]:
-            bar.write(f"step {step}: {line['train/skipped_updates']} updates skipped, their gradient was not finite")
+            bar.write(
+                f"step {step}: {line['train/skipped_updates']} updates skipped, their gradient was not finite"
+            )
         log(run, line, shown)
         bar.update()
         bar.set_description("")
-        bar.set_postfix_str(report.progress(line, state["after"]["metrics"] if "after" in state else state["before"]["metrics"]))
+        bar.set_postfix_str(
+            report.progress(
+                line, state["after"]["metrics"] if "after" in state else state["before"]["metrics"]
+            )
+        )
         out_of_time = broadcast(c.max_minutes is not None and time.monotonic() - entered > 60 * c.max_minutes)
         if is_main() and (last or out_of_time or step % c.save_every == 0):
-            whole = {**state, "config": dataclasses.asdict(c), "environment": environment(c), "questions": fingerprint(run)}
+            whole = {
+                **state,
+                "config": dataclasses.asdict(c),
+                "environment": environment(c),
+                "questions": fingerprint(run),
+            }
             checkpoint.save(Path(c.out) / "checkpoint", run.policy, run.optimizer, whole)
         if out_of_time and not last:
             bar.close()
@@ -888,7 +1041,9 @@ def environment(c):
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "machine": torch.cuda.get_device_name() if c.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": torch.cuda.get_device_name()
+        if c.device == "cuda"
+        else f"{platform.machine()}, {os.cpu_count()} cores",
         "ranks": dist.get_world_size(),
         "threads": torch.get_num_threads(),
     }
@@ -918,7 +1073,9 @@ def finish(run, state):
     }
     checkpoint.write_whole(Path(c.out) / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
     print(report.render(summary, state))
-    print(f"\n{c.out}: curves.png, summary.json, metrics.jsonl, rollouts.jsonl, model/ ({state['seconds'] / 60:.1f} minutes)")
+    print(
+        f"\n{c.out}: curves.png, summary.json, metrics.jsonl, rollouts.jsonl, model/ ({state['seconds'] / 60:.1f} minutes)"
+    )
 
 
 def main(argv=None):
@@ -940,7 +1097,11 @@ def main(argv=None):
     if run.config.eval_only:
         metrics, _ = evaluate_fully(run)
         if is_main():
-            whole = {"evaluation": metrics, "environment": environment(run.config), "config": dataclasses.asdict(run.config)}
+            whole = {
+                "evaluation": metrics,
+                "environment": environment(run.config),
+                "config": dataclasses.asdict(run.config),
+            }
             checkpoint.write_whole(Path(run.config.out) / "evaluation.json", json.dumps(whole, indent=1))
             print(report.table({"evaluation": metrics}))
     elif train(run, state):
@@ -975,7 +1136,9 @@ def open_out(run):
         if c.wandb:
             import wandb
 
-            wandb.init(project="ttrl", name=out.name, config=dataclasses.asdict(c), resume="allow", id=out.name)
+            wandb.init(
+                project="ttrl", name=out.name, config=dataclasses.asdict(c), resume="allow", id=out.name
+            )
     return state
 
 
@@ -991,11 +1154,17 @@ def compare_with_checkpoint(c, then, environment_then):
     now = dataclasses.asdict(c)
     changed = [name for name in now if now[name] != then.get(name) and name not in RESUME_MAY_CHANGE]
     if changed and not c.allow_changed_flags:
-        what = ", ".join(f"--{name.replace('_', '-')} was {then.get(name)} and is {now[name]}" for name in changed)
-        raise ValueError(f"{c.out} holds a run with other flags ({what}): choose another --out, or add --allow-changed-flags")
+        what = ", ".join(
+            f"--{name.replace('_', '-')} was {then.get(name)} and is {now[name]}" for name in changed
+        )
+        raise ValueError(
+            f"{c.out} holds a run with other flags ({what}): choose another --out, or add --allow-changed-flags"
+        )
     for name, value in environment(c).items():
         if environment_then.get(name) != value:
-            say(f"note     {name} was {environment_then.get(name)} and is {value}: the run goes on, but not bitwise the same")
+            say(
+                f"note     {name} was {environment_then.get(name)} and is {value}: the run goes on, but not bitwise the same"
+            )
 
 
 if __name__ == "__main__":

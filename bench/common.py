@@ -28,7 +28,9 @@ def peer(name):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise SystemExit(f'{Path(sys.argv[0]).name}: {name} is missing ({error}); pip install ".[bench]"') from None
+        raise SystemExit(
+            f'{Path(sys.argv[0]).name}: {name} is missing ({error}); pip install ".[bench]"'
+        ) from None
 
 
 def model_folder(folder):
@@ -53,7 +55,9 @@ def processor():
 
 def environment():
     """Machine, versions and commit, for the last line."""
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
     versions = {}
     for name in ("torch", "transformers", "trl", "accelerate"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -133,7 +137,10 @@ def forget_peak():
 
 def gemm_peaks(size=2048):
     """FLOP/s of one large square product in fp32, by each library that torch has here: {name: FLOP/s}."""
-    from model import ONEDNN, onednn_product  # here: the processes whose memory is measured do not all need it
+    from kernels.linear import (
+        ONEDNN,
+        onednn_product,
+    )  # here: the processes whose memory is measured do not all need it
 
     a, b = torch.randn(size, size), torch.randn(size, size)
     products = {"torch.mm": lambda: a @ b}

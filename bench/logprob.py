@@ -41,10 +41,17 @@ def naive(hidden, weight, targets):
 
 
 def logprob_alone(hidden, weight, targets):
-    return (hidden @ weight.to(hidden.dtype).T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0], None
+    return (hidden @ weight.to(hidden.dtype).T).float().log_softmax(-1).gather(1, targets[:, None])[
+        :, 0
+    ], None
 
 
-VARIANTS = {"naive": naive, "logprob": logprob_alone, "chunked": logprob.linear_logprob, "fused": logprob.linear_logprob}
+VARIANTS = {
+    "naive": naive,
+    "logprob": logprob_alone,
+    "chunked": logprob.linear_logprob,
+    "fused": logprob.linear_logprob,
+}
 
 
 def synchronize(device):
@@ -95,7 +102,9 @@ def measure(variant, args):
         synchronize(device)
         return between - began, time.perf_counter() - between, time.process_time() - of_processor
 
-    step(*(x[:64].clone().requires_grad_() for x in (hidden, weight)), targets[:64] % 64)  # load the libraries
+    step(
+        *(x[:64].clone().requires_grad_() for x in (hidden, weight)), targets[:64] % 64
+    )  # load the libraries
     hidden.requires_grad_(), weight.requires_grad_()
     before = held(device)
     reset_peak(device)
@@ -114,7 +123,17 @@ def least(rows):
 
 def table(results):
     base = results["naive"]
-    heads = ("forward s", "backward s", "both s", "/ naive", "CPU s", "/ naive", "peak MB", "above MB", "/ naive")
+    heads = (
+        "forward s",
+        "backward s",
+        "both s",
+        "/ naive",
+        "CPU s",
+        "/ naive",
+        "peak MB",
+        "above MB",
+        "/ naive",
+    )
     lines = [" " * 9 + "".join(f"{head:>11}" for head in heads)]
     for name, row in results.items():
         seconds = [row["forward"], row["backward"], row["both"], row["both"] / base["both"]]
@@ -131,8 +150,12 @@ def main():
     parser.add_argument("--vocabulary", type=int, default=49152, help="[%(default)s]")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU [%(default)s]")
     parser.add_argument("--rounds", type=int, default=3, help="[%(default)s]")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--variant", choices=VARIANTS, help="measure one in this process: what the program calls itself with")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--variant", choices=VARIANTS, help="measure one in this process: what the program calls itself with"
+    )
     args = parser.parse_args()
     if args.variant:
         return print(json.dumps(measure(args.variant, args)))
@@ -143,13 +166,23 @@ def main():
     rounds = {name: [] for name in variants}
     for _ in range(args.rounds):
         for name in variants:
-            done = subprocess.run([*command, name], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run(
+                [*command, name], env=environment, stdout=subprocess.PIPE, text=True, check=True
+            )
             rounds[name].append(json.loads(done.stdout.splitlines()[-1]))
     results = {name: least(rows) for name, rows in rounds.items()}
-    print(f"{args.tokens} tokens, width {args.width}, vocabulary {args.vocabulary}, {args.device}, {args.threads} threads")
+    print(
+        f"{args.tokens} tokens, width {args.width}, vocabulary {args.vocabulary}, {args.device}, {args.threads} threads"
+    )
     print(table(results))
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    machine = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"{platform.machine()}, {os.cpu_count()} cores"
+    )
     print(json.dumps({
         "bench": "logprob", "machine": machine, "device": args.device, "threads": args.threads,
         "python": platform.python_version(), "torch": torch.__version__,

@@ -23,7 +23,18 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import ROOT, clocked, gemm_peaks, in_turn, last_line, memory_bandwidth, model_folder, say, seconds_of, table
+from common import (
+    ROOT,
+    clocked,
+    gemm_peaks,
+    in_turn,
+    last_line,
+    memory_bandwidth,
+    model_folder,
+    say,
+    seconds_of,
+    table,
+)
 
 import torch  # isort: skip
 
@@ -96,7 +107,9 @@ class Sample:
 
 
 def ours(model, case, step=1):
-    options = dict(max_new_tokens=case.new_tokens, eos_ids=case.eos_ids or [-1], seed=0, stream="train", step=step)
+    options = dict(
+        max_new_tokens=case.new_tokens, eos_ids=case.eos_ids or [-1], seed=0, stream="train", step=step
+    )
     rollout, wall, cpu = clocked(generate, model, case.prompts, case.samples, **options)
     return Sample(wall, cpu, rollout.response_length.tolist())
 
@@ -148,9 +161,18 @@ class Peer:
     def call(self, case, setting, prompts, samples):
         """The response lengths of one call; self.stamps has the time after each token (none if the cache is paged)."""
         self.stamps = []
-        options = dict(max_new_tokens=case.new_tokens, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, pad_token_id=0)
+        options = dict(
+            max_new_tokens=case.new_tokens,
+            do_sample=True,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            pad_token_id=0,
+        )
         if setting.cache == "paged":
-            return self.continuous_batching(case, [prompt for prompt in prompts for _ in range(samples)], options)
+            return self.continuous_batching(
+                case, [prompt for prompt in prompts for _ in range(samples)], options
+            )
         options["eos_token_id"] = list(case.eos_ids) or None
         if setting.cache == "static":
             options.update(cache_implementation="static", disable_compile=True)
@@ -167,18 +189,28 @@ class Peer:
     def generate(self, case, setting, prompts, samples, options):
         model = self.models[setting.attention]
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])  # [P, T], padded on the left
+        ids = torch.tensor(
+            [[0] * (width - len(prompt)) + prompt for prompt in prompts]
+        )  # [P, T], padded on the left
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         if setting.repeat == "num_return_sequences":
             options["num_return_sequences"] = samples
         if setting.repeat == "prefix":  # all but the last token of each prompt, once
             options["past_key_values"] = cache = self.library.DynamicCache(config=model.config)
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
-            model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, past_key_values=cache, logits_to_keep=1)
+            model(
+                ids[:, :-1],
+                attention_mask=mask[:, :-1],
+                position_ids=positions,
+                past_key_values=cache,
+                logits_to_keep=1,
+            )
             cache.batch_repeat_interleave(samples)
         if setting.repeat in ("rows", "prefix"):
             ids, mask = ids.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
-        out = model.generate(ids, attention_mask=mask, stopping_criteria=[self.stamp], **options)[:, width:]  # [B, R]
+        out = model.generate(ids, attention_mask=mask, stopping_criteria=[self.stamp], **options)[
+            :, width:
+        ]  # [B, R]
         ended = torch.isin(out, torch.tensor(case.eos_ids, dtype=out.dtype))
         return torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1]).tolist()
 
@@ -190,8 +222,12 @@ class Peer:
     def run(self, case, setting):
         torch.set_num_threads(setting.threads)
         calls = self.calls(case, setting)
-        lengths, wall, cpu = clocked(lambda: [length for call in calls for length in self.call(case, setting, *call)])
-        assert len(lengths) == case.rows and (case.eos_ids or set(lengths) == {case.new_tokens}), "rows or tokens are missing"
+        lengths, wall, cpu = clocked(
+            lambda: [length for call in calls for length in self.call(case, setting, *call)]
+        )
+        assert len(lengths) == case.rows and (case.eos_ids or set(lengths) == {case.new_tokens}), (
+            "rows or tokens are missing"
+        )
         return Sample(wall, cpu, lengths)
 
     def estimate(self, case, setting, longest, tokens):
@@ -202,14 +238,20 @@ class Peer:
         torch.set_num_threads(setting.threads)
         calls = self.calls(case, setting)
         few = replace(case, new_tokens=tokens, eos_ids=())
-        if setting.cache == "paged":  # lets nobody look at a clock: the difference of two runs, behind one that warms
-            _, short, long = (clocked(self.call, replace(few, new_tokens=n), setting, *calls[0])[1] for n in (2, 2, tokens))
+        if (
+            setting.cache == "paged"
+        ):  # lets nobody look at a clock: the difference of two runs, behind one that warms
+            _, short, long = (
+                clocked(self.call, replace(few, new_tokens=n), setting, *calls[0])[1] for n in (2, 2, tokens)
+            )
             first, pace = short, max(long - short, 0) / (tokens - 2)
         else:
             began = time.perf_counter()
             self.call(few, setting, *calls[0])
             first = self.stamps[0] - began
-            pace = statistics.median(after - before for before, after in zip(self.stamps, self.stamps[1:], strict=False))
+            pace = statistics.median(
+                after - before for before, after in zip(self.stamps, self.stamps[1:], strict=False)
+            )
         return sum(first + pace * (longest(prompts) - 1) for prompts, _ in calls)
 
 
@@ -264,19 +306,26 @@ def compare(case, model, peer, threads, repeats):
     def told(name, action):
         def run():
             sample = action()
-            say(f"  run    {name}: {sample.rate:.1f} tokens/s, {sample.wall:.1f} s, {sample.cpu:.1f} CPU-seconds")
+            say(
+                f"  run    {name}: {sample.rate:.1f} tokens/s, {sample.wall:.1f} s, {sample.cpu:.1f} CPU-seconds"
+            )
             return sample
 
         return run
 
     torch.set_num_threads(plain.threads)
     ours(model, replace(case, new_tokens=2))  # warm
-    sides = {"ours": our_turn, **{name: lambda s=setting: peer.run(case, s) for name, setting in settings.items()}}
+    sides = {
+        "ours": our_turn,
+        **{name: lambda s=setting: peer.run(case, s) for name, setting in settings.items()},
+    }
     runs = in_turn({name: told(name, action) for name, action in sides.items()}, repeats or case.repeats)
     results = {name: summary(samples) for name, samples in runs.items()}
     for name, result in results.items():
         result["times_peer"] = results["ours"]["rate"] / result["rate"]
-        result["times_peer_cpu"] = result["cpu_s"] / results["ours"]["cpu_s"]  # a shared machine shows in the other one
+        result["times_peer_cpu"] = (
+            result["cpu_s"] / results["ours"]["cpu_s"]
+        )  # a shared machine shows in the other one
         result["setting"] = str(settings.get(name, "rollout.generate"))
     return {"case": case.name, "what": str(case), "threads": plain.threads, "sides": results,
             "tried": [{"setting": str(setting), "expected_s": seconds} for setting, seconds in tried]}  # fmt: skip
@@ -315,10 +364,18 @@ def bounds(model, cases, threads, repeats):
     torch.set_num_threads(threads)
     say(f"\nbounds, {threads} threads")
     matrices = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    weights = sum(matrix.weight.numel() for matrix in matrices)  # a tied head counts here, its use as embedding is a look-up
+    weights = sum(
+        matrix.weight.numel() for matrix in matrices
+    )  # a tied head counts here, its use as embedding is a look-up
     peaks, (read, copy) = gemm_peaks(), memory_bandwidth()
     flops = max(peaks.values())
-    result = {"threads": threads, "gemm_flops": peaks, "read_bytes_s": read, "copy_bytes_s": copy, "matrix_weights": weights}
+    result = {
+        "threads": threads,
+        "gemm_flops": peaks,
+        "read_bytes_s": read,
+        "copy_bytes_s": copy,
+        "matrix_weights": weights,
+    }
     rows = [*([f"2048 x 2048 by {name}", f"{peak / 1e9:.1f} GFLOP/s", f"{peak / flops:.0%}", ""] for name, peak in peaks.items()),
             ["sum of 1 GiB", f"{read / 1e9:.1f} GB/s", "", "100 %"],
             ["copy of 1 GiB", f"{copy / 1e9:.1f} GB/s", "", f"{copy / read:.0%}"]]  # fmt: skip
@@ -328,8 +385,14 @@ def bounds(model, cases, threads, repeats):
         with torch.no_grad():
             alone = seconds_of(lambda x=inputs: [matrix(x[matrix.in_features]) for matrix in matrices], 3.0)
         decode = decode_seconds(model, case, repeats)
-        for name, seconds in ((f"the matrices alone, {count} rows", alone), (f"decode, {count} rows", decode)):
-            share_flops, share_bytes = 2 * weights * count / seconds / flops, 4 * weights / seconds / bandwidth
+        for name, seconds in (
+            (f"the matrices alone, {count} rows", alone),
+            (f"decode, {count} rows", decode),
+        ):
+            share_flops, share_bytes = (
+                2 * weights * count / seconds / flops,
+                4 * weights / seconds / bandwidth,
+            )
             rows.append([name, f"{1000 * seconds:.1f} ms", f"{share_flops:.0%}", f"{share_bytes:.0%}"])
         result[f"rows_{count}"] = {"matrices_s": alone, "decode_s": decode, "gemm_share": 2 * weights * count / decode / flops,
                                    "bandwidth_share": 4 * weights / decode / bandwidth}  # fmt: skip
@@ -345,7 +408,9 @@ def bounds(model, cases, threads, repeats):
 def decode_seconds(model, case, repeats):
     """Seconds of one decode step: a run to the end less a run of an eighth of it, prefill and all, by the tokens between."""
     short = replace(case, new_tokens=case.new_tokens // 8)
-    runs = in_turn({"long": lambda: ours(model, case).wall, "short": lambda: ours(model, short).wall}, repeats or 3)
+    runs = in_turn(
+        {"long": lambda: ours(model, case).wall, "short": lambda: ours(model, short).wall}, repeats or 3
+    )
     long, short_s = statistics.median(runs["long"]), statistics.median(runs["short"])
     say(f"  run    decode of {case.rows} rows: {long:.2f} s less {short_s:.2f} s")
     return (long - short_s) / (case.new_tokens - short.new_tokens)
@@ -358,7 +423,9 @@ def verdicts(compared, bound):
         name, sides = result["case"], result["sides"]
         for side in list(sides)[1:]:
             reached = sides[side]["times_peer"]
-            lines.append(f"({name}) aim {AIMS[name]} x {side}: {reached:.2f} x, {'met' if reached >= AIMS[name] else 'not met'}")
+            lines.append(
+                f"({name}) aim {AIMS[name]} x {side}: {reached:.2f} x, {'met' if reached >= AIMS[name] else 'not met'}"
+            )
     if bound:
         for rows, share, aim in ((1, "bandwidth_share", AIM_BANDWIDTH), (64, "gemm_share", AIM_GEMM)):
             value = bound[f"rows_{rows}"][share]
@@ -370,7 +437,9 @@ def verdicts(compared, bound):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", nargs="*", choices=list("abc"), default=list("abc"), help="[a b c]")
-    parser.add_argument("--model", type=Path, help="a folder in Hugging Face format [SmolLM2-135M-Instruct, fetched]")
+    parser.add_argument(
+        "--model", type=Path, help="a folder in Hugging Face format [SmolLM2-135M-Instruct, fetched]"
+    )
     parser.add_argument("--threads", nargs="+", type=int, help="numbers of threads to try [1, and all cores]")
     parser.add_argument("--repeats", type=int, help="runs of each side [a 5, b 3, c 1]")
     parser.add_argument("--no-bounds", action="store_true", help="only the comparison")
@@ -388,7 +457,13 @@ def main():
              side["setting"]]
             for result in compared for name, side in result["sides"].items()]  # fmt: skip
     if rows:
-        say("\n" + table(["", "threads", "tokens/s", "seconds", "CPU-s", "length", "ours is x", "by CPU x", "setting"], rows))
+        say(
+            "\n"
+            + table(
+                ["", "threads", "tokens/s", "seconds", "CPU-s", "length", "ours is x", "by CPU x", "setting"],
+                rows,
+            )
+        )
     say("\n" + verdicts(compared, bound))
     last_line("rollout", model=folder.name, seconds=time.monotonic() - began, cases=compared, bounds=bound)
 

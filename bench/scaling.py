@@ -27,7 +27,7 @@ from common import clocked, forget_peak, last_line, memory, peak_memory, say, ta
 import torch  # isort: skip
 
 import ttrl  # isort: skip
-from model import Transformer, read_config  # isort: skip
+from model import ModelConfig, Transformer  # isort: skip
 from rollout import generate  # isort: skip
 
 PROMPT = 16  # tokens
@@ -49,7 +49,7 @@ def random_model(vocabulary, width, folder):
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    model = Transformer(read_config(folder))
+    model = Transformer(ModelConfig.from_pretrained(folder))
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -58,17 +58,25 @@ def random_model(vocabulary, width, folder):
 
 def operations(model, size):
     """Floating-point operations of sampling: 2 a weight of the matrices, and attention to what lies before, for each token."""
-    config, weights = model.config, sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    config, weights = (
+        model.config,
+        sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)),
+    )
     attention = 4 * config.layers * config.heads * config.head_dim * (PROMPT + size["length"] / 2)
     tokens = size["rows"] * size["length"]
-    return {"operations": tokens * (2 * weights + attention), "attention share": attention / (2 * weights + attention)}
+    return {
+        "operations": tokens * (2 * weights + attention),
+        "attention share": attention / (2 * weights + attention),
+    }
 
 
 def measure(size):
     """Sample and learn once at this size: seconds (CPU) and bytes of both."""
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(size["vocabulary"], size["width"], Path(folder))
-    prompts = torch.randint(0, size["vocabulary"], (4, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = torch.randint(
+        0, size["vocabulary"], (4, PROMPT), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     options = dict(eos_ids=[-1], seed=0, stream="train", step=1)
     learn(model, generate(model, prompts, 1, max_new_tokens=4, **options))  # warm
     rows, length = size["rows"], size["length"]
@@ -159,7 +167,9 @@ def why(axis, points):
     for name in ("sampling s", "learning s"):
         slope = (last[name] - before[name]) / (last[axis] - before[axis])
         fixed = last[name] - slope * last[axis]
-        lines.append(f"{name.split()[0]}: about {max(fixed, 0):.2f} s that do not grow, and {1000 * slope:.3g} ms a unit.")
+        lines.append(
+            f"{name.split()[0]}: about {max(fixed, 0):.2f} s that do not grow, and {1000 * slope:.3g} ms a unit."
+        )
     return " ".join(lines)
 
 

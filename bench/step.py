@@ -20,7 +20,18 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import clocked, forget_peak, in_turn, last_line, memory, model_folder, peak_memory, peer, say, table
+from common import (
+    clocked,
+    forget_peak,
+    in_turn,
+    last_line,
+    memory,
+    model_folder,
+    peak_memory,
+    peer,
+    say,
+    table,
+)
 
 WORDS = "big fast light young rich hard wet full".split()
 EXAMPLES = "hot cold, up down, dark bright, long short, sweet sour"
@@ -42,7 +53,9 @@ TRL = [
 
 def prompts():
     """Completions of some 60 tokens that end in a box, so that there is something to vote on."""
-    examples = "".join("The opposite of {} is \\boxed{{{}}}.\n".format(*pair.split()) for pair in EXAMPLES.split(", "))
+    examples = "".join(
+        "The opposite of {} is \\boxed{{{}}}.\n".format(*pair.split()) for pair in EXAMPLES.split(", ")
+    )
     return [f"{examples}The opposite of {word} is" for word in WORDS[:QUESTIONS]]
 
 
@@ -71,7 +84,9 @@ def our_step(folder, samples, flags):
         (metrics, _), wall, cpu = clocked(ttrl.train_step, run, 1)
     seconds = {phase: metrics[f"train/seconds_{phase}"] for phase in ("sampling", "voting", "learning")}
     learned = round(metrics["train/train_tokens_per_s"] * seconds["learning"])
-    assert learned == QUESTIONS * samples * NEW_TOKENS, f"{learned} tokens were learned from: no reward differs, or rows ended"
+    assert learned == QUESTIONS * samples * NEW_TOKENS, (
+        f"{learned} tokens were learned from: no reward differs, or rows ended"
+    )
     return {**seconds, "wall": wall, "cpu": cpu, "before": before, "peak": peak_memory(),
             "prompt_tokens": list(map(len, run.train_prompts))}  # fmt: skip
 
@@ -103,9 +118,15 @@ def trl_step(folder, samples, setting):
             begun.update(wall=time.perf_counter(), cpu=time.process_time())
 
         def on_step_end(self, *_, **__):
-            seconds.update(wall=time.perf_counter() - begun["wall"], cpu=time.process_time() - begun["cpu"], peak=peak_memory())
+            seconds.update(
+                wall=time.perf_counter() - begun["wall"],
+                cpu=time.process_time() - begun["cpu"],
+                peak=peak_memory(),
+            )
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     rows = QUESTIONS * samples
     batch = min(setting["batch"], rows)
@@ -119,7 +140,9 @@ def trl_step(folder, samples, setting):
             save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
         )  # fmt: skip
         dataset = datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts()])
-        trainer = trl.GRPOTrainer(model, reward, config, dataset, processing_class=tokenizer, callbacks=[Clock()])
+        trainer = trl.GRPOTrainer(
+            model, reward, config, dataset, processing_class=tokenizer, callbacks=[Clock()]
+        )
         generate, weights = model.generate, model.lm_head.weight.detach().clone()
 
         def generate_clocked(*args, **kwargs):
@@ -131,10 +154,16 @@ def trl_step(folder, samples, setting):
         before = memory()
         forget_peak()
         trainer.train()
-    assert lengths == [NEW_TOKENS] * rows, f"completions of {sorted(set(lengths))} tokens, {len(lengths)} of them"
+    assert lengths == [NEW_TOKENS] * rows, (
+        f"completions of {sorted(set(lengths))} tokens, {len(lengths)} of them"
+    )
     assert not torch.equal(weights, model.lm_head.weight), "nothing was learned"
     seconds["learning"] = seconds["wall"] - seconds["sampling"] - seconds["voting"]
-    return {**seconds, "before": before, "prompt_tokens": [len(tokenizer(prompt).input_ids) for prompt in prompts()]}
+    return {
+        **seconds,
+        "before": before,
+        "prompt_tokens": [len(tokenizer(prompt).input_ids) for prompt in prompts()],
+    }
 
 
 def child(spec):
@@ -158,8 +187,16 @@ def child(spec):
 
 def measure(side, setting, args):
     """Run one step in a process of its own."""
-    spec = {"side": side, "setting": setting, "model": str(args.model), "samples": args.samples, "threads": args.threads}
-    done = subprocess.run([sys.executable, __file__, "--child", json.dumps(spec)], capture_output=True, text=True)
+    spec = {
+        "side": side,
+        "setting": setting,
+        "model": str(args.model),
+        "samples": args.samples,
+        "threads": args.threads,
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", json.dumps(spec)], capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(f"step.py: {side} {setting} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     result = json.loads(done.stdout.splitlines()[-1])
@@ -178,11 +215,17 @@ def median_of(runs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, help="a folder in Hugging Face format [SmolLM2-135M-Instruct, fetched]")
-    parser.add_argument("--samples", type=int, default=16, help="responses to each of the 4 questions, all trained on [16]")
+    parser.add_argument(
+        "--model", type=Path, help="a folder in Hugging Face format [SmolLM2-135M-Instruct, fetched]"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=16, help="responses to each of the 4 questions, all trained on [16]"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of both sides [1]")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side, in turn [3]")
-    parser.add_argument("--no-screen", action="store_true", help="take TRL's settings of an earlier screening")
+    parser.add_argument(
+        "--no-screen", action="store_true", help="take TRL's settings of an earlier screening"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -190,7 +233,9 @@ def main():
     for name in ("trl", "datasets", "accelerate"):
         peer(name)
     args.model, began = model_folder(args.model), time.monotonic()
-    say(f"one step of 4 questions x {args.samples} samples x {NEW_TOKENS} tokens, {args.threads} threads\n\nscreening")
+    say(
+        f"one step of 4 questions x {args.samples} samples x {NEW_TOKENS} tokens, {args.threads} threads\n\nscreening"
+    )
     screened = {"ours": [], "TRL": []}
     for side, settings in (("ours", OURS), ("TRL", TRL)):
         for setting in settings if not args.no_screen else []:
@@ -199,11 +244,17 @@ def main():
     if not args.no_screen:
         fastest = min(screened["TRL"], key=lambda tried: tried[1]["wall"])[0]
         leanest = min(screened["TRL"], key=lambda tried: tried[1]["peak"])[0]
-    sides = {"ours": ("ours", OURS[0]), "ours, small micro-batches": ("ours", OURS[-1]), "TRL, fastest": ("TRL", fastest)}
+    sides = {
+        "ours": ("ours", OURS[0]),
+        "ours, small micro-batches": ("ours", OURS[-1]),
+        "TRL, fastest": ("TRL", fastest),
+    }
     if leanest != fastest:
         sides["TRL, leanest"] = ("TRL", leanest)
     say("\nin turn")
-    runs = in_turn({name: lambda side=side: measure(*side, args) for name, side in sides.items()}, args.repeats)
+    runs = in_turn(
+        {name: lambda side=side: measure(*side, args) for name, side in sides.items()}, args.repeats
+    )
     results = {name: median_of(side_runs) for name, side_runs in runs.items()}
     report(results, sides, runs, args, screened, began)
 
@@ -212,7 +263,17 @@ def report(results, sides, runs, args, screened, began):
     phases = ("sampling", "voting", "learning", "wall", "cpu")
     rows = [[name, *(f"{result[phase]:.2f}" for phase in phases), f"{result['before'] / 1e9:.2f}", f"{result['peak'] / 1e9:.2f}",
              named(sides[name][1])] for name, result in results.items()]  # fmt: skip
-    header = ["seconds, medians", "sampling", "voting", "learning", "step", "CPU-s", "GB before", "GB peak", "setting"]
+    header = [
+        "seconds, medians",
+        "sampling",
+        "voting",
+        "learning",
+        "step",
+        "CPU-s",
+        "GB before",
+        "GB peak",
+        "setting",
+    ]
     say("\n" + table(header, rows))
     tokens = {name: side_runs[0]["prompt_tokens"] for name, side_runs in runs.items()}
     say(f"prompts of {tokens['ours']} tokens for ours and {tokens['TRL, fastest']} for TRL")

@@ -1,1 +1,1 @@
-"""Fused log-probabilities: logprob.py holds the torch reference, which is also the CPU path."""
+"""What is written by hand for speed or memory, each beside the plain torch code that it is tested against."""

@@ -1,1 +1,1 @@
-"""What makes the lesson real: what lies between the algorithm and files, models and machines."""
+"""What makes the lesson real: files, names, settings, processes. Nothing here imports the lesson."""

@@ -11,7 +11,9 @@ import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parents[1]
-torch.set_num_threads(1)  # the machine's other core belongs to the subprocesses, and small matrices gain nothing
+torch.set_num_threads(
+    1
+)  # the machine's other core belongs to the subprocesses, and small matrices gain nothing
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +50,11 @@ SMALL = """--votes 8 --samples 6 --questions-per-step 3 --questions-per-update 2
 
 def command(*arguments, ranks=None, script="ttrl.py"):
     """The command line of the real program, under torchrun if `ranks` is given."""
-    launcher = [] if ranks is None else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launcher = (
+        []
+        if ranks is None
+        else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    )
     return [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)]
 
 
@@ -59,7 +65,12 @@ def environment():
 def program(*arguments, ranks=None, script="ttrl.py", code=0):
     """Run the real program to its end and return it; fails unless it exits with `code`."""
     done = subprocess.run(
-        command(*arguments, ranks=ranks, script=script), env=environment(), capture_output=True, text=True, timeout=900, cwd="/"
+        command(*arguments, ranks=ranks, script=script),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd="/",
     )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

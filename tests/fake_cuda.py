@@ -1,8 +1,9 @@
 """Test-only: tensors that claim to be on a GPU and hold no numbers, so that the program's CUDA path runs without a GPU.
 
-torch's FakeTensorMode knows shape, dtype, strides and device of every result, autograd and autocast included, and refuses
-to mix devices. `FakeCuda` adds what it lets pass and a GPU does not forgive: a read that makes the host wait, a copy
-between host and device inside a recorded step, an index that lies on the wrong side. Tensors of the CPU stay real.
+torch's FakeTensorMode knows shape, dtype, strides and device of every result, autograd and autocast included,
+and refuses to mix devices. `FakeCuda` adds what it lets pass and a GPU does not forgive: a read that makes
+the host wait, a copy between host and device inside a recorded step, an index that lies on the wrong side.
+Tensors of the CPU stay real.
 
 Only for a process of its own: `install` swaps torch's CUDA hooks, for good.
 """
@@ -12,9 +13,10 @@ import ctypes
 import inspect
 import shutil
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import torch
@@ -30,11 +32,11 @@ using c10::DeviceIndex;
 using c10::DeviceType;
 
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
-  c10::Device getDevice() const override { return {DeviceType::CUDA, 0}; }
-  c10::Device exchangeDevice(c10::Device) const override { return getDevice(); }
-  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, getDevice()); }
-  c10::Stream exchangeStream(c10::Stream stream) const noexcept override { return stream; }
-  DeviceIndex deviceCount() const noexcept override { return 1; }
+  c10::Device getDevice() const override { return {DeviceType::CUDA, 0}; } c10::Device
+  exchangeDevice(c10::Device) const override { return getDevice(); } c10::Stream getStream(c10::Device) const
+  noexcept override { return c10::Stream(c10::Stream::DEFAULT, getDevice()); } c10::Stream
+  exchangeStream(c10::Stream stream) const noexcept override { return stream; } DeviceIndex deviceCount()
+  const noexcept override { return 1; }
 };
 
 struct Hooks final : at::CUDAHooksInterface {
@@ -52,11 +54,11 @@ struct Hooks final : at::CUDAHooksInterface {
 static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface), "only the vtable may differ");
 
 extern "C" int install() {
-  auto& slot = c10::impl::device_guard_impl_registry[static_cast<size_t>(DeviceType::CUDA)];
-  if (slot.load() == nullptr || slot.load()->deviceCount() == 0) slot.store(new Guard());
-  auto& hooks = const_cast<at::CUDAHooksInterface&>(at::detail::getCUDAHooks());
-  if (!hooks.hasCUDA()) new (&hooks) Hooks();  // torch made its own at import; ours is rebuilt in the same place
-  return at::detail::getCUDAHooks().hasCUDA();
+  auto& slot = c10::impl::device_guard_impl_registry[static_cast<size_t>(DeviceType::CUDA)]; if (slot.load()
+  == nullptr || slot.load()->deviceCount() == 0) slot.store(new Guard()); auto& hooks =
+  const_cast<at::CUDAHooksInterface&>(at::detail::getCUDAHooks()); if (!hooks.hasCUDA()) new (&hooks) Hooks();
+  // torch made its own at import; ours is rebuilt in the same place return
+  at::detail::getCUDAHooks().hasCUDA();
 }
 """
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -67,9 +69,17 @@ def install(folder):
     torch_folder = Path(torch.__file__).parent
     source, library = Path(folder) / "fake_cuda.cpp", Path(folder) / "fake_cuda.so"
     source.write_text(SOURCE)
-    flags = ["-std=c++20", "-O0", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    flags = [
+        "-std=c++20",
+        "-O0",
+        "-fPIC",
+        "-shared",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    ]
     where = [f"-I{torch_folder}/include", f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu"]
-    done = subprocess.run([COMPILER, *flags, str(source), "-o", str(library), *where], capture_output=True, text=True)
+    done = subprocess.run(
+        [COMPILER, *flags, str(source), "-o", str(library), *where], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert ctypes.CDLL(str(library)).install() == 1
 
@@ -92,7 +102,9 @@ class FakeCuda(FakeTensorMode):
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
         self.may_read = self.recording = False
-        self.slow_uploads = 0  # copies to the device that would wait until it has done all that it was told before
+        self.slow_uploads = (
+            0  # copies to the device that would wait until it has done all that it was told before
+        )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         leaves = arg_tree_leaves(*args, **(kwargs or {}))
@@ -116,10 +128,14 @@ class FakeCuda(FakeTensorMode):
                 raise Waits(f"{func}: copies from the device to the host")
             if (target, source) == ("cuda", "cpu"):
                 if self.recording:
-                    raise Waits(f"{func}: copies from the host to the device in a step that a CUDA graph records")
+                    raise Waits(
+                        f"{func}: copies from the host to the device in a step that a CUDA graph records"
+                    )
                 self.slow_uploads += not (kwargs.get("non_blocking") or True in args[2:])
         elif self.recording and "cpu" in sides:
-            raise AssertionError(f"{func}: a CPU tensor in a step that a CUDA graph records; its value would stay what it was")
+            raise AssertionError(
+                f"{func}: a CPU tensor in a step that a CUDA graph records; its value would stay what it was"
+            )
 
     def check_indices(self, x, indices, values=None, *_):
         for index in (index for index in indices if index is not None):
@@ -172,19 +188,40 @@ class Kernel:
         self.name, self.check, self.arity, self.launches = name, check, arity, 0
 
     def __getitem__(self, grid):
-        assert all(type(n) is int and n >= 1 for n in grid) and max(grid[1:], default=1) <= 65535, f"{self.name}: grid {grid}"
+        assert all(type(n) is int and n >= 1 for n in grid) and max(grid[1:], default=1) <= 65535, (
+            f"{self.name}: grid {grid}"
+        )
 
         def launch(*args, num_warps=4, num_stages=3, **constants):
-            assert self.arity in (None, len(args) + len(constants)), f"{self.name}: {len(args)} + {len(constants)} arguments"
+            assert self.arity in (None, len(args) + len(constants)), (
+                f"{self.name}: {len(args)} + {len(constants)} arguments"
+            )
             for index, x in enumerate(args):
                 if isinstance(x, torch.Tensor):
-                    assert isinstance(x, FakeTensor) and x.is_cuda, f"{self.name}: argument {index} is on {x.device}"
+                    assert isinstance(x, FakeTensor) and x.is_cuda, (
+                        f"{self.name}: argument {index} is on {x.device}"
+                    )
                 else:
                     assert type(x) in (int, float), f"{self.name}: argument {index} is a {type(x).__name__}"
             self.check(grid, *args, **constants)
             self.launches += 1
 
         return launch
+
+
+def triton_halves():
+    """kernels/*_triton.py, also where triton is not installed: launches are replaced, the rest needs only its names."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        stub = ModuleType("triton")
+        stub.jit = lambda function=None, **options: function or stub.jit
+        stub.language = SimpleNamespace(constexpr=None)
+        with mock.patch.dict(sys.modules, triton=stub):
+            from kernels import logprob_triton, sampler_triton
+    else:
+        from kernels import logprob_triton, sampler_triton
+    return logprob_triton, sampler_triton
 
 
 def plant(monkeypatch, where, name, old, new):

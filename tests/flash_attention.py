@@ -1,8 +1,9 @@
 """Test-only: the two functions of flash-attn 2.8.3 that we call, in plain torch on the CPU, with its signatures and checks.
 
-What the package's source says and a call can get wrong: fp16 or bf16 only; a head width that is a multiple of 8 and at most
-256; lengths in int32; the causal mask lines up the last query with the last key; new keys are written into the cache in place,
-at the length that the cache had *before* them; and nobody reports a cache that overflows (here it is an error).
+What the package's source says and a call can get wrong: fp16 or bf16 only; a head width that is a multiple of
+8 and at most 256; lengths in int32; the causal mask lines up the last query with the last key; new keys are
+written into the cache in place, at the length that the cache had *before* them; and nobody reports a cache
+that overflows (here it is an error).
 """
 
 import inspect
@@ -21,23 +22,37 @@ SIGNATURES = {  # as text, so that a change of ours to the functions below is se
 
 def check(q, k, v):
     """What the CUDA extension checks of every call. Works on fake tensors too."""
-    assert q.dtype in (torch.float16, torch.bfloat16), f"FlashAttention only support fp16 and bf16 data type, not {q.dtype}"
+    assert q.dtype in (torch.float16, torch.bfloat16), (
+        f"FlashAttention only support fp16 and bf16 data type, not {q.dtype}"
+    )
     assert q.dtype == k.dtype == v.dtype, "query, key and value must have the same dtype"
     assert q.device == k.device == v.device, "query, key and value on different devices"
-    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "Input tensor must have contiguous last dimension"
-    assert q.shape[-1] == k.shape[-1] == v.shape[-1] <= 256 and q.shape[-1] % 8 == 0, "head width: a multiple of 8 up to 256"
-    assert k.shape == v.shape and q.shape[-2] % k.shape[-2] == 0, "heads of the query must be a multiple of those of the key"
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, (
+        "Input tensor must have contiguous last dimension"
+    )
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1] <= 256 and q.shape[-1] % 8 == 0, (
+        "head width: a multiple of 8 up to 256"
+    )
+    assert k.shape == v.shape and q.shape[-2] % k.shape[-2] == 0, (
+        "heads of the query must be a multiple of those of the key"
+    )
 
 
 def check_lengths(lengths, count, like):
-    assert lengths.dtype == torch.int32 and lengths.shape == (count,) and lengths.device == like.device, "lengths: int32"
+    assert lengths.dtype == torch.int32 and lengths.shape == (count,) and lengths.device == like.device, (
+        "lengths: int32"
+    )
     assert lengths.is_contiguous(), "lengths must be contiguous"
 
 
 def only_these(arguments, *names):
     """The rest of flash-attn's arguments have to be left at their defaults: the reference below knows nothing of them."""
     for name, parameter in inspect.signature(globals()[arguments.pop("function")]).parameters.items():
-        assert name in names or parameter.default is inspect.Parameter.empty or arguments[name] == parameter.default, name
+        assert (
+            name in names
+            or parameter.default is inspect.Parameter.empty
+            or arguments[name] == parameter.default
+        ), name
 
 
 def one_row(q, k, v, causal, window_size):
@@ -88,5 +103,8 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
     for ends, longest, x in ((cu_seqlens_q, max_seqlen_q, q), (cu_seqlens_k, max_seqlen_k, k)):
         check_lengths(ends, len(cu_seqlens_q), x)
         assert type(longest) is int and ends[0] == 0 and ends[-1] == len(x) and ends.diff().max() <= longest
-    spans = zip(*([slice(*pair) for pair in ends.unfold(0, 2, 1).tolist()] for ends in (cu_seqlens_q, cu_seqlens_k)), strict=True)
+    spans = zip(
+        *([slice(*pair) for pair in ends.unfold(0, 2, 1).tolist()] for ends in (cu_seqlens_q, cu_seqlens_k)),
+        strict=True,
+    )
     return torch.cat([one_row(q[mine], k[theirs], v[theirs], causal, window_size) for mine, theirs in spans])

@@ -13,9 +13,14 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from kernels import logprob, sampler
+from kernels import logprob_triton as logprob
+from kernels import sampler_triton as sampler
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block, CUDA C++ Programming Guide, table 24
+SHARED_LIMIT = {
+    80: 163 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+}  # bytes a block, CUDA C++ Programming Guide, table 24
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma", 100: "tcgen05.mma"}
 TARGETS = [*SHARED_LIMIT, "gfx942"]
 SCALARS = {"temperature": "fp32"}  # by the end of the name; any other scalar is an i32
@@ -25,9 +30,13 @@ def compiled(kernel, target, pointers, constants, aligned, **options):
     """Compile a kernel as a launch would: pointers name -> dtype; `aligned` are the scalars that divide by 16."""
     names = [parameter.name for parameter in kernel.params]
     scalar = {name: next((t for end, t in SCALARS.items() if name.endswith(end)), "i32") for name in names}
-    types = {n: "constexpr" if n in constants else f"*{pointers[n]}" if n in pointers else scalar[n] for n in names}
+    types = {
+        n: "constexpr" if n in constants else f"*{pointers[n]}" if n in pointers else scalar[n] for n in names
+    }
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *aligned)}
-    source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, hints)
+    source = ASTSource(
+        kernel, types, {(names.index(name),): value for name, value in constants.items()}, hints
+    )
     gpu = GPUTarget("hip", target, 64) if target == "gfx942" else GPUTarget("cuda", target, 32)
     return triton.compile(source, target=gpu, options=options)
 
@@ -37,10 +46,21 @@ def resources(machine, arch, tmp_path):
     gpu = re.search(r"^\.target\s+(sm_\w+)", machine.asm["ptx"], re.M).group(1)
     ptx, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
     ptx.write_text(machine.asm["ptx"])
-    command = [get_ptxas(arch).path, "-lineinfo", "-v", "--regAllocOptLevel=2", f"--gpu-name={gpu}", ptx, "-o", cubin]
+    command = [
+        get_ptxas(arch).path,
+        "-lineinfo",
+        "-v",
+        "--regAllocOptLevel=2",
+        f"--gpu-name={gpu}",
+        ptx,
+        "-o",
+        cubin,
+    ]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert cubin.read_bytes() == machine.asm["cubin"]
-    stores, loads = (int(re.search(rf"(\d+) bytes spill {kind}", said).group(1)) for kind in ("stores", "loads"))
+    stores, loads = (
+        int(re.search(rf"(\d+) bytes spill {kind}", said).group(1)) for kind in ("stores", "loads")
+    )
     return int(re.search(r"Used (\d+) registers", said).group(1)), stores + loads
 
 
@@ -48,7 +68,9 @@ def assert_offsets_of_64_bits(machine):
     """V x D passes 2^31: what is added to a pointer argument itself (later steps stay inside a row) must be an i64."""
     code = machine.asm["ttir"]
     arguments = set(re.findall(r"(%\w+): !tt.ptr", code))
-    arguments |= {name for name, of in re.findall(r"(%\w+) = tt.splat (%\w+) : !tt.ptr", code) if of in arguments}
+    arguments |= {
+        name for name, of in re.findall(r"(%\w+) = tt.splat (%\w+) : !tt.ptr", code) if of in arguments
+    }
     offsets = re.findall(r"tt.addptr (%\w+), %\w+ : \S+, (\S+)", code)
     first = [kind for base, kind in offsets if base in arguments]
     assert first and all(re.search(r"\bi64|xi64>", kind) for kind in first), offsets
@@ -68,14 +90,25 @@ def check(kernel, target, pointers, constants, aligned, tmp_path, tensor_core=Fa
         assert TENSOR_CORE[target] in machine.asm["ptx"]
 
 
-@pytest.mark.parametrize("dtype, precision", [("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")])
+@pytest.mark.parametrize(
+    "dtype, precision", [("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")]
+)
 @pytest.mark.parametrize("target", TARGETS)
 def test_forward(target, dtype, precision, tmp_path):
     (BT, BV, BD), warps = logprob.FORWARD[4 if dtype == "fp32" else 2]
     pointers = {"hidden": dtype, "weight": dtype, "targets": "i64", "out": "fp32"}
     constants = {"PRECISION": precision, "BT": BT, "BV": BV, "BD": BD}
     tensor_core = (dtype, precision) != ("fp32", "ieee")  # exact fp32 products are for the ordinary cores
-    check(logprob.partials_kernel, target, pointers, constants, ["width", "size"], tmp_path, tensor_core, num_warps=warps)
+    check(
+        logprob.partials_kernel,
+        target,
+        pointers,
+        constants,
+        ["width", "size"],
+        tmp_path,
+        tensor_core,
+        num_warps=warps,
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -84,7 +117,9 @@ def test_gradient_of_logits(target, dtype, tmp_path):
     per_token = dict.fromkeys(("top", "lse", "entropy", "grad_logprob", "grad_entropy"), "fp32")
     pointers = {"z": "fp32", "out": dtype, "targets": "i64", **per_token}
     constants = {"COLUMNS": logprob.COLUMNS}
-    check(logprob.logits_to_gradient_kernel, target, pointers, constants, ["z_stride", "out_stride"], tmp_path)
+    check(
+        logprob.logits_to_gradient_kernel, target, pointers, constants, ["z_stride", "out_stride"], tmp_path
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)

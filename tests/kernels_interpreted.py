@@ -12,7 +12,7 @@ import triton
 from triton import language as tl
 from triton.runtime import interpreter
 
-from kernels import logprob, sampler
+from kernels import logprob, logprob_triton, sampler, sampler_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Builder = interpreter.InterpreterBuilder
@@ -38,7 +38,9 @@ def mended():
 
     def cast_impl(self, x, dtype):
         if dtype.scalar != tl.bfloat16:
-            return cast(self, widened(x), dtype) if dtype.scalar != tl.float32 or not is_bf16(x) else widened(x)
+            return (
+                cast(self, widened(x), dtype) if dtype.scalar != tl.float32 or not is_bf16(x) else widened(x)
+            )
         rounded = torch.from_numpy(np.ascontiguousarray(widened(x).data, dtype=np.float32)).bfloat16()
         return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
 
@@ -52,7 +54,9 @@ def mended():
     def create_fp_to_fp(self, x, dtype, rounding):
         return self.cast_impl(x, dtype)
 
-    return dict(cast_impl=cast_impl, create_dot=create_dot, binary_op=binary_op, create_fp_to_fp=create_fp_to_fp)
+    return dict(
+        cast_impl=cast_impl, create_dot=create_dot, binary_op=binary_op, create_fp_to_fp=create_fp_to_fp
+    )
 
 
 STOCK = {name: getattr(Builder, name) for name in mended()}
@@ -83,8 +87,10 @@ def on_gpu(monkeypatch):
     for name, patch in mended().items():
         monkeypatch.setattr(Builder, name, patch)
     monkeypatch.setattr(logprob, "on_gpu", lambda x: True)
-    monkeypatch.setattr(logprob, "programs_wanted", lambda device: 3)
-    monkeypatch.setattr(logprob, "product", lambda a, b: a.float() @ b.float())  # what torch.mm(out_dtype=) does on a GPU
+    monkeypatch.setattr(logprob_triton, "programs_wanted", lambda device: 3)
+    monkeypatch.setattr(
+        logprob, "product", lambda a, b: a.float() @ b.float()
+    )  # what torch.mm(out_dtype=) does on a GPU
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -92,7 +98,12 @@ def on_gpu(monkeypatch):
 
 
 def plain(hidden, weight, targets, temperature):
-    logp = (hidden @ weight.T).to(max(hidden.dtype, torch.float32, key=lambda d: d.itemsize)).div(temperature).log_softmax(-1)
+    logp = (
+        (hidden @ weight.T)
+        .to(max(hidden.dtype, torch.float32, key=lambda d: d.itemsize))
+        .div(temperature)
+        .log_softmax(-1)
+    )
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
@@ -121,7 +132,9 @@ def assert_close(exact, eager, got):
     for (name, tolerance), *values in zip(tolerances.items(), exact, eager, got, strict=True):
         scale = max(1.0, values[0].abs().max().item())
         eager_error, error = ((x - values[0]).abs().max().item() / scale for x in values[1:])
-        assert error <= eager_error + tolerance, f"{name}: {error:.1e} from float64, the plain formula {eager_error:.1e}"
+        assert error <= eager_error + tolerance, (
+            f"{name}: {error:.1e} from float64, the plain formula {eager_error:.1e}"
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -129,9 +142,13 @@ def assert_close(exact, eager, got):
     (1, 8, 5, "both"), (37, 70, 301, "both"), (37, 70, 301, "logprob"), (37, 70, 301, "entropy"), (130, 96, 700, "both"),
 ])  # fmt: skip
 def test_values_and_gradients(tokens, width, vocabulary, used, dtype, monkeypatch):
-    monkeypatch.setattr(logprob, "TILE", {"cpu": (100, 200)})  # several tiles of the backward pass, the last ones smaller
+    monkeypatch.setattr(
+        logprob, "TILE", {"cpu": (100, 200)}
+    )  # several tiles of the backward pass, the last ones smaller
     hidden, weight, targets, grads = inputs(tokens, width, vocabulary, dtype)
-    grads = [g if used in ("both", name) else None for name, g in zip(("logprob", "entropy"), grads, strict=True)]
+    grads = [
+        g if used in ("both", name) else None for name, g in zip(("logprob", "entropy"), grads, strict=True)
+    ]
     exact, eager, got = (
         results(function, hidden, weight, targets, 0.7, grads, precision)
         for function, precision in ((plain, torch.float64), (plain, dtype), (logprob.linear_logprob, dtype))
@@ -141,19 +158,21 @@ def test_values_and_gradients(tokens, width, vocabulary, used, dtype, monkeypatc
 
 @pytest.mark.parametrize("programs", [1, 1000])
 def test_however_the_vocabulary_is_split(programs, monkeypatch):
-    monkeypatch.setattr(logprob, "programs_wanted", lambda device: programs)
+    monkeypatch.setattr(logprob_triton, "programs_wanted", lambda device: programs)
     hidden, weight, targets, _ = inputs(5, 24, 333, torch.float32)
-    pieces = logprob.partials_triton(hidden.float(), weight.float(), targets, 0.7)
-    again = logprob.partials_triton(hidden.float(), weight.float(), targets, 0.7)
+    pieces = logprob_triton.partials_triton(hidden.float(), weight.float(), targets, 0.7)
+    again = logprob_triton.partials_triton(hidden.float(), weight.float(), targets, 0.7)
     assert pieces.shape[1] == (1 if programs == 1 else 6) and torch.equal(pieces, again)
-    _, _, *got = logprob.combine(*pieces, 0.7)
+    _, _, *got = logprob.merge(*pieces, 0.7)
     for expected, x in zip(plain(hidden, weight, targets, 0.7), got, strict=True):
         assert (x - expected).abs().max() < 5e-6
 
 
 def test_gradient_is_written_over_the_logits():
     z, per_token = torch.randn(3, 50), torch.rand(5, 3)
-    out = logprob.logits_to_gradient_triton(z, 7, torch.tensor([7, 8, 60]), *per_token, 0.7, torch.float32)
+    out = logprob_triton.logits_to_gradient_triton(
+        z, 7, torch.tensor([7, 8, 60]), *per_token, 0.7, torch.float32
+    )
     assert out is z
 
 
@@ -164,7 +183,7 @@ def test_gradient_is_written_over_the_logits():
 @triton.jit
 def uniforms(key, position, out, N: tl.constexpr):
     at = tl.arange(0, N)
-    tl.store(out + at, sampler.uniform_of(tl.load(key + at), tl.load(position + at)))
+    tl.store(out + at, sampler_triton.uniform_of(tl.load(key + at), tl.load(position + at)))
 
 
 def test_random_numbers_are_those_of_torch():
@@ -177,17 +196,20 @@ def test_random_numbers_are_those_of_torch():
 @triton.jit
 def picks(mass, target, place, rest, N: tl.constexpr):
     row, index = tl.program_id(0), tl.arange(0, N)
-    p, r = sampler.first_above(tl.load(mass + row * N + index), tl.load(target + row), index)
+    p, r = sampler_triton.first_above(tl.load(mass + row * N + index), tl.load(target + row), index)
     tl.store(place + row, p.to(tl.int64))
     tl.store(rest + row, r)
 
 
 def test_a_place_without_mass_is_never_picked():
     """Targets below the first mass, on an edge, and at and above the total."""
-    target, mass = torch.tensor([0.0, 0.5, 1.0, 2.5, 3.0, 3.5]), torch.tensor([0.0, 0, 1, 0, 2, 0, 0, 0]).repeat(6, 1)
+    target, mass = (
+        torch.tensor([0.0, 0.5, 1.0, 2.5, 3.0, 3.5]),
+        torch.tensor([0.0, 0, 1, 0, 2, 0, 0, 0]).repeat(6, 1),
+    )
     place, rest = torch.empty(6, dtype=torch.int64), torch.empty(6)
     picks[(6,)](mass, target, place, rest, N=8)
-    for got_place, got_rest in ((place, rest), sampler.pick(mass, target)):
+    for got_place, got_rest in ((place, rest), sampler.inverse_cdf(mass, target)):
         assert got_place.tolist() == [2, 2, 4, 4, 4, 4] and got_rest.tolist() == [0, 0.5, 0, 1.5, 2, 2.5]
 
 
@@ -204,8 +226,8 @@ def test_draws_are_those_of_torch(vocabulary, temperature, masked, dtype):
         logits[:, : 3 * vocabulary // 4] = -torch.inf  # whole blocks
     logits[0, -1] = 50  # the last token, all but surely
     key, position = torch.randint(2**62, (rows,), generator=generator), torch.arange(rows)
-    token, logp = sampler.draw_triton(logits, key, position, temperature)
-    expected, expected_logp = sampler.draw(logits, key, position, temperature)
+    token, logp = sampler_triton.sample_tokens_triton(logits, key, position, temperature)
+    expected, expected_logp = sampler.sample_tokens(logits, key, position, temperature)
     exact = (logits.double() / temperature).log_softmax(-1)
     clear = (exact.exp().cumsum(-1) - sampler.uniform(key, position)[:, None]).abs().amin(-1) > 1e-5
     assert clear.float().mean() > 0.5 or vocabulary == 1
@@ -220,5 +242,5 @@ def test_draw_never_leaves_the_vocabulary():
     key = position = torch.zeros(2, dtype=torch.int64)
     logits = torch.full((2, 1500), -torch.inf)
     logits[0, 3], logits[1] = 0.0, torch.nan
-    token, logp = sampler.draw_triton(logits, key, position, 1.0)
+    token, logp = sampler_triton.sample_tokens_triton(logits, key, position, 1.0)
     assert token[0] == 3 and logp[0] == 0 and 0 <= token[1] < 1500 and logp[1].isnan()

@@ -23,12 +23,19 @@ def main(folder, flags):
     def recording_generate(*arguments, **options):
         rollout = generate(*arguments, **options)
         if options["stream"] == "train" and not first:
-            first.append({(int(rollout.question[i]), int(rollout.sample[i])): rollout.response(i) for i in range(len(rollout))})
+            first.append(
+                {
+                    (int(rollout.question[i]), int(rollout.sample[i])): rollout.response(i)
+                    for i in range(len(rollout))
+                }
+            )
         return rollout
 
     torch.nn.utils.clip_grad_norm_, ttrl.generate = recording_clip, recording_generate
     ttrl.main(flags)
-    torch.save({"norms": torch.stack(norms), "first": first[0]}, Path(folder) / f"rank-{ttrl.dist.get_rank()}.pt")
+    torch.save(
+        {"norms": torch.stack(norms), "first": first[0]}, Path(folder) / f"rank-{ttrl.dist.get_rank()}.pt"
+    )
     ttrl.dist.destroy_process_group()
 
 

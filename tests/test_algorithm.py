@@ -10,7 +10,7 @@ import torch
 
 import report
 import ttrl
-from model import read_config
+from model import ModelConfig
 from rollout import Rollout
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -135,7 +135,9 @@ def test_loss_is_a_sum_over_tokens_by_the_global_count():
     whole, _ = ttrl.grpo_loss(logprob, old, advantage, mask)
     by_hand = (-math.exp(0.1) - math.exp(-0.2) + math.exp(0.3)) / 3
     assert whole.item() == pytest.approx(by_hand, rel=1e-5)
-    shares = [ttrl.grpo_loss(logprob[[i]], old[[i]], advantage[[i]], mask[[i]], token_count=3)[0] for i in range(2)]
+    shares = [
+        ttrl.grpo_loss(logprob[[i]], old[[i]], advantage[[i]], mask[[i]], token_count=3)[0] for i in range(2)
+    ]
     assert sum(shares).item() == pytest.approx(by_hand, rel=1e-5)
 
 
@@ -163,10 +165,17 @@ def test_learning_rate_rises_then_falls_to_zero_and_the_first_update_moves():
 def test_draw_asks_every_question_once_an_epoch_in_a_new_order(count, per_step):
     batches = math.ceil(count / per_step)
     epochs = [
-        [i for step in range(e * batches, (e + 1) * batches) for i in ttrl.draw(step, count, per_step, seed=3)] for e in range(3)
+        [
+            i
+            for step in range(e * batches, (e + 1) * batches)
+            for i in ttrl.draw(step, count, per_step, seed=3)
+        ]
+        for e in range(3)
     ]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
-    assert epochs[0] != epochs[1] and epochs[0] != [i for s in range(batches) for i in ttrl.draw(s, count, per_step, seed=4)]
+    assert epochs[0] != epochs[1] and epochs[0] != [
+        i for s in range(batches) for i in ttrl.draw(s, count, per_step, seed=4)
+    ]
 
 
 def rows_of(lengths, prompt=10):
@@ -174,13 +183,19 @@ def rows_of(lengths, prompt=10):
     flat = [(question, length) for question, group in lengths.items() for length in group]
     question, length = (torch.tensor(column) for column in zip(*flat, strict=True))
     zeros = torch.zeros(len(flat), 1)
-    return Rollout(question, torch.zeros_like(question), torch.full_like(question, prompt), length, zeros, zeros, zeros)
+    return Rollout(
+        question, torch.zeros_like(question), torch.full_like(question, prompt), length, zeros, zeros, zeros
+    )
 
 
 def test_micro_batches_keep_to_the_budget_and_count_a_prompt_once():
     rollout = rows_of({0: [5, 20, 7], 1: [8, 3]})
     assert ttrl.micro_batches(rollout, range(5), 1000) == [[0, 2, 1, 4, 3]]
-    assert ttrl.micro_batches(rollout, range(5), 26) == [[0, 2], [1], [4, 3]]  # 10+2*7, then 10+20 (alone over it), then 10+2*8
+    assert ttrl.micro_batches(rollout, range(5), 26) == [
+        [0, 2],
+        [1],
+        [4, 3],
+    ]  # 10+2*7, then 10+20 (alone over it), then 10+2*8
     assert ttrl.micro_batches(rollout, [], 25) == []
 
 
@@ -188,7 +203,9 @@ def test_micro_batches_count_padding():
     """60 responses of 1 token and one of 3,000 are 63 tokens more than the prompt, but 61 x 3,000 in one micro-batch."""
     rollout = rows_of({0: [1] * 60, 1: [1] * 59 + [3000]})
     batches = ttrl.micro_batches(rollout, range(120), 4000)
-    assert sorted(itertools.chain(*batches)) == list(range(120)) and batches[-1] == [119] and len(batches) == 2
+    assert (
+        sorted(itertools.chain(*batches)) == list(range(120)) and batches[-1] == [119] and len(batches) == 2
+    )
     assert all(ttrl.padded_tokens(rollout, batch) <= 4000 for batch in batches)
 
 
@@ -235,9 +252,22 @@ def test_there_is_no_flag_to_truncate_the_softmax_in_training():
 
 def test_defaults_are_the_papers():
     c = ttrl.configure({"model": "Qwen2.5-Math-1.5B"})
-    assert (c.data, c.epochs, c.votes, c.samples, c.questions_per_step, c.questions_per_update) == ("aime", 80, 64, 32, 8, 1)
+    assert (c.data, c.epochs, c.votes, c.samples, c.questions_per_step, c.questions_per_update) == (
+        "aime",
+        80,
+        64,
+        32,
+        8,
+        1,
+    )
     assert (c.lr, c.warmup, c.clip, c.kl, c.weight_decay, c.grad_clip) == (5e-7, 0.03, 0.2, 0.001, 0.01, 1.0)
-    assert (c.temperature, c.max_new_tokens, c.eval_samples, c.eval_temperature, c.eval_top_p) == (1.0, 3072, 16, 0.6, 0.95)
+    assert (c.temperature, c.max_new_tokens, c.eval_samples, c.eval_temperature, c.eval_top_p) == (
+        1.0,
+        3072,
+        16,
+        0.6,
+        0.95,
+    )
     assert ttrl.configure({"model": "Llama-3.1-8B-Instruct"}).temperature == 0.6
     qwen3 = ttrl.configure({"model": "Qwen3-8B", "data": "math"})
     assert (qwen3.questions_per_step, qwen3.epochs, qwen3.temperature) == (32, 10, 0.6)
@@ -259,17 +289,30 @@ def test_the_plan_counts_the_responses_of_evaluation():
 
 def test_a_model_that_does_not_fit_is_refused_with_the_bytes(tmp_path, monkeypatch):
     """A 7B model on 80 GB: 16 bytes a parameter and 4 for the reference are too much to train, 4 are enough to evaluate."""
-    widths = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 4096}
-    shape = {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False}
+    widths = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 4096,
+    }
+    shape = {
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    }
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **widths, **shape}))
     monkeypatch.setattr(ttrl, "physical_memory", lambda: 80 * 10**9)
     monkeypatch.setattr(ttrl, "say", lambda *lines: None)
     monkeypatch.setattr(ttrl.dist, "get_world_size", lambda: 1)
     config, options = (
         ttrl.configure({"model": "Qwen2.5-Math-7B", "device": "cpu"}),
-        (read_config(tmp_path), torch.device("cpu"), 4096, 30, 30),
+        (ModelConfig.from_pretrained(tmp_path), torch.device("cpu"), 4096, 30, 30),
     )
-    with pytest.raises(ValueError, match=r"needs 154\.5 GB \(weights 30\.46, gradients 30\.46, moments 60\.92, .* has 72\.0 GB"):
+    with pytest.raises(
+        ValueError,
+        match=r"needs 154\.5 GB \(weights 30\.46, gradients 30\.46, moments 60\.92, .* has 72\.0 GB",
+    ):
         ttrl.plan(config, *options)
     rollout_tokens, _ = ttrl.plan(dataclasses.replace(config, eval_only=True), *options)
     assert 32 * 4096 < rollout_tokens < 64 * 4096

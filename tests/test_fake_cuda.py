@@ -1,10 +1,12 @@
 """The CUDA path of the real program, sampling and learning, on tensors that only claim to be on a GPU (fake_cuda.py).
 
-It proves that devices and dtypes fit together, that nothing waits for the device but the few places made for it, and that
-what a CUDA graph records stays on the device. It cannot prove that the numbers are right: tests/test_gpu.py does, on a GPU.
+It proves that devices and dtypes fit together, that nothing waits for the device but the few places made for
+it, and that what a CUDA graph records stays on the device. It cannot prove that the numbers are right:
+tests/test_gpu.py does, on a GPU.
 
-Replaced are the device itself, launches (Triton kernels, flash-attn, graphs), DDP's exchange, and the places where the host
-reads (`Engine.look`, `Engine.read`, `ttrl.read`): those run too, but what they return is made up.
+Replaced are the device itself, launches (Triton kernels, flash-attn, graphs), DDP's exchange, and the places
+where the host reads (`Engine.poll`, `Engine.read`, `ttrl.read`): those run too, but what they return is made
+up.
 """
 
 import contextlib
@@ -21,13 +23,17 @@ import torch
 from conftest import ROOT, environment
 from torch._subclasses.fake_tensor import FakeTensor
 
+import engine
 import kernels.logprob
 import kernels.sampler
-import model
+import packing
 import rollout
 import ttrl
-from model import Transformer, read_config
+from kernels import attention, cuda_graph
+from model import ModelConfig, Transformer
 from support.prompts import load_tokenizer
+
+logprob_triton, sampler_triton = fake.triton_halves()
 
 
 def test_the_cuda_path_without_a_gpu():
@@ -35,21 +41,23 @@ def test_the_cuda_path_without_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("a real GPU is here: tests/test_gpu.py runs the CUDA path on it")
     if fake.COMPILER is None:
-        pytest.skip("no C++ compiler (c++ or g++): the fake CUDA device cannot be built, the CUDA path is not tested")
+        pytest.skip(
+            "no C++ compiler (c++ or g++): the fake CUDA device cannot be built, the CUDA path is not tested"
+        )
     arguments = ["-o", "python_functions=fake_*", "-p", "no:cacheprovider", "--tb=short", "--durations=5"]
     done = subprocess.run([sys.executable, "-m", "pytest", __file__, *arguments], env=environment(), cwd=ROOT,
                           capture_output=True, text=True, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # what is replaced
 
 EOS = [7, 9]
 
 
-class ScriptedEngine(rollout.Engine):
-    """The real engine on a device without numbers: when the host looks, a script says which rows have ended."""
+class ScriptedEngine(engine.Engine):
+    """The real engine on a device without numbers: when the host polls, a script says which rows have ended."""
 
     mode = None
 
@@ -59,23 +67,27 @@ class ScriptedEngine(rollout.Engine):
         self.at, self.end = torch.zeros(2, self.slots, dtype=torch.int64)
         self.moves = 0
 
-    def admit(self, first, prefilled, *rest):
-        super().admit(first, prefilled, *rest)
-        here = slice(first, first + len(prefilled))
-        self.at[here] = 1
-        self.end[here] = torch.randint(1, self.max_new_tokens + 1, (len(prefilled),), generator=self.dice)
+    def insert(self, first, prompts, *rest):
+        super().insert(first, prompts, *rest)
+        slots = slice(first, first + len(prompts))
+        self.at[slots] = 1
+        self.end[slots] = torch.randint(1, self.max_new_tokens + 1, (len(prompts),), generator=self.dice)
+
+    def sample(self, logits, *rest):
+        assert logits.dtype == torch.float32, "logits that are rounded to bf16"
+        super().sample(logits, *rest)
 
     def step(self, *shape):
         with self.mode.as_recorded():  # also the first, which is not: what comes later is the same
             super().step(*shape)
 
-    def advance(self, steps, count, *rest):
-        super().advance(steps, count, *rest)
+    def decode_steps(self, steps, count, *rest):
+        super().decode_steps(steps, count, *rest)
         self.at[:count] = torch.minimum(self.at[:count] + steps, self.end[:count])
 
-    def look(self, count):
+    def poll(self, count):
         with self.mode.reading():
-            seen = super().look(count)
+            seen = super().poll(count)
         told = self.at[:count] < self.end[:count], self.at[:count].clone()
         assert [(x.shape, x.dtype, x.device) for x in seen] == [(x.shape, x.dtype, x.device) for x in told]
         return told
@@ -90,8 +102,8 @@ class ScriptedEngine(rollout.Engine):
         assert [(x.shape, x.dtype, x.device) for x in seen] == [(x.shape, x.dtype, x.device) for x in told]
         return told
 
-    def keep(self, order, count, span):
-        super().keep(order, count, span)
+    def compact(self, order, count, context):
+        super().compact(order, count, context)
         self.moves += int((order != torch.arange(len(order))).sum())
         self.at[: len(order)], self.end[: len(order)] = self.at[order], self.end[order]
 
@@ -120,36 +132,52 @@ def read_on_device(*numbers):
 def check_partials(grid, hidden, weight, targets, out, tokens, width, vocabulary, size, inverse_temperature, BT, BV, BD,
                    **constants):  # fmt: skip
     assert hidden.dtype == weight.dtype and targets.dtype == torch.int64 and out.dtype == torch.float32
-    assert hidden.shape == (tokens, width) and weight.shape == (vocabulary, width) and targets.shape == (tokens,)
-    assert out.shape == (4, grid[1], tokens) and grid[0] * BT >= tokens and (grid[1] - 1) * size < vocabulary <= grid[1] * size
+    assert (
+        hidden.shape == (tokens, width) and weight.shape == (vocabulary, width) and targets.shape == (tokens,)
+    )
+    assert (
+        out.shape == (4, grid[1], tokens)
+        and grid[0] * BT >= tokens
+        and (grid[1] - 1) * size < vocabulary <= grid[1] * size
+    )
     assert all(x.is_contiguous() for x in (hidden, weight, targets, out))
 
 
 def check_gradient(grid, z, out, targets, *rest, COLUMNS):
     of_rows, (_, columns, z_stride, out_stride, *_) = rest[:5], rest[5:]
-    assert z.dtype == torch.float32 and targets.dtype == torch.int64 and all(x.dtype == torch.float32 for x in of_rows)
+    assert (
+        z.dtype == torch.float32
+        and targets.dtype == torch.int64
+        and all(x.dtype == torch.float32 for x in of_rows)
+    )
     assert z.shape == out.shape == (grid[0], columns) and grid[1] * COLUMNS >= columns
     assert z.stride() == (z_stride, 1) and out.stride() == (out_stride, 1)
     assert all(x.shape == (grid[0],) and x.is_contiguous() for x in (targets, *of_rows))
 
 
 def check_mass(grid, logits, peak, mass, vocabulary, blocks, stride, inverse_temperature, TILE):
-    assert logits.stride() == (stride, 1) and logits.shape == (grid[0], vocabulary) and blocks * TILE >= vocabulary
+    assert (
+        logits.stride() == (stride, 1)
+        and logits.shape == (grid[0], vocabulary)
+        and blocks * TILE >= vocabulary
+    )
     assert all(x.shape == (*grid,) == (len(logits), blocks) and x.is_contiguous() for x in (peak, mass))
 
 
 def check_draw(grid, logits, key, position, peak, mass, token, logprob, vocabulary, blocks, stride, inverse_temperature,
                BLOCKS, TILE):  # fmt: skip
     check_mass((*grid, blocks), logits, peak, mass, vocabulary, blocks, stride, inverse_temperature, TILE)
-    assert blocks <= BLOCKS and all(x.shape == grid and x.is_contiguous() for x in (key, position, token, logprob))
+    assert blocks <= BLOCKS and all(
+        x.shape == grid and x.is_contiguous() for x in (key, position, token, logprob)
+    )
     assert key.dtype == position.dtype == token.dtype == torch.int64 and logprob.dtype == torch.float32
 
 
 KERNELS = [
-    (kernels.logprob, "partials_kernel", check_partials),
-    (kernels.logprob, "logits_to_gradient_kernel", check_gradient),
-    (kernels.sampler, "block_mass", check_mass),
-    (kernels.sampler, "block_draw", check_draw),
+    (logprob_triton, "partials_kernel", check_partials),
+    (logprob_triton, "logits_to_gradient_kernel", check_gradient),
+    (sampler_triton, "block_mass", check_mass),
+    (sampler_triton, "block_draw", check_draw),
 ]
 
 
@@ -157,7 +185,9 @@ def flash_with_kvcache(q, k_cache, v_cache, k, v, *, cache_seqlens, causal, wind
     flash_attention.check(q, k_cache, v_cache)
     flash_attention.check(q, k, v)
     flash_attention.check_lengths(cache_seqlens, len(q), q)
-    assert k_cache.is_contiguous() and k_cache.shape[0] == len(q) and k.shape == (len(q), 1, *k_cache.shape[2:])
+    assert (
+        k_cache.is_contiguous() and k_cache.shape[0] == len(q) and k.shape == (len(q), 1, *k_cache.shape[2:])
+    )
     return torch.empty_like(q)
 
 
@@ -168,10 +198,14 @@ def flash_varlen(q, k, v, ends_q, ends_k, longest_q, longest_k, *, causal, windo
     return q + k.mean() + v.mean()  # to be differentiable in all three
 
 
-def attention_with_a_fused_kernel(q, k, v, attn_mask=None, sdpa=torch.nn.functional.scaled_dot_product_attention, **options):
+def attention_with_a_fused_kernel(
+    q, k, v, attn_mask=None, sdpa=torch.nn.functional.scaled_dot_product_attention, **options
+):
     """SDPA, unless torch would fall back to writing out all scores: no fused CUDA kernel takes a mask and shared heads."""
     if q.is_cuda and attn_mask is not None:
-        assert q.dim() == 4 and q.shape[1] == k.shape[1], "a mask and shared heads: [B, H, Tq, Tk] would be written out"
+        assert q.dim() == 4 and q.shape[1] == k.shape[1], (
+            "a mask and shared heads: [B, H, Tq, Tk] would be written out"
+        )
     return sdpa(q, k, v, attn_mask, **options)
 
 
@@ -192,23 +226,29 @@ def gpu(machine, request, monkeypatch):
     with fake.fake_cuda() as mode:
         ScriptedEngine.mode = mode
 
-        def capture(action, memory):  # a GPU records, and does nothing yet
+        def capture(function, pool):  # a GPU records, and does nothing yet
             with mode.as_recorded():
-                action()
+                function()
             return lambda: None
 
         both = request.param == PACKAGES[0]
         launched = {}
-        triton = SimpleNamespace(cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length())
+        triton = SimpleNamespace(
+            cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()
+        )
         for module, name, check in KERNELS:
-            real = getattr(module, name, None)
-            launched[name] = fake.Kernel(name, check, real and len(real.arg_names))
-            monkeypatch.setattr(module, "triton", triton if both else None)
-            monkeypatch.setattr(module, name, launched[name], raising=False)
-        monkeypatch.setattr(rollout, "flash_attn_with_kvcache", flash_with_kvcache if both else None)
-        monkeypatch.setattr(model, "flash_attn_varlen_func", flash_varlen if both else None)
-        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention_with_a_fused_kernel)
-        monkeypatch.setattr(rollout, "capture", capture)
+            names = getattr(getattr(module, name), "arg_names", None)  # None: triton is not installed
+            launched[name] = fake.Kernel(name, check, names and len(names))
+            monkeypatch.setattr(module, "triton", triton)
+            monkeypatch.setattr(module, name, launched[name])
+        monkeypatch.setattr(kernels.logprob, "logprob_triton", logprob_triton if both else None)
+        monkeypatch.setattr(kernels.sampler, "sampler_triton", sampler_triton if both else None)
+        monkeypatch.setattr(attention, "flash_attn_with_kvcache", flash_with_kvcache if both else None)
+        monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_varlen if both else None)
+        monkeypatch.setattr(
+            torch.nn.functional, "scaled_dot_product_attention", attention_with_a_fused_kernel
+        )
+        monkeypatch.setattr(cuda_graph, "capture", capture)
         for module in (rollout, ttrl):
             monkeypatch.setattr(module, "Engine", ScriptedEngine)
         monkeypatch.setattr(ttrl, "DistributedDataParallel", NoExchange)
@@ -233,7 +273,7 @@ def build(cls, folder, dtype=torch.float32, device="cpu"):
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            whole = cls(read_config(folder))
+            whole = cls(ModelConfig.from_pretrained(folder))
     finally:
         torch.set_default_dtype(before)
     whole.rope_frequency = whole.rope_frequency.to(device)
@@ -249,7 +289,9 @@ def make_run(folder, config):
     asked = [SimpleNamespace(id=str(i)) for i in range(3)]
     prompts = [[11, 12, 13, 14, 15], [21, 22], [31] * 9]
     run = ttrl.Run(c, 5 * 49, 24, 49, folder, None, EOS, asked, prompts, asked, prompts, *[None] * 6)
-    here = mock.patch.object(ttrl, "on_every_rank", lambda action: action())  # torch cannot pickle in this mode
+    here = mock.patch.object(
+        ttrl, "on_every_rank", lambda action: action()
+    )  # torch cannot pickle in this mode
     with here, mock.patch.object(Transformer, "from_pretrained", classmethod(build)):
         ttrl.build_models(run, torch.device("cuda", 0))
     return run
@@ -262,8 +304,9 @@ def check_sampling(run, **how):
     assert not any(isinstance(x, FakeTensor) for x in vars(whole).values())
     assert len(whole) == 18 and whole.response_length.min() >= 1 and whole.response_length.max() == 40
     assert run.engine.moves > 0
-    recorded = {shape for shape, graph in run.engine.graphs.items() if graph}
-    assert len({shape[0] for shape in recorded}) >= 2 and {shape[0] for shape in run.engine.graphs} <= {1, 2, 4, 5}
+    graphs = run.engine.graphs.graphs
+    recorded = {shape for shape, graph in graphs.items() if graph}
+    assert len({shape[0] for shape in recorded}) >= 2 and {shape[0] for shape in graphs} <= {1, 2, 4, 5}
 
 
 def made_up_rollout(run):
@@ -278,14 +321,18 @@ def made_up_rollout(run):
 ADVANTAGE = torch.tensor([[1.0, -1.0, 0.5, -0.5]]).repeat(3, 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the real functions
 
 
 @pytest.mark.parametrize("config", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
 def fake_models_have_the_right_dtypes(gpu, tmp_path, config):
     run = make_run(tmp_path, config)
-    for built, dtype in ((run.policy, torch.float32), (run.sampler, torch.bfloat16), (run.reference, torch.bfloat16)):
+    for built, dtype in (
+        (run.policy, torch.float32),
+        (run.sampler, torch.bfloat16),
+        (run.reference, torch.bfloat16),
+    ):
         assert {(p.dtype, p.device.type) for p in built.parameters()} == {(dtype, "cuda")}
         assert built.rope_frequency.is_cuda and built.rope_frequency.dtype == torch.float32
         assert (built.lm_head.weight is built.embed_tokens.weight) == config["tie_word_embeddings"]
@@ -311,13 +358,16 @@ def fake_weights_are_refreshed_in_place(gpu, tmp_path):
     run = make_run(tmp_path, SMALL)
     before = [p.untyped_storage() for p in run.sampler.parameters()]
     run.sampler.copy_from(run.policy)
-    assert all(p.untyped_storage()._cdata == b._cdata for p, b in zip(run.sampler.parameters(), before, strict=True))
+    assert all(
+        p.untyped_storage()._cdata == b._cdata for p, b in zip(run.sampler.parameters(), before, strict=True)
+    )
 
 
 def check_learning(run, gpu, monkeypatch):
     seen, norms, reads, uploads = [], [], [], gpu.slow_uploads
     name = "partials_triton" if gpu.kernels else "partials"
-    inner, clip, read = getattr(kernels.logprob, name), torch.nn.utils.clip_grad_norm_, ttrl.read
+    where = logprob_triton if gpu.kernels else kernels.logprob
+    inner, clip, read = getattr(where, name), torch.nn.utils.clip_grad_norm_, ttrl.read
 
     def partials(hidden, *rest):
         seen.append((hidden.dtype, hidden.is_cuda))
@@ -327,23 +377,31 @@ def check_learning(run, gpu, monkeypatch):
         norms.append({(p.grad.dtype, p.grad.is_cuda, p.grad.shape == p.shape) for p in parameters})
         return clip(parameters, norm)
 
-    monkeypatch.setattr(kernels.logprob, name, partials)
+    monkeypatch.setattr(where, name, partials)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_look)
     monkeypatch.setattr(ttrl, "read", lambda *numbers: reads.append(len(numbers)) or read(*numbers))
     metrics = ttrl.learn(run, made_up_rollout(run), ADVANTAGE, 0, 10)
     assert norms == [{(torch.float32, True, True)}] * 2
     assert reads[:2] == [1] * 2 and len(reads) == 3  # the only waits: once an update, once a step
     assert gpu.slow_uploads == uploads  # nor does a copy to the device wait for the micro-batch before it
-    assert {"entropy", "clip_fraction", "kl_old_new", "kl", "logprob_gap", "logprob_gap_max", "grad_norm"} < metrics.keys()
-    assert set(seen) == {(torch.bfloat16, True)} and len(seen) == 14  # policy and reference, seven micro-batches
+    assert {"entropy", "clip_fraction", "kl_old_new", "kl"} < metrics.keys()
+    assert {"logprob_gap", "logprob_gap_max", "grad_norm"} < metrics.keys()
+    assert (
+        set(seen) == {(torch.bfloat16, True)} and len(seen) == 14
+    )  # policy and reference, seven micro-batches
     state = run.optimizer.state[run.policy.norm.weight]
-    assert {name: (x.dtype, x.is_cuda) for name, x in state.items()} == dict.fromkeys(state, (torch.float32, True))
+    assert {name: (x.dtype, x.is_cuda) for name, x in state.items()} == dict.fromkeys(
+        state, (torch.float32, True)
+    )
     assert {p.dtype for p in run.sampler.parameters()} == {torch.bfloat16}
     if gpu.kernels:
-        assert gpu.kernels["partials_kernel"].launches == 14 and gpu.kernels["logits_to_gradient_kernel"].launches >= 7
+        assert gpu.kernels["partials_kernel"].launches == 14
+        assert gpu.kernels["logits_to_gradient_kernel"].launches >= 7
 
 
-@pytest.mark.parametrize("gpu, config", [(PACKAGES[0], QWEN3), (PACKAGES[1], QWEN2)], indirect=["gpu"], ids=["qwen3", "qwen2"])
+@pytest.mark.parametrize(
+    "gpu, config", [(PACKAGES[0], QWEN3), (PACKAGES[1], QWEN2)], indirect=["gpu"], ids=["qwen3", "qwen2"]
+)
 def fake_learning(gpu, tmp_path, config, monkeypatch):
     """Two updates of several micro-batches each: fp32 gradients and moments on the device, bf16 products, few waits."""
     check_learning(make_run(tmp_path, config), gpu, monkeypatch)
@@ -356,19 +414,24 @@ def fake_a_step_of_the_loop(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(ttrl, "broadcast", lambda value: value)
     run = make_run(tmp_path, SMALL)
     run.tokenizer, _ = load_tokenizer(ROOT / "tiny" / "model")
-    run.train_set, run.train_prompts = ttrl.ask(run.config, run.tokenizer, "tiny", ttrl.questions.load("tiny"))
+    run.train_set, run.train_prompts = ttrl.ask(
+        run.config, run.tokenizer, "tiny", ttrl.questions.load("tiny")
+    )
     run.engine = ScriptedEngine(run.sampler, 5, max(map(len, run.train_prompts)) + 40, 40, EOS)
     metrics, shown = ttrl.train_step(run, 1)
     assert metrics["train/updates"] == 2 and metrics["train/kl"] == 1.0 and len(shown) == 3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the fake device itself
 
 FORBIDDEN = {
     "a CPU index into a CUDA tensor": (lambda gpu, cpu: gpu[cpu.long()], "cuda is indexed by one on cpu"),
     "a CUDA index into a CPU tensor": (lambda gpu, cpu: cpu[gpu.long()], "cpu is indexed by one on cuda"),
-    "a write at a CPU index": (lambda gpu, cpu: gpu.index_put_((cpu.long(),), gpu), "cuda is indexed by one on cpu"),
+    "a write at a CPU index": (
+        lambda gpu, cpu: gpu.index_put_((cpu.long(),), gpu),
+        "cuda is indexed by one on cpu",
+    ),
     "a sum of two devices": (lambda gpu, cpu: gpu + cpu, "on the same device"),
     "a copy to the CPU in place": (lambda gpu, cpu: cpu.copy_(gpu), "from the device to the host"),
     "a list": (lambda gpu, cpu: gpu.tolist(), "from the device to the host|the host reads"),
@@ -386,32 +449,33 @@ def fake_device_refuses(machine, what):
         action(torch.ones(3, device="cuda"), torch.ones(3))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # planted mistakes: what the tests above would not notice is not tested
 
 
-ENGINE, CACHE, READS, MIXES = rollout.Engine, rollout.KVCache, "the host reads", "on the same device"
-STEP = "drawn = self.drawn[:count]"
+ENGINE, CACHE, READS, MIXES = engine.Engine, engine.KVCache, "the host reads", "on the same device"
+STEP = "num_generated = self.num_generated[:count]"
 IN_SAMPLING = {  # what is wrong: (where, function, its text, the text planted, what has to be said)
     "ends on the CPU": (ENGINE, "__init__", "sorted(eos_ids), device=device)", "sorted(eos_ids))", MIXES),
-    "a step reads a number": (ENGINE, "step", STEP, f"{STEP}; drawn.max().item()", READS),
-    "a step asks whether any row goes on": (ENGINE, "step", STEP, f"{STEP}; assert self.going.any()", READS),
-    "a step looks": (ENGINE, "step", STEP, "_, drawn = self.look(count)", "from the device to the host"),
+    "a step reads a number": (ENGINE, "step", STEP, f"{STEP}; num_generated.max().item()", READS),
+    "a step asks whether any row goes on": (ENGINE, "step", STEP, f"{STEP}; assert self.alive.any()", READS),
+    "a step polls": (ENGINE, "step", STEP, "_, num_generated = self.poll(count)", "from the device to the host"),
     "a step reads responses": (ENGINE, "step", STEP, f"{STEP}; self.tokens[0].cpu()", "from the device to the host"),
     "a step brings something along": (ENGINE, "step", STEP, f"{STEP} + torch.ones(count).to(self.key.device)",
                                       "from the host to the device"),
-    "a step indexes by a mask": (ENGINE, "step", STEP, f"{STEP}; self.key[self.going]", "indexing by a mask"),
-    "rows move by an index on the CPU": (ENGINE, "keep", "order[target].to(self.key.device), ", "order[target], ",
+    "a step indexes by a mask": (ENGINE, "step", STEP, f"{STEP}; self.key[self.alive]", "indexing by a mask"),
+    "rows move by an index on the CPU": (ENGINE, "compact", "order[target].to(self.key.device), ", "order[target], ",
                                          "cuda is indexed by one on cpu"),
-    "slots are numbered on the CPU": (CACHE, "open_step", "torch.arange(len(place), device=place.device)",
-                                      "torch.arange(len(place))", "cuda is indexed by one on cpu"),
-    "the mask of keys on the CPU": (CACHE, "open_step", "torch.arange(span, device=place.device)", "torch.arange(span)",
+    "slots are numbered on the CPU": (CACHE, "open_step", "torch.arange(len(position), device=position.device)",
+                                      "torch.arange(len(position))", "cuda is indexed by one on cpu"),
+    "the mask of keys on the CPU": (CACHE, "open_step", "torch.arange(context, device=position.device)", "torch.arange(context)",
                                     "a CPU tensor in a step"),
-    "the cache in fp32": (CACHE, "__init__", "dtype=like.dtype", "dtype=torch.float32", "must have the same dtype"),
-    "flash-attn's lengths in int64": (CACHE, "open_step", "place.to(torch.int32)", "place", "lengths: int32"),
-    "flash-attn's cache in SDPA's layout": (CACHE, "attend", "keys.transpose(1, 2), values.transpose(1, 2)", "keys, values",
+    "the cache in fp32": (CACHE, "__init__", "dtype=weight.dtype", "dtype=torch.float32", "must have the same dtype"),
+    "flash-attn's lengths in int64": (CACHE, "open_step", "position.to(torch.int32)", "position", "lengths: int32"),
+    "flash-attn's cache in SDPA's layout": (CACHE, "attend_cached", "keys.transpose(1, 2), values.transpose(1, 2)", "keys, values",
                                             "must be a multiple"),
     "prompts stay on the CPU": (rollout, "prefill", "model.config.windows).to(device)", "model.config.windows)", MIXES),
+    "logits in bf16": (Transformer, "next_token_logits", "if hidden.is_cuda:", "if False:", "rounded to bf16"),
     "the sampler on the CPU": (ttrl, "load_models", "run.sampler = Transformer.from_pretrained(run.folder, half, device)",
                                "run.sampler = Transformer.from_pretrained(run.folder, half)", "the engine is on the CPU"),
 }  # fmt: skip
@@ -428,10 +492,10 @@ IN_LEARNING = {
     "the sampler in fp32": (ttrl, "load_models", "run.sampler = Transformer.from_pretrained(run.folder, half, device)",
                             "run.sampler = Transformer.from_pretrained(run.folder, torch.float32, device)", "torch.float32"),
     "the sampler on the CPU": (*IN_SAMPLING["the sampler on the CPU"][:-1], "from the device to the host"),
-    "an index stays on the CPU": (model.Pack, "to", "isinstance(value, torch.Tensor)",
-                                  'isinstance(value, torch.Tensor) and name != "place"', MIXES),
-    "the learner's mask on the CPU": (model.Segments, "mask", "device = self.query.device", "device = None", MIXES),
-    "shared heads under a mask": (model.Segments, "attend", "if q.is_cuda:", "if False:", "a mask and shared heads"),
+    "an index stays on the CPU": (packing.PackedBatch, "to", "isinstance(value, torch.Tensor)",
+                                  'isinstance(value, torch.Tensor) and name != "unpacked"', MIXES),
+    "the learner's mask on the CPU": (packing.AttentionGroup, "mask", "device = self.query.device", "device = None", MIXES),
+    "shared heads under a mask": (packing, "sdpa", "if q.is_cuda:", "if False:", "a mask and shared heads"),
 }  # fmt: skip
 ONLY_TORCH = ("slots are numbered on the CPU", "the mask of keys on the CPU", "the learner's mask on the CPU",
               "shared heads under a mask")  # fmt: skip
@@ -439,7 +503,9 @@ ONLY_TORCH = ("slots are numbered on the CPU", "the mask of keys on the CPU", "t
 
 def with_packages(mistakes):
     """Each mistake with the packages there, unless it is in code that then does not run."""
-    return pytest.mark.parametrize("gpu, mistake", [(PACKAGES[m in ONLY_TORCH], m) for m in mistakes], indirect=["gpu"])
+    return pytest.mark.parametrize(
+        "gpu, mistake", [(PACKAGES[m in ONLY_TORCH], m) for m in mistakes], indirect=["gpu"]
+    )
 
 
 @with_packages(IN_SAMPLING)

@@ -1,7 +1,7 @@
 """Our calls of flash-attn, run against a CPU reference of the same signature (flash_attention.py), and against SDPA.
 
-The package itself needs a GPU: there tests/test_gpu.py compares it with SDPA. Here is proven that what we hand over is what
-its signature and its checks ask for, and means what SDPA with our own masks means.
+The package itself needs a GPU: there tests/test_gpu.py compares it with SDPA. Here is proven that what we
+hand over is what its signature and its checks ask for, and means what SDPA with our own masks means.
 """
 
 import copy
@@ -12,10 +12,13 @@ import pytest
 import torch
 from fake_cuda import plant
 
-import model
+import engine
+import packing
 import rollout
-from model import ModelConfig, Segments, Transformer, flash_takes
-from rollout import KVCache, decode, generate, prefill
+from engine import Engine, KVCache, decode, prefill
+from kernels import attention
+from model import ModelConfig, Transformer
+from packing import AttentionGroup
 
 EOS = [1, 2, 3]
 PROMPTS = [[5, 17, 3, 88, 41], [7, 7, 9], [60, 2, 2, 31, 14, 55, 90, 8], [12]]
@@ -25,7 +28,7 @@ def small_model(dtype=torch.bfloat16, head_dim=16, windows=(None, 4), seed=0):
     """A transformer with four heads on two of keys, a layer without a sliding window and one with."""
     config = ModelConfig(vocab_size=101, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2,
                          head_dim=head_dim, norm_eps=1e-6, max_positions=128, rope={"rope_type": "default", "rope_theta": 1e4},
-                         qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, tied=False, windows=windows)  # fmt: skip
+                         qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, tie_word_embeddings=False, windows=windows)  # fmt: skip
     torch.manual_seed(seed)
     whole = Transformer(config)
     with torch.no_grad():
@@ -38,8 +41,8 @@ def small_model(dtype=torch.bfloat16, head_dim=16, windows=(None, 4), seed=0):
 
 def use_flash(monkeypatch, package=flash_attention):
     """flash-attn is `package`, or None: not installed."""
-    for module, name in ((rollout, "flash_attn_with_kvcache"), (model, "flash_attn_varlen_func")):
-        monkeypatch.setattr(module, name, package and getattr(package, name))
+    for name in ("flash_attn_with_kvcache", "flash_attn_varlen_func"):
+        monkeypatch.setattr(attention, name, package and getattr(package, name))
 
 
 @pytest.mark.parametrize("name", flash_attention.SIGNATURES)
@@ -47,7 +50,7 @@ def test_the_reference_has_the_signature_of_the_package(name):
     assert str(inspect.signature(getattr(flash_attention, name))) == flash_attention.SIGNATURES[name]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # decoding
 
 
@@ -55,24 +58,29 @@ def test_the_reference_has_the_signature_of_the_package(name):
 def decoded(whole, monkeypatch, package, move=True, steps=6):
     """Logits of `steps` decoding steps of four rows, and the cache. Before the last two the row of slot 0 ends.
 
-    With `move` the row of slot 3, the longest, then goes into slot 0, as `Engine.keep` does it; without, all rows go on.
+    With `move` the row of slot 3, the longest, then goes into slot 0, as `Engine.compact` does it; without,
+    all rows go on.
     """
     use_flash(monkeypatch, package)
     device = whole.embed_tokens.weight.device
     cache = KVCache(whole, slots=5, capacity=20)
     assert cache.flash == (package is not None) and cache.k.shape == (2, 5, 2, 20, 16)
     prompts = [PROMPTS[row] for row in (0, 1, 3, 2)]
-    for slot, ((k, v), _) in enumerate(prefill(whole, prompts)):
-        cache.admit(slot, k, v)
-    place, stay, out = torch.tensor([len(prompt) for prompt in prompts], device=device), torch.arange(4, device=device), []
+    for slot, prompt in enumerate(prefill(whole, prompts)):
+        cache.insert(slot, prompt.k, prompt.v)
+    place, stay, out = (
+        torch.tensor([len(prompt) for prompt in prompts], device=device),
+        torch.arange(4, device=device),
+        [],
+    )
     tokens = torch.randint(101, (steps, 4), generator=torch.Generator().manual_seed(1)).to(device)
     for step in range(steps):
         if step == steps - 2:
             stay = torch.tensor([3, 1, 2], device=device)
             if move:
-                cache.move(stay[:1], torch.zeros_like(stay[:1]), span=int(place[3]))
+                cache.move(stay[:1], torch.zeros_like(stay[:1]), length=int(place[3]))
                 place, tokens, stay = place[stay], tokens[:, stay], torch.arange(3, device=device)
-        out.append(decode(whole, cache, tokens[step], place, span=int(place.max()) + 1).float()[stay])
+        out.append(decode(whole, cache, tokens[step], place, context=int(place.max()) + 1).float()[stay])
         place = place + 1
     return torch.cat(out), cache
 
@@ -91,7 +99,9 @@ def check_decoding(monkeypatch, dtype=torch.bfloat16, device="cpu", package=flas
     exact, _ = decoded(copy.deepcopy(whole).float(), monkeypatch, None, move=False)
     check_as_good(*(logits.log_softmax(-1) for logits in (flash, plain, exact)))
     for of_flash, of_plain in ((flash_cache.k, plain_cache.k), (flash_cache.v, plain_cache.v)):
-        assert of_flash[0, :3].equal(of_plain[0, [3, 1, 2]])  # of the first layer, whose input no attention has touched
+        assert of_flash[0, :3].equal(
+            of_plain[0, [3, 1, 2]]
+        )  # of the first layer, whose input no attention has touched
     assert flash_cache.k[0].transpose(1, 2).is_contiguous()  # as flash-attn wants it in memory
 
 
@@ -102,27 +112,35 @@ def test_decoding(monkeypatch, dtype):
 
 @torch.no_grad()
 def test_one_step_against_float64(monkeypatch):
-    """attend() alone, rows of different lengths: its cache and its result by hand, with a window and without."""
+    """attend_cached() alone, rows of different lengths: its cache and its result by hand, with a window and without."""
     use_flash(monkeypatch)
     whole = small_model()
     cache = KVCache(whole, slots=4, capacity=12)
     for x in (cache.k, cache.v):
         x.copy_(torch.randn(x.shape))
-    q, k, v = torch.randn(3, 4, 16).bfloat16(), torch.randn(3, 2, 16).bfloat16(), torch.randn(3, 2, 16).bfloat16()
+    q, k, v = (
+        torch.randn(3, 4, 16).bfloat16(),
+        torch.randn(3, 2, 16).bfloat16(),
+        torch.randn(3, 2, 16).bfloat16(),
+    )
     place = torch.tensor([0, 5, 11])
     before = cache.k.clone()
-    cache.open_step(place, span=12)
+    cache.open_step(place, context=12)
     for layer, window in enumerate(whole.config.windows):
-        out = cache.attend(layer, q, k, v)
+        out = cache.attend_cached(layer, q, k, v)
         for row, at in enumerate(place.tolist()):
             first = 0 if window is None else max(0, at + 1 - window)
             assert cache.k[layer, row, :, at].equal(k[row]) and cache.v[layer, row, :, at].equal(v[row])
-            keys, values = (x[layer, row, :, first : at + 1].double() for x in (cache.k, cache.v))  # [K, T, E]
+            keys, values = (
+                x[layer, row, :, first : at + 1].double() for x in (cache.k, cache.v)
+            )  # [K, T, E]
             for head in range(4):
                 weight = (keys[head // 2] @ q[row, head].double() / 4).softmax(-1)
                 assert (weight @ values[head // 2] - out[row, head]).abs().max() < 0.02
     changed = (cache.k != before).any(-1).any(2)  # [L, S, T]
-    assert changed.nonzero().tolist() == [[layer, row, at] for layer in (0, 1) for row, at in enumerate(place.tolist())]
+    assert changed.nonzero().tolist() == [
+        [layer, row, at] for layer in (0, 1) for row, at in enumerate(place.tolist())
+    ]
 
 
 def check_same_but_for_ties(whole, a, b, tie):
@@ -144,16 +162,20 @@ def test_generate(monkeypatch):
     whole, both = small_model(), []
     for package in (flash_attention, None):
         use_flash(monkeypatch, package)
-        engine = rollout.Engine(whole, 3, 40, max_new_tokens=24, eos_ids=EOS)
+        engine = Engine(whole, 3, 40, max_new_tokens=24, eos_ids=EOS)
         assert engine.cache.flash == (package is not None)
-        how = dict(max_new_tokens=24, temperature=0.0, eos_ids=EOS, seed=0, stream="eval", step=0, engine=engine)
-        both.append(generate(whole, PROMPTS, [(q, s) for s in range(2) for q in range(4)], **how))
+        how = dict(
+            max_new_tokens=24, temperature=0.0, eos_ids=EOS, seed=0, stream="eval", step=0, engine=engine
+        )
+        both.append(rollout.generate(whole, PROMPTS, [(q, s) for s in range(2) for q in range(4)], **how))
         same = [both[-1].response(row) == both[-1].response(row + 4) for row in range(4)]
         assert all(same)  # whichever slot, whichever neighbours
-    assert check_same_but_for_ties(whole, *both, tie=0.15) > 20 and both[0].response_length.unique().numel() > 2
+    assert (
+        check_same_but_for_ties(whole, *both, tie=0.15) > 20 and both[0].response_length.unique().numel() > 2
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # learning
 
 
@@ -186,7 +208,7 @@ def test_learning(monkeypatch):
     check_learning(monkeypatch)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # what flash-attn cannot take, and planted mistakes
 
 
@@ -195,9 +217,11 @@ def test_learning(monkeypatch):
     (torch.bfloat16, 264, False),
 ])  # fmt: skip
 def test_what_flash_attn_refuses_goes_to_sdpa(monkeypatch, dtype, head_dim, takes):
-    """The reference raises where `flash_takes` says no, and then the model still runs."""
-    assert flash_takes(flash_attention.flash_attn_varlen_func, dtype, head_dim) == takes and not flash_takes(None, dtype, 64)
+    """The reference raises where `flash_available` says no, and then the model still runs."""
+    use_flash(monkeypatch, None)
+    assert not attention.flash_available(dtype, 64)
     use_flash(monkeypatch)
+    assert attention.flash_available(dtype, head_dim) == takes
     whole = small_model(dtype, head_dim)
     assert KVCache(whole, 2, 8).flash == takes
     assert whole.logits(torch.tensor([[5, 6, 7]])).isfinite().all()
@@ -208,27 +232,27 @@ def test_what_flash_attn_refuses_goes_to_sdpa(monkeypatch, dtype, head_dim, take
 
 
 MISTAKES = {
-    "lengths one too long": (KVCache, "open_step", "place.to(torch.int32)", "(place + 1).to(torch.int32)"),
-    "lengths in int64": (KVCache, "open_step", "place.to(torch.int32)", "place"),
-    "the window one too wide": (KVCache, "attend", "(window - 1, 0)", "(window, 0)"),
-    "no window": (KVCache, "attend", "window_size=window_size", "window_size=(-1, -1)"),
-    "keys and values swapped": (KVCache, "attend", "k[:, None], v[:, None]", "v[:, None], k[:, None]"),
-    "caches swapped": (KVCache, "attend", "q[:, None], keys, values", "q[:, None], values, keys"),
+    "lengths one too long": (KVCache, "open_step", "position.to(torch.int32)", "(position + 1).to(torch.int32)"),
+    "lengths in int64": (KVCache, "open_step", "position.to(torch.int32)", "position"),
+    "the window one too wide": (attention, "flash_window", "(window - 1, 0)", "(window, 0)"),
+    "no window": (engine, "flash_cached", "window_size=flash_window(window)", "window_size=(-1, -1)"),
+    "keys and values swapped": (engine, "flash_cached", "k[:, None], v[:, None]", "v[:, None], k[:, None]"),
+    "caches swapped": (engine, "flash_cached", "q[:, None], keys, values", "q[:, None], values, keys"),
     "SDPA's layout": (KVCache, "__init__", "(capacity, config.kv_heads) if self.flash else ", ""),
-    "a row copied but for its last place": (KVCache, "move", "layer[target, :, :span] = layer[source, :, :span]",
-                                            "layer[target, :, : span - 1] = layer[source, :, : span - 1]"),
+    "a row copied but for its last place": (KVCache, "move", "layer[target, :, :length] = layer[source, :, :length]",
+                                            "layer[target, :, : length - 1] = layer[source, :, : length - 1]"),
 }  # fmt: skip
 LEARNING_MISTAKES = {
-    "the learner's window one too wide": (Segments, "attend", "(window - 1, 0)", "(window, 0)"),
-    "the learner not causal": (Segments, "attend", "causal=True", "causal=False"),
+    "the learner's window one too wide": (attention, "flash_window", "(window - 1, 0)", "(window, 0)"),
+    "the learner not causal": (packing, "flash_packed", "causal=True", "causal=False"),
     "lengths of keys for those of queries": (
-        Segments,
+        AttentionGroup,
         "__init__",
-        "(queries, key_filled.sum(1))",
-        "(key_filled.sum(1), queries)",
+        "cu_seqlens(query_length), cu_seqlens(key_length)",
+        "cu_seqlens(key_length), cu_seqlens(query_length)",
     ),
-    "lengths in int64": (Segments, "__init__", ".int()", ""),
-    "keys without their prompts": (Segments, "__init__", "(start + queries)[:, None]", "queries[:, None]"),
+    "lengths in int64": (packing, "cu_seqlens", ".int()", ""),
+    "keys without their prompts": (AttentionGroup, "__init__", "offset + query_length", "query_length"),
 }  # fmt: skip
 
 

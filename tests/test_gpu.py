@@ -2,8 +2,8 @@
 
 Run it first on a machine with a GPU; -s shows the speeds:    python -m pytest tests/test_gpu.py -s
 
-Each test takes its device as an argument and also runs on the CPU, on small shapes: there most comparisons are trivial,
-but the comparing code has run.
+Each test takes its device as an argument and also runs on the CPU, on small shapes: there most comparisons
+are trivial, but the comparing code has run.
 """
 
 import copy
@@ -14,13 +14,21 @@ import flash_attention
 import pytest
 import torch
 from conftest import SMALL, lines_of, program
-from test_flash_attention import check_decoding, check_learning, check_same_but_for_ties, small_model, use_flash
+from test_flash_attention import (
+    check_decoding,
+    check_learning,
+    check_same_but_for_ties,
+    small_model,
+    use_flash,
+)
 
 import rollout
 import ttrl
-from kernels import logprob, sampler
+from engine import Engine, prefill
+from kernels import cuda_graph, logprob, sampler
+from kernels.cuda_graph import GraphCache
 from model import ModelConfig, Transformer
-from rollout import Engine, generate
+from rollout import generate
 
 try:
     import flash_attn
@@ -28,8 +36,12 @@ except ImportError:
     flash_attn = None
 
 HAS_GPU = torch.cuda.is_available()
-needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no CUDA device here: run tests/test_gpu.py where there is one")
-needs_flash = pytest.mark.skipif(not HAS_GPU or flash_attn is None, reason="no CUDA device with the package flash-attn here")
+needs_gpu = pytest.mark.skipif(
+    not HAS_GPU, reason="no CUDA device here: run tests/test_gpu.py where there is one"
+)
+needs_flash = pytest.mark.skipif(
+    not HAS_GPU or flash_attn is None, reason="no CUDA device with the package flash-attn here"
+)
 on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 EOS = [1, 2, 3, 4]
 PROMPTS = [[5, 17, 3, 88, 41], [7, 7, 9], [60, 2, 2, 31, 14, 55, 90, 8], [12]]
@@ -65,7 +77,7 @@ def exact_fp32():
     torch.set_float32_matmul_precision(before)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the two kernels and their twins
 
 
@@ -73,7 +85,10 @@ def logprob_inputs(device, tokens, width, vocabulary, dtype):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, width, generator=generator)
     weight = torch.randn(vocabulary, width, generator=generator) / width**0.5 * 3
-    targets, grads = torch.randint(vocabulary, (tokens,), generator=generator), torch.randn(2, tokens, generator=generator)
+    targets, grads = (
+        torch.randint(vocabulary, (tokens,), generator=generator),
+        torch.randn(2, tokens, generator=generator),
+    )
     return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device), grads.to(device)
 
 
@@ -106,7 +121,9 @@ def test_log_probabilities(device, shape, dtype, temperature, monkeypatch):
     kernel = values_and_gradients(logprob.linear_logprob, dtype, *rest)
     monkeypatch.setattr(logprob, "on_gpu", lambda x: False)
     twin = values_and_gradients(logprob.linear_logprob, dtype, *rest)
-    for name, a, b, c in zip(("logprob", "entropy", "grad hidden", "grad weight"), exact, kernel, twin, strict=True):
+    for name, a, b, c in zip(
+        ("logprob", "entropy", "grad hidden", "grad weight"), exact, kernel, twin, strict=True
+    ):
         scale = a.abs().max().clamp(min=1e-3)
         kernel_error, twin_error = ((x - a).abs().max() / scale for x in (b, c))
         assert kernel_error <= 1.5 * twin_error + (2e-3 if dtype != torch.float32 else 1e-5), name
@@ -123,8 +140,8 @@ def test_drawing(device, rows, vocabulary, dtype, temperature):
     logits = logits.to(device, dtype)
     key, position = torch.arange(rows, device=device) * 7919, torch.arange(rows, device=device) % 5
     u = sampler.uniform(key, position)
-    token, logp = sampler.draw(logits, key, position, temperature)
-    twin, twin_logp = sampler.sample(logits, u, temperature)
+    token, logp = sampler.sample_tokens(logits, key, position, temperature)
+    twin, twin_logp = sampler.sample_inverse_cdf(logits, u, temperature)
     p = (logits.double() / temperature).softmax(-1)
     edge = (p.cumsum(-1) - u[:, None]).abs().amin(-1) < 1e-5
     assert edge.float().mean() < 0.6  # with 152k tokens edges are dense
@@ -135,7 +152,22 @@ def test_drawing(device, rows, vocabulary, dtype, temperature):
     assert ((p.cumsum(-1) - p).gather(1, token[:, None])[:, 0] - u < 1e-5).all()  # ... nor behind it
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+@on_both
+@torch.no_grad()
+def test_the_head_of_a_bf16_model_does_not_round_its_sums(device):
+    """What the sampler draws from, against float64: on a GPU fp32's error, where bf16 would make steps of 1/8 at 16."""
+    whole = small_model(torch.bfloat16).to(device)
+    hidden = 20 * torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    logits = whole.next_token_logits(hidden)
+    exact = hidden.double() @ whole.lm_head.weight.double().T
+    assert exact.abs().max() > 16
+    if device == "cuda":
+        assert logits.dtype == torch.float32 and (logits - exact).abs().max() < 1e-3
+    else:
+        assert logits.equal(whole.lm_head(hidden)) and (logits - exact).abs().max() < 1
+
+
+# ------------------------------------------------------------------------------------------------------------
 # flash-attn: the package itself
 
 
@@ -165,11 +197,13 @@ def test_the_learner_attends_by_a_fused_kernel(monkeypatch):
     use_flash(monkeypatch, None)
     whole = small_model(torch.bfloat16).cuda()
     fused = torch.nn.attention.SDPBackend
-    with torch.nn.attention.sdpa_kernel([fused.FLASH_ATTENTION, fused.EFFICIENT_ATTENTION, fused.CUDNN_ATTENTION]):
+    with torch.nn.attention.sdpa_kernel(
+        [fused.FLASH_ATTENTION, fused.EFFICIENT_ATTENTION, fused.CUDNN_ATTENTION]
+    ):
         whole.logits(torch.randint(101, (3, 40))).sum().backward()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the engine
 
 
@@ -185,7 +219,7 @@ def test_graphs_draw_what_plain_steps_draw(device, flash, monkeypatch):
     use_flash(monkeypatch, flash_attn if flash else None)
     whole = small_model(torch.bfloat16).to(device)
     replayed = sampled(whole, engine=Engine(whole, 20, 48, 40, EOS))
-    monkeypatch.setattr(rollout, "capture", lambda action, memory: action)
+    monkeypatch.setattr(cuda_graph, "capture", lambda function, pool: function)
     stepped = sampled(whole, engine=Engine(whole, 20, 48, 40, EOS))
     assert replayed.tokens.equal(stepped.tokens) and replayed.logprob.equal(stepped.logprob)
     assert len(set(replayed.response_length.tolist())) > 5
@@ -204,12 +238,14 @@ def test_graphs_follow_weights_refreshed_in_place(device):
 @on_both
 def test_the_engine_on_a_gpu_is_that_on_a_cpu(device, random_model):
     """fp32, greedy: other kernels, other batches, the same tokens but for ties."""
-    here = sampled(copy.deepcopy(random_model).to(device), stream="eval", temperature=0.0, budget_tokens=9 * 48)
+    here = sampled(
+        copy.deepcopy(random_model).to(device), stream="eval", temperature=0.0, budget_tokens=9 * 48
+    )
     there = sampled(random_model, stream="eval", temperature=0.0)
     assert check_same_but_for_ties(random_model, here, there, tie=1e-3) > 300
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # learning: the embedded model, through the program's own functions
 
 
@@ -218,7 +254,15 @@ def tiny_run(request, tmp_path):
     """A Run of the embedded model, with a reference, and a rollout with its advantages."""
     device = request.param
     started = ttrl.start_processes(device)
-    flags = dict(device=device, votes=8, samples=6, questions_per_step=4, max_new_tokens=48, kl=0.01, micro_batch_tokens=300)
+    flags = dict(
+        device=device,
+        votes=8,
+        samples=6,
+        questions_per_step=4,
+        max_new_tokens=48,
+        kl=0.01,
+        micro_batch_tokens=300,
+    )
     run = ttrl.open_run(ttrl.configure({**flags, "out": str(tmp_path), "rollout_tokens": 20 * 150}), started)
     asked, prompts = run.train_set[:4], run.train_prompts[:4]
     whole, _ = ttrl.sample_responses(run, asked, prompts, 8, stream="train", step=1, temperature=1.0)
@@ -227,7 +271,9 @@ def tiny_run(request, tmp_path):
     torch.distributed.destroy_process_group()
 
 
-runs_on_both = pytest.mark.parametrize("tiny_run", ["cpu", pytest.param("cuda", marks=needs_gpu)], indirect=True)
+runs_on_both = pytest.mark.parametrize(
+    "tiny_run", ["cpu", pytest.param("cuda", marks=needs_gpu)], indirect=True
+)
 
 
 @runs_on_both
@@ -236,7 +282,9 @@ def test_sampler_and_learner_agree(tiny_run):
     run, whole, advantage = tiny_run
     metrics = ttrl.learn(run, whole, advantage, 0, 10)
     exact = run.sampler is run.policy
-    assert metrics["logprob_gap"] < (1e-5 if exact else 0.005) and metrics["logprob_gap_max"] < (1e-3 if exact else 1.0)
+    assert metrics["logprob_gap"] < (1e-5 if exact else 0.005) and metrics["logprob_gap_max"] < (
+        1e-3 if exact else 1.0
+    )
     assert metrics["updates"] == 2 and 0 < metrics["grad_norm"] < 100
 
 
@@ -245,7 +293,9 @@ def test_checkpointing_changes_no_gradient(tiny_run):
     run, whole, advantage = tiny_run
     gradients = []
     for run.policy.checkpointing in (False, True):
-        loss, _, _ = ttrl.micro_batch_loss(run, whole[whole.sample < 6], whole[whole.sample < 6].mask(), advantage, 500)
+        loss, _, _ = ttrl.micro_batch_loss(
+            run, whole[whole.sample < 6], whole[whole.sample < 6].mask(), advantage, 500
+        )
         loss.backward()
         gradients.append([p.grad.clone() for p in run.policy.parameters()])
         run.optimizer.zero_grad()
@@ -262,7 +312,9 @@ def test_the_sampler_follows_the_policy(tiny_run):
     ttrl.learn(run, whole, advantage, 0, 10)
     assert not run.policy.embed_tokens.weight.equal(before)
     assert [p.data_ptr() for p in run.sampler.parameters()] == addresses
-    assert all(s.equal(p.to(s.dtype)) for s, p in zip(run.sampler.parameters(), run.policy.parameters(), strict=True))
+    assert all(
+        s.equal(p.to(s.dtype)) for s, p in zip(run.sampler.parameters(), run.policy.parameters(), strict=True)
+    )
 
 
 @runs_on_both
@@ -287,7 +339,7 @@ def test_nothing_waits_but_where_it_says_so(tiny_run, monkeypatch):
         ttrl.learn(run, whole, advantage, 0, 10)
         if run.engine:
             with torch.no_grad():
-                run.engine.advance(4, 16, run.engine.capacity, 1.0, 1.0)  # replays
+                run.engine.decode_steps(4, 16, run.engine.capacity, 1.0, 1.0)  # replays
                 run.engine.step(16, run.engine.capacity, 1.0, 1.0)
     finally:
         alarm("default")
@@ -307,17 +359,27 @@ def test_the_program(device, tmp_path, few_questions):
             assert (out / "model" / "model.safetensors").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # speeds: nothing is asserted but that it runs
 
 
 def wide_model(device):
     """Qwen2.5-1.5B with half of its layers, random weights; toy widths on a CPU."""
-    widths = dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, layers=14, heads=12, kv_heads=2, head_dim=128)
+    widths = dict(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        layers=14,
+        heads=12,
+        kv_heads=2,
+        head_dim=128,
+    )
     if device == "cpu":
-        widths = dict(vocab_size=500, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2, head_dim=16)
+        widths = dict(
+            vocab_size=500, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2, head_dim=16
+        )
     config = ModelConfig(**widths, norm_eps=1e-6, max_positions=4096, rope={"rope_type": "default", "rope_theta": 1e6},
-                         qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, tied=True,
+                         qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, tie_word_embeddings=True,
                          windows=(None,) * widths["layers"])  # fmt: skip
     with torch.device(device):
         return Transformer(config).to(device)
@@ -337,7 +399,7 @@ def test_speed_of_decoding(device, monkeypatch, capsys):
     length, steps = (512, 16) if device == "cuda" else (8, 2)
     weights = sum(p.numel() * p.element_size() for p in whole.parameters())
     a_token = 2 * whole.config.layers * whole.config.kv_heads * whole.config.head_dim * 2
-    prompt = rollout.prefill(whole, [list(range(length))])
+    prompt = prefill(whole, [list(range(length))])
     lines = [f"decoding at {length} tokens; a copy moves {peak:,.0f} GB/s",
              "rows  flash  graphs    tokens/s    GB/s"]  # fmt: skip
     for flash in [None, *([flash_attn] if device == "cuda" and flash_attn else [])]:
@@ -345,10 +407,17 @@ def test_speed_of_decoding(device, monkeypatch, capsys):
         for rows in (1, 8, 64, 256) if device == "cuda" else (1, 3):
             for graphs in (False, True) if device == "cuda" else (False,):
                 engine = Engine(whole, rows, length + 64 * steps, 63 * steps, [whole.config.vocab_size])
-                engine.graphs = {} if graphs else None
-                engine.admit(0, prompt * rows, torch.arange(rows, device=device), 1.0, 1.0)
+                engine.graphs = GraphCache() if graphs else None
+                engine.insert(0, prompt * rows, torch.arange(rows, device=device), 1.0, 1.0)
                 span = -(-(length + 8 * steps) // 256) * 256 if device == "cuda" else engine.capacity
-                lasted = seconds(lambda e=engine, r=rows, s=span: e.advance(steps, r, s, 1.0, 1.0), device, repeats=3) / steps
+                lasted = (
+                    seconds(
+                        lambda e=engine, r=rows, s=span: e.decode_steps(steps, r, s, 1.0, 1.0),
+                        device,
+                        repeats=3,
+                    )
+                    / steps
+                )
                 moved = (weights + rows * length * a_token) / lasted / 1e9
                 lines.append(
                     f"{rows:4}  {'yes' if flash else 'no':5}  {'yes' if graphs else 'no':6} {rows / lasted:11,.0f} {moved:7.0f}"
@@ -385,9 +454,9 @@ def test_speed_and_memory_of_the_kernels(device, monkeypatch, capsys):
         peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
         lines.append(f"{name:8} {ms[0]:11.2f} {ms[1] - ms[0]:12.2f} {peak:8.2f} {ms[2]:9.3f}")
 
-    measure("triton", lambda: sampler.draw(logits, key, key))
+    measure("triton", lambda: sampler.sample_tokens(logits, key, key))
     monkeypatch.setattr(logprob, "on_gpu", lambda x: False)
-    measure("torch", lambda: sampler.sample(logits, sampler.uniform(key, key)))
+    measure("torch", lambda: sampler.sample_inverse_cdf(logits, sampler.uniform(key, key)))
     say(capsys, *lines)
 
 
@@ -412,5 +481,7 @@ def test_speed_and_memory_of_learning(device, monkeypatch, capsys):
                 torch.cuda.reset_peak_memory_stats()
             lasted = seconds(learn, device, repeats=3)
             peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
-            lines.append(f"{whole.checkpointing!s:13}  {'yes' if flash else 'no':5} {rows * length / lasted:11,.0f} {peak:8.2f}")
+            lines.append(
+                f"{whole.checkpointing!s:13}  {'yes' if flash else 'no':5} {rows * length / lasted:11,.0f} {peak:8.2f}"
+            )
     say(capsys, *lines)

@@ -16,7 +16,17 @@ import pytest
 def test_triton(file, interpret, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path),
                    "TRITON_DEFAULT_FP_FUSION": "1"}  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", str(Path(__file__).with_name(file))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__).with_name(file)),
+    ]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
     print(done.stdout)  # registers, spills and shared memory of each kernel: pytest -rP
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import logprob as module
 from kernels.logprob import linear_logprob
-from model import Transformer, read_config
+from model import ModelConfig, Transformer
 from rollout import empty_rollout
 
 
@@ -94,7 +94,9 @@ def test_autocast_reaches_the_hidden_states_and_nothing_else(forward, backward):
     for autocast in (False, True):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast and forward):
-            logprob, entropy = linear_logprob(h.bfloat16() if forward and not autocast else h, w, targets, 0.7)
+            logprob, entropy = linear_logprob(
+                h.bfloat16() if forward and not autocast else h, w, targets, 0.7
+            )
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast and backward):
             (logprob.sum() + entropy.sum()).backward()
         assert h.grad.dtype == w.grad.dtype == torch.float32
@@ -115,7 +117,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        storage = out.untyped_storage() if isinstance(out, torch.Tensor) and out.layout == torch.strided else None
+        storage = (
+            out.untyped_storage() if isinstance(out, torch.Tensor) and out.layout == torch.strided else None
+        )
         if storage is not None and storage not in self.seen and self.only in (None, storage.nbytes()):
             self.seen.add(storage)
             weakref.finalize(storage, self.free, storage.nbytes())
@@ -145,13 +149,17 @@ def test_only_a_tile_of_the_logits_exists_and_one_gradient_beside_the_sum(monkey
 def test_a_tied_weight_has_one_gradient_beside_the_sum(random_model, tmp_path):
     """The same of the whole model: the gradients of embedding and head never stand side by side."""
     config = json.loads((random_model.source / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True, "vocab_size": 4001}))
-    model = Transformer(read_config(tmp_path))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "tie_word_embeddings": True, "vocab_size": 4001})
+    )
+    model = Transformer(ModelConfig.from_pretrained(tmp_path))
     rows = empty_rollout([[5, 17, 3]], [(0, 0), (0, 1)], 8)
     for row in range(2):
         rows.fill(row, torch.arange(7) + row, torch.zeros(7), [1])
     with LiveBytes(only=4001 * 64 * 4) as memory:
-        memory.seen.add(model.lm_head.weight.untyped_storage())  # not the weight itself, only what is made beside it
+        memory.seen.add(
+            model.lm_head.weight.untyped_storage()
+        )  # not the weight itself, only what is made beside it
         for _ in range(3):
             model(rows)[0].sum().backward()
     assert memory.peak == 2 * 4001 * 64 * 4

@@ -45,7 +45,7 @@ def measured(tmp_path_factory, few_questions):
     finally:
         ttrl.dist.destroy_process_group()
         monkeypatch.undo()
-    with_model = ttrl.read_config(ROOT / "tiny" / "model")
+    with_model = ttrl.ModelConfig.from_pretrained(ROOT / "tiny" / "model")
     return run, ttrl.memory_parts(c, with_model, cuda=False)[1], sizes, outside
 
 
@@ -62,7 +62,9 @@ def held(profiled):
 def gradients_outside_the_buckets(run):
     """Bytes of gradients that lie in storage of their own: a bucket of DDP holds those of several parameters."""
     storages = Counter(p.grad.untyped_storage().data_ptr() for p in run.policy.parameters())
-    return sum(p.grad.nbytes for p in run.policy.parameters() if storages[p.grad.untyped_storage().data_ptr()] == 1)
+    return sum(
+        p.grad.nbytes for p in run.policy.parameters() if storages[p.grad.untyped_storage().data_ptr()] == 1
+    )
 
 
 def test_gradients_are_views_of_the_buckets_from_the_first_update_on(measured):
@@ -73,7 +75,9 @@ def test_gradients_are_views_of_the_buckets_from_the_first_update_on(measured):
 def test_the_plan_counts_what_is_held(measured):
     """Weights, reference and the buckets of gradients when built, the moments with the first update."""
     _, parts, sizes, _ = measured
-    assert sizes["built"] == pytest.approx(parts["weights"] + parts["reference"] + parts["gradients"], rel=0.02)
+    assert sizes["built"] == pytest.approx(
+        parts["weights"] + parts["reference"] + parts["gradients"], rel=0.02
+    )
     assert sizes["learned"] == pytest.approx(parts["moments"], rel=0.02)
 
 
@@ -89,9 +93,21 @@ def test_the_plan_bounds_the_peak_of_learning(measured):
     "own, files, limit",
     [
         ("0::/\n", {"memory.max": "1000"}, 1000),
-        ("0::/a/b\n", {"a/memory.max": "500", "a/b/memory.max": "max"}, 500),  # the group above limits as well
-        ("4:memory:/docker/x\n0::/\n", {"memory/memory.limit_in_bytes": "700"}, 700),  # version 1, seen from inside
-        ("4:memory:/y\n", {"memory/y/memory.limit_in_bytes": "9223372036854771712"}, None),  # version 1 without a limit
+        (
+            "0::/a/b\n",
+            {"a/memory.max": "500", "a/b/memory.max": "max"},
+            500,
+        ),  # the group above limits as well
+        (
+            "4:memory:/docker/x\n0::/\n",
+            {"memory/memory.limit_in_bytes": "700"},
+            700,
+        ),  # version 1, seen from inside
+        (
+            "4:memory:/y\n",
+            {"memory/y/memory.limit_in_bytes": "9223372036854771712"},
+            None,
+        ),  # version 1 without a limit
         ("3:cpu,cpuacct:/y\n", {"y/memory.max": "5"}, None),  # of another controller
         ("", {}, None),
     ],

@@ -187,7 +187,9 @@ def test_gold_answers_equal_themselves(name):
         assert same_answer(gold, gold, kind)
         boxed = extract_answer(f"We get 7, then $\\boxed{{{gold}}}$. Done with 3", kind)
         assert boxed is not None and same_answer(boxed, gold, kind), gold
-        assert same_answer("$ " + gold.replace(r"\frac", r"\dfrac").replace(",", ", ") + " $.", gold, kind), gold
+        assert same_answer("$ " + gold.replace(r"\frac", r"\dfrac").replace(",", ", ") + " $.", gold, kind), (
+            gold
+        )
 
 
 @needs_data
@@ -243,7 +245,15 @@ def test_a_sample_of_different_gold_answers_differs():
 def test_512_ordinary_responses_are_graded_in_time():
     """The aim is 2 s on an idle core; asserted in CPU seconds, with room for a slow one."""
     generator = random.Random(1)
-    latex = [r"\frac{\sqrt{3}}{2}", r"\frac{1}{2}\sqrt{3}", r"\frac{\pi}{6}", "x^2+1", "(1,2)", r"2\sqrt{3}", "1+x^2"]
+    latex = [
+        r"\frac{\sqrt{3}}{2}",
+        r"\frac{1}{2}\sqrt{3}",
+        r"\frac{\pi}{6}",
+        "x^2+1",
+        "(1,2)",
+        r"2\sqrt{3}",
+        "1+x^2",
+    ]
     answers = [generator.choice(latex) if i % 8 == 0 else str(generator.randrange(40)) for i in range(512)]
     text = "Let us think step by step. " * 60
     same_answer("x+1", "1+x")  # the imports, 0.5 s once a run, are not on the clock
@@ -408,7 +418,9 @@ class Grader:
     def grade(self, text, limit=10):
         self.pipe.send(text)
         try:
-            assert self.pipe.poll(limit + (60 if not hasattr(self, "warm") else 0)), f"over {limit} s: {text[:80]!r}"
+            assert self.pipe.poll(limit + (60 if not hasattr(self, "warm") else 0)), (
+                f"over {limit} s: {text[:80]!r}"
+            )
             self.warm = True
             seconds, error, timeouts = self.pipe.recv()
         except EOFError:
@@ -527,7 +539,11 @@ def write(tmp_path, content, name="q.json"):
 
 
 def test_load_json(tmp_path):
-    rows = [{"prompt": "1+1?", "answer": 2, "id": 7}, {"prompt": "Which?", "kind": "choice", "answer": "B"}, {"prompt": "?"}]
+    rows = [
+        {"prompt": "1+1?", "answer": 2, "id": 7},
+        {"prompt": "Which?", "kind": "choice", "answer": "B"},
+        {"prompt": "?"},
+    ]
     assert load(write(tmp_path, json.dumps(rows))) == [
         Question("1+1?", "2", "7", "math"), Question("Which?", "B", "1", "choice"), Question("?", None, "2", "math")
     ]  # fmt: skip
@@ -535,7 +551,10 @@ def test_load_json(tmp_path):
 
 def test_load_jsonl_with_bom_crlf_blank_lines_and_line_separator(tmp_path):
     text = '\ufeff{"prompt": "a\u2028b", "answer": 142.0}\r\n\r\n{"prompt": "c", "unique_id": "t/1"}\r\n'
-    assert load(write(tmp_path, text, "q.JSONL")) == [Question("a\u2028b", "142.0", "0"), Question("c", None, "t/1")]
+    assert load(write(tmp_path, text, "q.JSONL")) == [
+        Question("a\u2028b", "142.0", "0"),
+        Question("c", None, "t/1"),
+    ]
 
 
 def test_load_json_with_bom_and_empty_answer(tmp_path):
@@ -589,15 +608,29 @@ def test_missing_file_folder_and_unknown_name(tmp_path):
 
 
 def test_settings():
-    assert [BENCHMARKS[name].epochs for name in ("aime", "amc", "math", "math-l3", "gpqa")] == [80, 30, 10, 30, 30]
-    assert [BENCHMARKS[name].questions_per_step for name in ("aime", "amc", "math", "math-l1", "gpqa")] == [8, 8, 32, 8, 8]
+    assert [BENCHMARKS[name].epochs for name in ("aime", "amc", "math", "math-l3", "gpqa")] == [
+        80,
+        30,
+        10,
+        30,
+        30,
+    ]
+    assert [BENCHMARKS[name].questions_per_step for name in ("aime", "amc", "math", "math-l1", "gpqa")] == [
+        8,
+        8,
+        32,
+        8,
+        8,
+    ]
     assert benchmark_of("tiny") is None and benchmark_of("nothing.json") is None
 
 
 @needs_data
 def test_local_copy_of_a_benchmark_is_known_by_its_bytes(tmp_path):
     copy = write(tmp_path, (DATA / "gpqa.json").read_bytes(), "mine.json")
-    assert benchmark_of(copy) is BENCHMARKS["gpqa"] and {question.kind for question in load(copy)} == {"choice"}
+    assert benchmark_of(copy) is BENCHMARKS["gpqa"] and {question.kind for question in load(copy)} == {
+        "choice"
+    }
     assert benchmark_of(write(tmp_path, (DATA / "gpqa.json").read_bytes() + b"\n", "other.json")) is None
     assert {name: len(load(str(DATA / f"{name}.json"))) for name in ("aime", "amc", "math", "gpqa")} == {
         "aime": 30, "amc": 83, "math": 500, "gpqa": 198
@@ -636,7 +669,9 @@ def test_download_is_checked_cached_and_repaired(web):
     assert load("aime") == wanted and len(web.calls) == 1  # from the cache
     web.cached.write_bytes(web.data[:20])
     assert load("aime") == wanted and len(web.calls) == 2 and web.cached.read_bytes() == web.data
-    assert [path.name for path in web.cached.parent.iterdir()] == ["aime.json"]  # nothing half-written is left
+    assert [path.name for path in web.cached.parent.iterdir()] == [
+        "aime.json"
+    ]  # nothing half-written is left
 
 
 class Broken:
@@ -649,7 +684,9 @@ class Broken:
         raise IncompleteRead(b"[", 100)
 
 
-@pytest.mark.parametrize("data", [urllib.error.URLError("no network"), TimeoutError("slow"), b"<html>", b"", Broken()])
+@pytest.mark.parametrize(
+    "data", [urllib.error.URLError("no network"), TimeoutError("slow"), b"<html>", b"", Broken()]
+)
 def test_failed_download_says_what_to_do(web, data):
     web.data = data
     with pytest.raises(FileNotFoundError) as error:

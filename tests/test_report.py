@@ -31,14 +31,26 @@ def test_the_rival_is_one_answer_however_it_is_spelled():
 
 @pytest.mark.parametrize(
     "rises, falls, expected",
-    [(5, 0, 0), (6, 0, 1), (0, 6, -1), (7, 1, 0), (8, 1, 1), (0, 0, 0), (9, 9, 0)],  # 2/2^6 = .031, 2 (1 + 8)/2^8 = .070
+    [
+        (5, 0, 0),
+        (6, 0, 1),
+        (0, 6, -1),
+        (7, 1, 0),
+        (8, 1, 1),
+        (0, 0, 0),
+        (9, 9, 0),
+    ],  # 2/2^6 = .031, 2 (1 + 8)/2^8 = .070
 )
 def test_sign_test_by_hand(rises, falls, expected):
     assert report.direction(rises, falls) == expected
 
 
 def test_false_alarms_by_hand():
-    assert report.false_alarms(5) == 0 and report.false_alarms(6) == 1 / 64 and report.false_alarms(9) == 10 / 512
+    assert (
+        report.false_alarms(5) == 0
+        and report.false_alarms(6) == 1 / 64
+        and report.false_alarms(9) == 10 / 512
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +59,11 @@ def test_false_alarms_by_hand():
         (["5"] * 9 + ["7"], ["7"] * 9 + ["5"], "learned"),
         (["7"] * 9 + ["5"], ["5"] * 9 + ["7"], "corrupted"),
         (["7"] * 6 + ["5"] * 4, ["7"] * 5 + ["5"] * 5 + ["5"], "unsure"),  # one sample tipped the vote
-        (["7"] * 3 + [str(i) for i in range(10, 20)], ["7"] * 3 + ["5"] * 10, "corrupted"),  # as often right, but outvoted
+        (
+            ["7"] * 3 + [str(i) for i in range(10, 20)],
+            ["7"] * 3 + ["5"] * 10,
+            "corrupted",
+        ),  # as often right, but outvoted
         (["7"] * 6 + ["5"] * 8, ["7"] * 6 + ["7"] * 8, "learned"),
         (["7"] * 7 + [None] * 6, ["7"] * 13, "sharpened"),
         (["7"] * 13, ["7"] * 7 + [None] * 6, "weakened"),
@@ -72,7 +88,10 @@ def test_chance_alone_claims_no_more_than_the_table_says():
         p, q = chance.choice([(0.4, 0.4), (0.3, 0.6), (0.7, 0.2), (0.05, 0.9)])
         pairs.append((evaluation(p, q), evaluation(p, q)))
     rows = report.ledger([b for b, _ in pairs], [a for _, a in pairs])
-    claimed = [sum(row["fate"] in names for row in rows) for names in (("learned", "sharpened"), ("corrupted", "weakened"))]
+    claimed = [
+        sum(row["fate"] in names for row in rows)
+        for names in (("learned", "sharpened"), ("corrupted", "weakened"))
+    ]
     expected = sum(row["false_alarms"] for row in rows)
     assert 20 < expected < 0.025 * 3000  # of rises; the old ledger claimed most of the 3,000
     assert all(count < expected + 3 * expected**0.5 for count in claimed) and min(claimed) > 5
@@ -103,7 +122,9 @@ def test_the_best_evaluation_of_a_policy_that_never_changes_is_no_better_than_it
     for _ in range(8):  # runs
         best, means = None, []
         for step in range(161):
-            records = [{"truth": "7", "right": [float(chance.random() < 0.1) for _ in range(16)]} for _ in range(30)]
+            records = [
+                {"truth": "7", "right": [float(chance.random() < 0.1) for _ in range(16)]} for _ in range(30)
+            ]
             means.append(report.mean(report.mean(row["right"]) for row in records))
             best = report.better(best, step, records)
         largest.append(max(means))
@@ -112,4 +133,7 @@ def test_the_best_evaluation_of_a_policy_that_never_changes_is_no_better_than_it
 
 
 def test_there_is_no_best_without_answers_or_with_one_sample():
-    assert report.better(None, 0, [{"truth": None}]) is None and report.better(None, 0, [{"truth": "7", "right": [1.0]}]) is None
+    assert (
+        report.better(None, 0, [{"truth": None}]) is None
+        and report.better(None, 0, [{"truth": "7", "right": [1.0]}]) is None
+    )

@@ -7,8 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels.sampler import sample, uniform
-from rollout import Engine, Rollout, close_gaps, generate, row_keys
+from engine import Engine, KVCache
+from kernels.cuda_graph import GraphCache
+from kernels.sampler import sample_inverse_cdf, uniform
+from rollout import Rollout, fill_gaps, generate, row_keys
 
 PROMPTS = [[5, 17, 3, 88, 41], [7, 7, 9], [60, 2, 2, 31, 14, 55, 90, 8], [12]]
 EOS = [1, 2, 3, 4]
@@ -31,7 +33,8 @@ def test_lengths_ends_and_prompts(random_model):
         assert not set(response[:-1]) & set(EOS)  # ... and nothing comes after it
         assert rollout.finished[row] or len(response) == 40
         assert (
-            rollout.tokens[row, len(prompt) + len(response) :].eq(0).all() and rollout.logprob[row, len(response) :].eq(0).all()
+            rollout.tokens[row, len(prompt) + len(response) :].eq(0).all()
+            and rollout.logprob[row, len(response) :].eq(0).all()
         )
 
 
@@ -39,7 +42,9 @@ def test_mask_holds_the_end_of_sequence_token_and_nothing_after_it(random_model)
     rollout = sampled(random_model)
     mask = rollout.mask()
     assert mask.sum(1).equal(rollout.response_length)
-    last = torch.stack([rollout.tokens[r, rollout.prompt_length[r] + mask[r].sum() - 1] for r in range(len(rollout))])
+    last = torch.stack(
+        [rollout.tokens[r, rollout.prompt_length[r] + mask[r].sum() - 1] for r in range(len(rollout))]
+    )
     assert torch.isin(last, torch.tensor(EOS)).equal(rollout.finished)
 
 
@@ -48,7 +53,10 @@ def nearest_edge(model, rollout, temperature, seed=SEED, stream="train", step=2)
     closest = 1.0
     for row in range(len(rollout)):
         length, start = int(rollout.response_length[row]), int(rollout.prompt_length[row])
-        logits = model.logits(rollout.tokens[row : row + 1, : start + length])[0, start - 1 : start + length - 1] / temperature
+        logits = (
+            model.logits(rollout.tokens[row : row + 1, : start + length])[0, start - 1 : start + length - 1]
+            / temperature
+        )
         cdf = logits.double().softmax(-1).cumsum(-1)
         key = row_keys(seed, stream, step, rollout.question[row : row + 1], rollout.sample[row : row + 1])
         u = uniform(key, torch.arange(length)).double()
@@ -112,24 +120,28 @@ class Recording(TorchDispatchMode):
 
 
 def engine_as_on_a_gpu(model, monkeypatch, slots=20):
-    """An engine that looks every 8 tokens and replays a ladder of recorded steps."""
-    monkeypatch.setattr("rollout.capture", Recording)
+    """An engine that polls every 8 tokens and replays recorded steps of several sizes."""
+    monkeypatch.setattr("kernels.cuda_graph.capture", Recording)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
     engine = Engine(model, slots, capacity=48, max_new_tokens=40, eos_ids=EOS)
-    engine.look_every, engine.graphs = 8, {}
+    engine.poll_every, engine.graphs = 8, GraphCache()
     return engine
 
 
 @torch.no_grad()
-def test_replayed_steps_and_rare_looks_draw_the_same(random_model, monkeypatch):
+def test_replayed_steps_and_rare_polls_sample_the_same(random_model, monkeypatch):
     whole = sampled(random_model)
     engine = engine_as_on_a_gpu(random_model, monkeypatch)
-    looks, look = [], engine.look
-    monkeypatch.setattr(engine, "look", lambda count: looks.append(count) or look(count))
+    polls, poll = [], engine.poll
+    monkeypatch.setattr(engine, "poll", lambda count: polls.append(count) or poll(count))
     check_equal([sampled(random_model, engine=engine)], whole)
-    assert len(looks) < whole.response_length.sum() / 20 / 3  # far fewer than steps
-    replayed = [graph for graph in engine.graphs.values() if graph is not None]
-    assert {shape[0] for shape in engine.graphs} <= {1, 2, 4, 8, 16, 20} and len(replayed) >= 3
-    check_equal([sampled(random_model, engine=engine, step=3)], sampled(random_model, step=3))  # the engine is used again
+    assert len(polls) < whole.response_length.sum() / 20 / 3  # far fewer than steps
+    graphs = engine.graphs.graphs
+    replayed = [graph for graph in graphs.values() if graph is not None]
+    assert {shape[0] for shape in graphs} <= {1, 2, 4, 8, 16, 20} and len(replayed) >= 3
+    check_equal(
+        [sampled(random_model, engine=engine, step=3)], sampled(random_model, step=3)
+    )  # the engine is used again
 
 
 @torch.no_grad()
@@ -172,7 +184,9 @@ def test_greedy_takes_the_most_likely_token(random_model):
     rollout = sampled(random_model, [(0, 0), (0, 5), (1, 0)], temperature=0.0, stream="eval")
     assert rollout.response(0) == rollout.response(1)
     start = int(rollout.prompt_length[0])
-    logits = random_model.logits(rollout.tokens[:1, : start + int(rollout.response_length[0])])[0, start - 1 : -1]
+    logits = random_model.logits(rollout.tokens[:1, : start + int(rollout.response_length[0])])[
+        0, start - 1 : -1
+    ]
     assert logits.argmax(-1).tolist() == rollout.response(0)
 
 
@@ -188,29 +202,39 @@ def test_a_budget_below_one_row_is_refused(random_model):
 
 
 def test_the_cache_stays_within_its_budget(random_model, monkeypatch):
-    import rollout
-
     sizes = []
-    original = rollout.KVCache.__init__
-    monkeypatch.setattr(rollout.KVCache, "__init__", lambda self, model, slots, capacity: (
-        sizes.append(slots * capacity), original(self, model, slots, capacity))[1])  # fmt: skip
+    original = KVCache.__init__
+
+    def recorded(self, model, slots, capacity):
+        sizes.append(slots * capacity)
+        original(self, model, slots, capacity)
+
+    monkeypatch.setattr(KVCache, "__init__", recorded)
     sampled(random_model, budget_tokens=300)
     assert 0 < sizes[0] <= 300
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # one draw
 
 
 def test_uniform_numbers_are_uniform_and_unrelated():
     question, index = torch.arange(100).repeat_interleave(100), torch.arange(100).repeat(100)
-    u = torch.stack([uniform(row_keys(0, "train", 0, question, index), torch.full((10000,), p)) for p in range(5)]).double()
+    u = torch.stack(
+        [uniform(row_keys(0, "train", 0, question, index), torch.full((10000,), p)) for p in range(5)]
+    ).double()
     assert u.min() > 0 and u.max() < 1
     histogram = torch.histc(u, 100, 0, 1)  # 50,000 in 100 bins
     assert ((histogram - 500) ** 2 / 500).sum() < 160  # chi-squared with 99 degrees of freedom: 1e-4 quantile
     grid = u[0].view(100, 100)
-    for a, b in ((u[0], u[1]), (grid[:-1].flatten(), grid[1:].flatten()), (grid[:, :-1].flatten(), grid[:, 1:].flatten())):
-        assert torch.corrcoef(torch.stack((a, b)))[0, 1].abs() < 0.05  # neighbours in position, question and sample
+    for a, b in (
+        (u[0], u[1]),
+        (grid[:-1].flatten(), grid[1:].flatten()),
+        (grid[:, :-1].flatten(), grid[:, 1:].flatten()),
+    ):
+        assert (
+            torch.corrcoef(torch.stack((a, b)))[0, 1].abs() < 0.05
+        )  # neighbours in position, question and sample
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (1.0, 0.8), (0.6, 0.95)])
@@ -219,9 +243,11 @@ def test_tokens_come_with_their_probability(temperature, top_p):
     probability = (logits.double() / temperature).softmax(-1)
     order = probability.argsort(descending=True)
     kept = order[: int((probability[order].cumsum(0) < top_p - 1e-9).sum()) + 1] if top_p < 1 else order
-    expected = torch.zeros(5, dtype=torch.float64).index_copy(0, kept, probability[kept] / probability[kept].sum())
+    expected = torch.zeros(5, dtype=torch.float64).index_copy(
+        0, kept, probability[kept] / probability[kept].sum()
+    )
     u = (torch.arange(20000) + 0.5) / 20000  # an even comb, so frequencies are exact to a tooth
-    token, logprob = sample(logits.expand(20000, 5), u, temperature, top_p)
+    token, logprob = sample_inverse_cdf(logits.expand(20000, 5), u, temperature, top_p)
     frequency = torch.bincount(token, minlength=5).double() / 20000
     assert (frequency - expected).abs().max() < 1e-4
     assert (logprob.double() - expected.log()[token]).abs().max() < 1e-5
@@ -230,22 +256,28 @@ def test_tokens_come_with_their_probability(temperature, top_p):
 def test_a_token_that_cannot_be_is_never_drawn():
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(3, 5)
     u = torch.tensor([0.5 / 2**23, 0.5, 1 - 0.5 / 2**23])  # the smallest and the largest there are
-    token, logprob = sample(logits, u)
+    token, logprob = sample_inverse_cdf(logits, u)
     assert token.tolist()[::2] == [1, 3] and token[1] in (1, 3) and logprob.isfinite().all()
     nearly = torch.full((1, 1000), -3e4)
     nearly[0, 10] = 0.0
-    assert sample(nearly, torch.tensor([1 - 0.5 / 2**23]))[0].item() == 10  # u * total rounds up to total
+    assert (
+        sample_inverse_cdf(nearly, torch.tensor([1 - 0.5 / 2**23]))[0].item() == 10
+    )  # u * total rounds up to total
 
 
-def test_close_gaps_moves_as_few_rows_as_there_are_gaps():
+def test_fill_gaps_moves_as_few_rows_as_there_are_gaps():
     for seed in range(20):
-        going = torch.rand(30, generator=torch.Generator().manual_seed(seed)) < 0.6
-        order = close_gaps(going)
-        assert sorted(order.tolist()) == going.nonzero()[:, 0].tolist()
-        assert (order != torch.arange(len(order))).sum() == (~going[: len(order)]).sum()
+        alive = torch.rand(30, generator=torch.Generator().manual_seed(seed)) < 0.6
+        order = fill_gaps(alive)
+        assert sorted(order.tolist()) == alive.nonzero()[:, 0].tolist()
+        assert (order != torch.arange(len(order))).sum() == (~alive[: len(order)]).sum()
 
 
 def test_rows_of_a_rollout_can_be_picked(random_model):
     rollout = sampled(random_model, 2)
     part = rollout[torch.tensor([3, 0])]
-    assert isinstance(part, Rollout) and part.response(0) == rollout.response(3) and part.response(1) == rollout.response(0)
+    assert (
+        isinstance(part, Rollout)
+        and part.response(0) == rollout.response(3)
+        and part.response(1) == rollout.response(0)
+    )

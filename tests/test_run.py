@@ -46,7 +46,9 @@ def test_a_run_leaves_every_file(finished):
     out, _ = finished
     assert {path.name for path in out.iterdir()} == {
         "config.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "summary.json", "checkpoint", "model"}  # fmt: skip
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and (out / "curves.png").stat().st_size > 20_000
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and (
+        out / "curves.png"
+    ).stat().st_size > 20_000
     assert json.loads((out / "config.json").read_text())["votes"] == 8
     assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-000004"]
 
@@ -54,7 +56,13 @@ def test_a_run_leaves_every_file(finished):
 def test_metrics_have_a_line_a_step_with_every_name(finished):
     out, _ = finished
     lines = lines_of(out / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and [line["epoch"] for line in lines] == [0, 1, 1, 2, 2]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and [line["epoch"] for line in lines] == [
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
     train = """label_accuracy reward_accuracy majority_ratio ground_truth_ratio reward entropy clip_fraction kl_old_new
         logprob_gap logprob_gap_max grading_timeouts grad_norm lr response_tokens truncated no_answer zero_variance_groups
         rollout_tokens_per_s train_tokens_per_s peak_memory_gb pass@8"""
@@ -83,7 +91,16 @@ def test_rollouts_show_answer_label_and_reward(finished):
 def test_summary_and_ledger(finished):
     out, printed = finished
     summary = json.loads((out / "summary.json").read_text())
-    assert {"before", "after", "best", "ledger", "questions", "seconds", "environment", "peak_memory_gb"} <= summary.keys()
+    assert {
+        "before",
+        "after",
+        "best",
+        "ledger",
+        "questions",
+        "seconds",
+        "environment",
+        "peak_memory_gb",
+    } <= summary.keys()
     assert sum(summary["ledger"].values()) == 6 == len(summary["questions"])
     for word in ("before", "after", "pass@1", "maj@4", "learned", "corrupted", "±", "truth"):
         assert word in printed, word
@@ -107,7 +124,11 @@ def test_a_finished_run_is_not_made_again(finished, few_questions):
     out, _ = finished
     before = (out / "metrics.jsonl").read_text()
     again = program("--data", few_questions, "--out", out, *SMALL).stdout
-    assert "resume   from step 4" in again and "pass@1" in again and (out / "metrics.jsonl").read_text() == before
+    assert (
+        "resume   from step 4" in again
+        and "pass@1" in again
+        and (out / "metrics.jsonl").read_text() == before
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,7 +145,10 @@ def test_weights_do_not_depend_on_the_answers(finished, few_questions, tmp_path,
     printed = program("--data", tmp_path / "changed.json", "--out", tmp_path / "run", *SMALL).stdout
     assert same_weights(finished[0], tmp_path / "run") and moved(tmp_path / "run") > 1e-3
     known = [
-        name for line in lines_of(tmp_path / "run" / "metrics.jsonl") for name in line if "accuracy" in name or "pass@" in name
+        name
+        for line in lines_of(tmp_path / "run" / "metrics.jsonl")
+        for name in line
+        if "accuracy" in name or "pass@" in name
     ]
     assert bool(known) == (change == "shuffled") and "majority_ratio" in printed
 
@@ -150,11 +174,24 @@ def test_two_ranks_are_one(few_questions, tmp_path):
     for ranks in (None, 2):
         folder = tmp_path / str(ranks)
         folder.mkdir()
-        program(folder, "--data", few_questions, "--out", folder / "run", *RANKS, ranks=ranks, script="tests/recorded_run.py")
+        program(
+            folder,
+            "--data",
+            few_questions,
+            "--out",
+            folder / "run",
+            *RANKS,
+            ranks=ranks,
+            script="tests/recorded_run.py",
+        )
         recorded[ranks] = [torch.load(path) for path in sorted(folder.glob("rank-*.pt"))]
     alone, (first, second) = recorded[None][0], recorded[2]
     together = {**first["first"], **second["first"]}
-    assert together == alone["first"] and len(alone["first"]) == 27 and abs(len(first["first"]) - len(second["first"])) == 1
+    assert (
+        together == alone["first"]
+        and len(alone["first"]) == 27
+        and abs(len(first["first"]) - len(second["first"])) == 1
+    )
     assert len(alone["norms"]) >= 4 and torch.equal(first["norms"], second["norms"])
     torch.testing.assert_close(first["norms"], alone["norms"], rtol=1e-4, atol=0)
     change = moved(tmp_path / "None" / "run")
@@ -170,19 +207,31 @@ def test_two_ranks_are_one(few_questions, tmp_path):
 def test_a_killed_run_goes_on_bitwise(finished, few_questions, tmp_path):
     out = tmp_path / "run"
     arguments = ["--data", few_questions, "--out", out, *SMALL]
-    process = subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 300
     while not list(out.glob("checkpoint/step-00000[1-3]")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    step = int(next(p for p in sorted(out.glob("checkpoint/step-??????"), reverse=True)).name.removeprefix("step-"))
+    step = int(
+        next(p for p in sorted(out.glob("checkpoint/step-??????"), reverse=True)).name.removeprefix("step-")
+    )
     assert 1 <= step < 4
-    done = [line for line in (out / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= step]
+    done = [
+        line for line in (out / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= step
+    ]
     printed = program(*arguments).stdout
     assert f"resume   from step {step}" in printed
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    assert lines[: step + 1] == done and [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4]  # none made twice
+    assert lines[: step + 1] == done and [json.loads(line)["step"] for line in lines] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]  # none made twice
     assert same_weights(finished[0], out) and moved(out) > 1e-3
 
 
@@ -196,7 +245,13 @@ def test_a_stopped_run_goes_on_bitwise_without_any_of_its_leftovers(finished, fe
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "train/rew')
     program(*arguments)
-    assert same_weights(finished[0], out) and [line["step"] for line in lines_of(out / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert same_weights(finished[0], out) and [line["step"] for line in lines_of(out / "metrics.jsonl")] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 def test_another_number_of_ranks_goes_on(finished, few_questions, tmp_path):
@@ -205,7 +260,10 @@ def test_another_number_of_ranks_goes_on(finished, few_questions, tmp_path):
     arguments = ["--data", few_questions, "--out", out, *SMALL]
     program(*arguments, "--max-minutes", "0.001")
     printed = program(*arguments, ranks=2).stdout
-    assert "resume   from step 1" in printed and "ranks was 1 and is 2: the run goes on, but not bitwise the same" in printed
+    assert (
+        "resume   from step 1" in printed
+        and "ranks was 1 and is 2: the run goes on, but not bitwise the same" in printed
+    )
     one, two = weights(finished[0]), weights(out)
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 0.01 * moved(out)
 
@@ -213,7 +271,11 @@ def test_another_number_of_ranks_goes_on(finished, few_questions, tmp_path):
 def test_other_flags_are_not_resumed(finished, few_questions):
     out, _ = finished
     error = program("--data", few_questions, "--out", out, *SMALL, "--lr", "1e-4", code=2).stderr
-    assert error.count("\n") == 1 and "--lr was 0.001 and is 0.0001" in error and "--allow-changed-flags" in error
+    assert (
+        error.count("\n") == 1
+        and "--lr was 0.001 and is 0.0001" in error
+        and "--allow-changed-flags" in error
+    )
 
 
 def test_the_checkpoint_of_another_model_is_one_sentence(finished, few_questions, tmp_path):
@@ -254,7 +316,9 @@ def test_eval_only_on_other_questions(few_questions, tmp_path):
 
 
 def test_long_prompts_are_listed_and_left_out(tmp_path):
-    (tmp_path / "two.jsonl").write_text('{"prompt": "1+2=?"}\n{"prompt": "' + "1+" * 60 + '1=?", "id": "long-one"}\n')
+    (tmp_path / "two.jsonl").write_text(
+        '{"prompt": "1+2=?"}\n{"prompt": "' + "1+" * 60 + '1=?", "id": "long-one"}\n'
+    )
     printed = program(
         "--dry-run", "--data", tmp_path / "two.jsonl", "--max-prompt-tokens", "60", "--out", tmp_path / "run"
     ).stdout
@@ -263,9 +327,13 @@ def test_long_prompts_are_listed_and_left_out(tmp_path):
 
 def test_an_unknown_model_is_one_sentence_on_every_rank(tmp_path):
     """Rank 0 looks it up and fails; the other must not wait for it."""
-    error = program("--model", tmp_path / "nowhere", "--data", "tiny", "--out", tmp_path / "run", code=2).stderr
+    error = program(
+        "--model", tmp_path / "nowhere", "--data", "tiny", "--out", tmp_path / "run", code=2
+    ).stderr
     assert error.count("\n") == 1 and "nowhere" in error
-    error = program("--model", tmp_path / "nowhere", "--data", "tiny", "--out", tmp_path / "run", ranks=2, code=1).stderr
+    error = program(
+        "--model", tmp_path / "nowhere", "--data", "tiny", "--out", tmp_path / "run", ranks=2, code=1
+    ).stderr
     assert error.count("ttrl.py: ") == 1
 
 
@@ -285,7 +353,11 @@ def test_changed_questions_are_not_resumed(finished, few_questions, tmp_path):
     path.write_text(json.dumps(asked))
     arguments = ["--data", path, "--out", out, *SMALL]
     program(*arguments, "--max-minutes", "0.001")
-    changes = [asked[1:], [{**asked[0], "prompt": "1+1=?"}, *asked[1:]], [{**asked[0], "answer": "1"}, *asked[1:]]]
+    changes = [
+        asked[1:],
+        [{**asked[0], "prompt": "1+1=?"}, *asked[1:]],
+        [{**asked[0], "answer": "1"}, *asked[1:]],
+    ]
     for changed in changes:
         path.write_text(json.dumps(changed))
         error = program(*arguments, "--allow-changed-flags", code=2).stderr
@@ -323,9 +395,13 @@ def test_separators_inside_a_line_survive_a_resume(tmp_path):
 def test_updates_that_are_never_finite_do_not_end_as_if_all_were_well(few_questions, tmp_path):
     """The real program with a gradient norm that is always nan: a line a step, and at the end a sentence and no table."""
     out = tmp_path / "run"
-    done = program(tmp_path, "--data", few_questions, "--out", out, *SMALL, script="tests/broken_run.py", code=1)
+    done = program(
+        tmp_path, "--data", few_questions, "--out", out, *SMALL, script="tests/broken_run.py", code=1
+    )
     assert re.search(r"step 1: \d updates skipped, their gradient was not finite", done.stdout + done.stderr)
-    assert re.search(r"ttrl.py: the gradient of all \d updates was not finite, nothing was learned\n", done.stderr)
+    assert re.search(
+        r"ttrl.py: the gradient of all \d updates was not finite, nothing was learned\n", done.stderr
+    )
     assert "What became of" not in done.stdout and not (out / "summary.json").exists() and moved_nowhere(out)
 
 

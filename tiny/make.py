@@ -33,13 +33,23 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from model import Transformer, read_config  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
 from questions import extract_answer  # noqa: E402
 from rollout import Rollout, generate  # noqa: E402
 from support.prompts import decode_response, encode_prompt  # noqa: E402
 
 SLIP = 0.07  # probability that a running sum is one or two off
-FORGET = {1: 0.60, 2: 0.55, 3: 0.35, 4: 0.28, 5: 0.23, 6: 0.19, 7: 0.15, 8: 0.11, 9: 0.08}  # of a carry, by digit added
+FORGET = {
+    1: 0.60,
+    2: 0.55,
+    3: 0.35,
+    4: 0.28,
+    5: 0.23,
+    6: 0.19,
+    7: 0.15,
+    8: 0.11,
+    9: 0.08,
+}  # of a carry, by digit added
 TERMS = (4, 9)  # digits in a question, at least and at most
 BATCH, STEPS, PEAK_LR, WARMUP = 32, 700, 3e-3, 50
 ASKED = 64  # questions in questions.json
@@ -99,7 +109,9 @@ def write_tokenizer(folder):
     tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(vocabulary)}, merges))
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -132,11 +144,21 @@ def batch(tokenizer, rng, held_out):
         text, digits = ask(rng)
         if text not in held_out:
             prompt = encode_prompt(tokenizer, text)
-            rows.append(torch.tensor(prompt + tokenizer.encode(answer(digits, rng)) + [tokenizer.eos_token_id]))
+            rows.append(
+                torch.tensor(prompt + tokenizer.encode(answer(digits, rng)) + [tokenizer.eos_token_id])
+            )
             prompt_length.append(len(prompt))
     length, prompt_length = torch.tensor([len(row) for row in rows]), torch.tensor(prompt_length)
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return Rollout(torch.arange(BATCH), torch.zeros_like(length), prompt_length, length - prompt_length, tokens, None, None)
+    return Rollout(
+        torch.arange(BATCH),
+        torch.zeros_like(length),
+        prompt_length,
+        length - prompt_length,
+        tokens,
+        None,
+        None,
+    )
 
 
 def train(model, tokenizer, rng, held_out=()):
@@ -145,7 +167,9 @@ def train(model, tokenizer, rng, held_out=()):
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.3 if name == "embed_tokens.weight" else p.shape[1] ** -0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / WARMUP, 2 * (1 - step / STEPS), 1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARMUP, 2 * (1 - step / STEPS), 1)
+    )
     for step in range(STEPS):
         rows = batch(tokenizer, rng, held_out)
         loss = -model(rows)[0].sum() / rows.response_length.sum()
@@ -168,7 +192,10 @@ def write_questions(path, rng):
     while len(asked) < ASKED:
         prompt, digits = ask(rng)
         asked.setdefault(prompt, sum(digits))
-    rows = [{"prompt": prompt, "answer": str(total), "id": f"tiny-{i:02d}"} for i, (prompt, total) in enumerate(asked.items())]
+    rows = [
+        {"prompt": prompt, "answer": str(total), "id": f"tiny-{i:02d}"}
+        for i, (prompt, total) in enumerate(asked.items())
+    ]
     path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     return rows
 
@@ -179,11 +206,14 @@ def measure(model, tokenizer, rows, samples, temperature):
     out = generate(model, prompts, samples, max_new_tokens=MAX_NEW_TOKENS, temperature=temperature,
                    eos_ids=[tokenizer.eos_token_id], seed=10, stream="eval", step=0)  # fmt: skip
     answers = [
-        extract_answer(decode_response(tokenizer, out.response(i)), truncated=not out.finished[i]) for i in range(len(out))
+        extract_answer(decode_response(tokenizer, out.response(i)), truncated=not out.finished[i])
+        for i in range(len(out))
     ]
     groups = [answers[i : i + samples] for i in range(0, len(answers), samples)]
     mean = sum(group.count(row["answer"]) for group, row in zip(groups, rows, strict=True)) / len(answers)
-    vote = sum(Counter(group).most_common(1)[0][0] == row["answer"] for group, row in zip(groups, rows, strict=True)) / len(rows)
+    vote = sum(
+        Counter(group).most_common(1)[0][0] == row["answer"] for group, row in zip(groups, rows, strict=True)
+    ) / len(rows)
     print(f"{samples} samples at temperature {temperature}: pass@1 {mean:.3f}, maj@{samples} {vote:.3f}; "
           f"{sum(len(set(group)) for group in groups) / len(rows):.1f} different answers a question, "
           f"{out.finished.float().mean():.3f} finished, {answers.count(None)} without an answer, "
@@ -198,10 +228,12 @@ def main():
     questions = write_questions(HERE / "questions.json", random.Random(1))
     tokenizer = write_tokenizer(folder)
     write_config(folder, tokenizer)
-    model = Transformer(read_config(folder), source=folder)
+    model = Transformer(ModelConfig.from_pretrained(folder), source=folder)
     train(model, tokenizer, random.Random(0), held_out={row["prompt"] for row in questions})
     model.save_pretrained(folder)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {(time.time() - start) / 60:.1f} minutes")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters in {(time.time() - start) / 60:.1f} minutes"
+    )
     measure(model, tokenizer, questions, samples=64, temperature=1.0)
     measure(model, tokenizer, questions, samples=1, temperature=0)
 

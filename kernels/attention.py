@@ -1,0 +1,58 @@
+"""Causal attention over rows or a KV cache: flash-attn where it is installed, else torch's SDPA.
+
+Letters in shape comments: B rows, T tokens (Tq queries, Tk keys), H heads, K key/value heads, E head width.
+"""
+
+import torch
+import torch.nn.functional as F
+
+try:
+    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+except ImportError:  # an optional package, for CUDA only
+    flash_attn_varlen_func = flash_attn_with_kvcache = None
+
+
+def flash_available(dtype, head_dim):
+    """Is flash-attn installed, and does it take such numbers?"""
+    supported = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
+    return supported and flash_attn_varlen_func is not None
+
+
+def flash_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window):
+    """Rows one after another, without padding: q [sum of Tq, H, E], k and v [sum of Tk, K, E] -> like q.
+
+    cu_seqlens [B + 1] of int32: where each row begins. The last query of a row sees its last key.
+    """
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return flash_attn_varlen_func(q, k, v, *lengths, causal=True, window_size=flash_window(window))
+
+
+def flash_cached(q, k, v, keys, values, length, window):
+    """Store one token per row in a cache and attend from it: q [B, H, E], k and v [B, K, E] -> [B, H, E].
+
+    The cache's keys and values [B, T, K, E] hold `length` [B] of int32 tokens; k and v are written behind
+    them.
+    """
+    options = dict(cache_seqlens=length, causal=True, window_size=flash_window(window))
+    return flash_attn_with_kvcache(q[:, None], keys, values, k[:, None], v[:, None], **options)[:, 0]
+
+
+def flash_window(window):
+    """How many keys a query sees, itself included, as flash-attn counts: (to its left, to its right)."""
+    return (-1, -1) if window is None else (window - 1, 0)
+
+
+def sdpa(q, k, v, mask):
+    """Padded rows: q [B, Tq, H, E], k and v [B, Tk, K, E], mask [B or 1, 1, Tq, Tk] of bool -> like q."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if q.is_cuda:  # torch has no fused CUDA kernel for a mask together with shared heads
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=not q.is_cuda)  # [B, H, Tq, E]
+    return out.transpose(1, 2)
+
+
+def sdpa_one_query(q, k, v, bias):
+    """One query per row: q [B, H, E], k and v [B, K, T, E], bias [B, 1, 1, T] (0 or -inf) -> [B, H, E]."""
+    q = q.unflatten(1, (k.shape[1], -1))  # [B, K, H/K, E]: the query heads of a key head, as if queries of it
+    return F.scaled_dot_product_attention(q, k, v, bias).flatten(1, 2)

@@ -1,0 +1,102 @@
+"""The two inner functions of logprob.py in Triton: a kernel for the forward pass, one for the gradient."""
+
+import torch
+import triton
+from triton import language as tl
+
+# bytes of a number -> (tokens, vocabulary, width) of a program's tile, warps: no spills from sm_80 to sm_100
+FORWARD = {2: ((128, 64, 64), 8), 4: ((64, 64, 16), 8)}  # bf16 and fp16; fp32
+COLUMNS = 2048  # of a tile of logits, per program of the gradient kernel
+
+
+def partials_triton(hidden, weight, targets, temperature):
+    """partials, its product included; a piece is the part of the vocabulary that one program runs through."""
+    (tokens, width), vocabulary = hidden.shape, len(weight)
+    hidden, weight, targets = hidden.contiguous(), weight.to(hidden.dtype).contiguous(), targets.contiguous()
+    (BT, BV, BD), warps = FORWARD[hidden.element_size()]
+    token_blocks, vocabulary_blocks = triton.cdiv(tokens, BT), triton.cdiv(vocabulary, BV)
+    wanted = triton.cdiv(programs_wanted(hidden.device), max(1, token_blocks))
+    size = triton.cdiv(vocabulary_blocks, wanted) * BV
+    pieces = triton.cdiv(vocabulary, size)  # at most as many as wanted, and none of them empty
+    out = torch.empty(4, pieces, tokens, device=hidden.device, dtype=torch.float32)
+    exact = torch.get_float32_matmul_precision() == "highest"  # as torch.mm does it in the backward pass
+    partials_kernel[(token_blocks, pieces)](
+        hidden, weight, targets, out, tokens, width, vocabulary, size, 1 / temperature,
+        PRECISION="ieee" if exact else "tf32", BT=BT, BV=BV, BD=BD, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def programs_wanted(device):
+    """How many programs keep the GPU busy."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def logits_to_gradient_triton(logits, start, targets, max_logit, lse, entropy, grad_logprob, grad_entropy,
+                              temperature, dtype):  # fmt: skip
+    """logits_to_gradient in one pass; overwrites the logits if dtype is fp32, else fills a new tile."""
+    out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+    grad_entropy = torch.zeros_like(grad_logprob) if grad_entropy is None else grad_entropy
+    rows, columns = logits.shape
+    per_token = [x.contiguous() for x in (targets, max_logit, lse, entropy, grad_logprob, grad_entropy)]
+    scalars = start, columns, logits.stride(0), out.stride(0), 1 / temperature
+    grid = rows, triton.cdiv(columns, COLUMNS)
+    logits_to_gradient_kernel[grid](logits, out, *per_token, *scalars, COLUMNS=COLUMNS)
+    return out
+
+
+@triton.jit(do_not_specialize=["tokens", "vocabulary"])
+def partials_kernel(hidden, weight, targets, out, tokens, width, vocabulary, size, inverse_temperature,
+                    PRECISION: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+                    BD: tl.constexpr):  # fmt: skip
+    """Program (block of BT tokens, piece of `size` of the vocabulary): its row of the partial results."""
+    row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    first = tl.program_id(1) * size
+    target_at = tl.load(targets + row, mask=row < tokens, other=-1).to(tl.int32)
+    max_logit = tl.full([BT], -1e38, tl.float32)  # not -inf, whose differences are NaN
+    sum_exp = tl.zeros([BT], tl.float32)
+    sum_exp_c = tl.zeros([BT], tl.float32)
+    target = tl.zeros([BT], tl.float32)
+    for start in range(first, min(first + size, vocabulary), BV):
+        column = start + tl.arange(0, BV)
+        z = tl.zeros([BT, BV], tl.float32)
+        for d in range(0, width, BD):
+            at = d + tl.arange(0, BD)
+            h_mask, w_mask = (
+                (row < tokens)[:, None] & (at < width),
+                (column < vocabulary)[:, None] & (at < width),
+            )
+            h = tl.load(hidden + row[:, None] * width + at, mask=h_mask, other=0.0)
+            w = tl.load(weight + column.to(tl.int64)[:, None] * width + at, mask=w_mask, other=0.0)
+            z = tl.dot(h, tl.trans(w), z, input_precision=PRECISION)
+        target += tl.sum(tl.where(column == target_at[:, None], z, 0.0), 1)
+        z = tl.where(column < vocabulary, z, -1e38)
+        higher = tl.maximum(max_logit, tl.max(z, 1))
+        shift = (
+            max_logit - higher
+        ) * inverse_temperature  # online softmax: the old sums under the new maximum
+        c = (z - higher[:, None]) * inverse_temperature
+        exp_c = tl.exp(c)
+        sum_exp_c = tl.exp(shift) * (sum_exp_c + shift * sum_exp) + tl.sum(exp_c * c, 1)
+        sum_exp = tl.exp(shift) * sum_exp + tl.sum(exp_c, 1)
+        max_logit = higher
+    out += tl.program_id(1).to(tl.int64) * tokens + row
+    pieces = tl.num_programs(1).to(tl.int64)
+    tl.store(out, max_logit, mask=row < tokens)
+    tl.store(out + pieces * tokens, sum_exp, mask=row < tokens)
+    tl.store(out + 2 * pieces * tokens, sum_exp_c, mask=row < tokens)
+    tl.store(out + 3 * pieces * tokens, target, mask=row < tokens)
+
+
+@triton.jit(do_not_specialize=["start"])
+def logits_to_gradient_kernel(z, out, targets, top, lse, entropy, grad_logprob, grad_entropy, start, columns,
+                              z_stride, out_stride, inverse_temperature, COLUMNS: tl.constexpr):  # fmt: skip
+    """Program (row, block of columns) of the logits z; out may be z, each number has one program."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    x = tl.load(z + row * z_stride + column, mask=column < columns, other=0.0)
+    logp = (x - tl.load(top + row)) * inverse_temperature - tl.load(lse + row)
+    g_logprob, g_entropy = tl.load(grad_logprob + row), tl.load(grad_entropy + row)
+    gradient = -tl.exp(logp) * (g_logprob + g_entropy * (logp + tl.load(entropy + row)))
+    gradient += tl.where(start + column == tl.load(targets + row), g_logprob, 0.0)
+    tl.store(out + row * out_stride + column, gradient * inverse_temperature, mask=column < columns)

@@ -1,0 +1,206 @@
+"""Packing: the rows of a batch as one flat list of tokens without padding, and which token attends to which.
+
+Embeddings, norms and linear layers treat each token alone, so they take the tokens of all rows one after
+another, [T, D]. Only attention has to know the rows, and in two ways it does less work than padded rows
+would: nothing is computed for padding, and a prompt is computed once for all its responses. It equals plain
+causal attention over each row alone:
+
+>>> batch = pack_rows(torch.zeros(2, 4, dtype=torch.int64), lengths=torch.tensor([2, 4]), windows=[None])
+>>> q, k, v = torch.randn(3, 6, 1, 8)  # six tokens, one head: rows of 2 and of 4
+>>> packed = batch.attend_packed(0, q, k, v)
+>>> for row in (slice(0, 2), slice(2, 6)):
+...     scores = torch.einsum("qhe,khe->hqk", q[row], k[row]) / 8**0.5
+...     scores += torch.full_like(scores, -torch.inf).triu(1)  # no query sees a later key
+...     plain = torch.einsum("hqk,khe->qhe", scores.softmax(-1), v[row])
+...     assert torch.allclose(packed[row], plain, atol=1e-6)
+
+Letters in shape comments: B rows, T tokens (Tp of a prompt, Tq queries, Tk keys), R response tokens, N
+response tokens of all rows, G rows of a group, H heads, K key/value heads, E head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from kernels.attention import flash_available, flash_packed, sdpa
+
+
+@dataclass
+class PackedBatch:
+    """The flat tokens of some rows, the groups in which they attend, and for the learner the targets."""
+
+    windows: tuple  # per layer: how many keys a query sees, itself included; None is all of them
+    tokens: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T]
+    groups: list  # of AttentionGroup, which cover the tokens in order
+    targets: torch.Tensor | None = None  # [N] the response tokens
+    logit_positions: torch.Tensor | None = None  # [N] the flat index whose logits predict each target
+    unpacked: torch.Tensor | None = None  # [N] the index of each target in [B, R], flattened
+    shape: torch.Size | None = None  # (B, R)
+
+    def attend_packed(self, layer, q, k, v):
+        """q [T, H, E], k and v [T, K, E] -> [T, H, E]."""
+        return torch.cat([group.attend_rows(self.windows[layer], q, k, v) for group in self.groups])
+
+    def unpack(self, x):
+        """Numbers of the response tokens, [N] -> [B, R], 0 past the end of a response."""
+        return x.new_zeros(self.shape.numel()).scatter(0, self.unpacked, x).view(self.shape)
+
+    def to(self, device):
+        """Move all indices to the model's device. They are built on the CPU, where sizes need no wait."""
+        for holder in (self, *self.groups):
+            for name, value in vars(holder).items():
+                if isinstance(value, torch.Tensor):
+                    value = value.to(device, non_blocking=True)  # does not wait for the GPU
+                    setattr(holder, name, value)
+        return self
+
+
+def pack_rows(tokens, lengths, windows):
+    """Rows that attend only to themselves, tokens [B, T] right-padded, lengths [B]: prefill, plain logits."""
+    index = flat_index(lengths.cumsum(0) - lengths, lengths)  # [B, T]
+    real = length_mask(lengths)
+    positions = torch.arange(real.shape[1]).expand(real.shape)
+    group = AttentionGroup(index, lengths, index, torch.zeros_like(lengths))
+    return PackedBatch(windows, tokens[real], positions[real], [group])
+
+
+def pack_responses(rows, windows):
+    """The prompt of each question once, then all responses, each behind its prompt. rows: a rollout.Rollout.
+
+    The last token of a response predicts nothing that counts, so it is a target but never an input. Two
+    responses, d e and f g h, to one prompt a b c:
+
+        flat index       0 1 2 | 3 | 4 5
+        tokens           a b c | d | f g
+        targets                  d e | f g h
+        logit_positions          2 3 | 2 4 5        c predicts both d and f
+
+    The numbers behind the lines of code, here and in `append_inputs`, are those of this example.
+    """
+    first_row, prompt_of = distinct(rows.question)  # 0, 0 0
+    prompts = rows.tokens[first_row, : int(rows.prompt_length.max())]
+    batch = pack_rows(prompts, rows.prompt_length[first_row], windows)
+    prompt_start = batch.groups[0].query[prompt_of, 0]  # 0 0
+
+    is_response = length_mask(rows.response_length)  # [B, R]
+    column = rows.prompt_length[:, None] + torch.arange(is_response.shape[1])  # [B, R]  3 4 5, 3 4 5
+    targets = rows.tokens.gather(1, column.clamp(max=rows.tokens.shape[1] - 1))  # [B, R]  d e 0, f g h
+    key = append_inputs(batch, targets, column, prompt_start, rows.prompt_length, rows.response_length - 1)
+    batch.targets = targets[is_response]  # d e f g h
+    batch.logit_positions = key.gather(1, column - 1)[is_response]  # 2 3 2 4 5
+    batch.unpacked = is_response.flatten().nonzero()[:, 0]  # 0 1 3 4 5
+    batch.shape = is_response.shape  # 2 3
+    return batch
+
+
+def append_inputs(batch, responses, positions, prompt_start, prompt_length, lengths):
+    """Append to a batch of prompts the first `lengths` [B] tokens of responses [B, R]: returns the keys [B, Tk]."""
+    is_input = length_mask(lengths)  # [B, R-1]
+    width = is_input.shape[1]
+    start = len(batch.tokens) + lengths.cumsum(0) - lengths  # [B] the flat index of each first token  3 4
+    query = flat_index(start, lengths)  # [B, R-1]  3 0, 4 5
+    key = key_index(prompt_start, prompt_length, start, lengths)  # [B, Tk]  0 1 2 3 0, 0 1 2 4 5
+    batch.tokens = torch.cat((batch.tokens, responses[:, :width][is_input]))  # a b c d f g
+    batch.positions = torch.cat((batch.positions, positions[:, :width][is_input]))  # 0 1 2 3 3 4
+    if is_input.any():
+        batch.groups.append(AttentionGroup(query, lengths, key, prompt_length))
+    return key
+
+
+class AttentionGroup:
+    """Rows that attend in one call: query [G, Tq] and key [G, Tk] hold flat indices, right-padded.
+
+    Row g has query_length[g] queries, behind offset[g] keys of a prompt: query j sees the keys 0 to offset[g]
+    + j (fewer under a sliding window). Padding lies behind the real keys, so the causal mask hides it.
+    flash-attn takes the same rows without padding.
+    """
+
+    def __init__(self, query, query_length, key, offset):
+        key_length = offset + query_length
+        self.query, self.key = query, key
+        is_query, is_key = length_mask(query_length), length_mask(key_length, key.shape[1])
+        self.real = is_query.flatten().nonzero()[:, 0]  # which of the G x Tq queries are no padding
+        self.flat_query, self.flat_key = query[is_query], key[is_key]
+        self.cu_seqlens_q, self.cu_seqlens_k = cu_seqlens(query_length), cu_seqlens(key_length)
+        all_equal = bool((offset == offset[0]).all())
+        self.offset = offset[:1] if all_equal else offset  # one mask for all rows where it is the same
+        self.masks = {}
+
+    def attend_rows(self, window, q, k, v):
+        """q [T, H, E], k and v [T, K, E] of all flat tokens -> [the real queries of this group, H, E]."""
+        if flash_available(q.dtype, q.shape[-1]):
+            q = gather_rows(q, self.flat_query)
+            k, v = gather_rows(k, self.flat_key), gather_rows(v, self.flat_key)
+            longest = self.query.shape[1], self.key.shape[1]
+            return flash_packed(q, k, v, self.cu_seqlens_q, self.cu_seqlens_k, *longest, window)
+        q, k, v = gather_rows(q, self.query), gather_rows(k, self.key), gather_rows(v, self.key)  # padded
+        out = sdpa(q, k, v, self.mask(window))  # [G, Tq, H, E]
+        return gather_rows(out.flatten(0, 1), self.real)
+
+    def mask(self, window):
+        """Which keys each query sees, [G or 1, 1, Tq, Tk] of bool; made when a layer first asks for it."""
+        if window not in self.masks:
+            device = self.query.device
+            place = torch.arange(self.query.shape[1], device=device)[:, None]
+            query_at = self.offset[:, None, None, None] + place  # [G or 1, 1, Tq, 1]
+            key_at = torch.arange(self.key.shape[1], device=device)
+            causal = key_at <= query_at
+            self.masks[window] = causal if window is None else causal & (key_at > query_at - window)
+        return self.masks[window]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# indices
+
+
+def pad(prompts):
+    """Lists of token ids -> (ids [B, T], right-padded with zeros; lengths [B])."""
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
+
+
+def length_mask(lengths, width=None):
+    """[G, width] of bool, True before lengths[g] in row g; as wide as the longest, one column at least."""
+    width = max(int(lengths.max()), 1) if width is None else width
+    return torch.arange(width) < lengths[:, None]
+
+
+def flat_index(start, lengths):
+    """[G, longest] of int64: start[g], start[g] + 1, ... for lengths[g] places of row g, then 0.
+
+    >>> flat_index(torch.tensor([3, 4]), torch.tensor([1, 2])).tolist()
+    [[3, 0], [4, 5]]
+    """
+    mask = length_mask(lengths)
+    return (start[:, None] + torch.arange(mask.shape[1])) * mask
+
+
+def key_index(prompt_start, prompt_length, input_start, input_length):
+    """[B, Tp + R-1]: the flat indices of each row's keys, those of its prompt, then its own, then 0."""
+    width = int(prompt_length.max()) + max(int(input_length.max()), 1)
+    place = torch.arange(width)
+    of_prompt, own = prompt_start[:, None] + place, (input_start - prompt_length)[:, None] + place
+    index = torch.where(place < prompt_length[:, None], of_prompt, own)
+    return index * length_mask(prompt_length + input_length, width)
+
+
+def distinct(question):
+    """The first row of each distinct question [Q], and for each row which of those questions it has [B].
+
+    >>> distinct(torch.tensor([7, 3, 7]))
+    (tensor([1, 0]), tensor([1, 0, 1]))
+    """
+    unique, which = torch.unique(question, return_inverse=True)
+    return (question == unique[:, None]).int().argmax(1), which
+
+
+def cu_seqlens(lengths):
+    """Where each row begins if all lie one after another, and the end: [G] -> [G + 1] of int32."""
+    return F.pad(lengths.cumsum(0), (1, 0)).int()
+
+
+def gather_rows(x, index):
+    """x[index] over the first dimension, as an embedding look-up: its backward adds up in a fixed order."""
+    return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])

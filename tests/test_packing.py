@@ -1,0 +1,266 @@
+"""Packed rows: the learner's forward and gradients against transformers, row by row; attention against its plain form."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from parity import FIXED, NOTICED, TOLERANCE, both, configs, draw_tokens, examples
+
+import model
+from kernels import attention
+from kernels.attention import flash_available
+from packing import AttentionGroup, pack_responses
+from rollout import Rollout
+from support.pretrained import hf_tensors
+
+
+SHAPE = ([5, 9], [(1, 6), (0, 1), (1, 3), (0, 8)])  # prompt lengths; (question, response length) of each row
+
+
+def plain_attention(q, k, v, window):
+    """Causal attention of one row without packing, padding or a fused kernel: q [T, H, E], k and v [T, K, E]."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = torch.einsum("qhe,khe->hqk", q, k) / q.shape[-1] ** 0.5
+    distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
+    seen = (distance >= 0) & (distance < (window or len(q)))
+    return torch.einsum("hqk,khe->qhe", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_packed_attention_equals_each_row_alone(window):
+    """Two prompts of 5 and 9 tokens, once each, then the responses without their last tokens: values and gradients."""
+    rows = make_rollout(FIXED, *SHAPE, 0)
+    batch = pack_responses(rows, (window,))
+    prompts, first, alone = [range(5), range(5, 14)], 14, []
+    for question, length in SHAPE[1]:
+        alone.append([*prompts[question], *range(first, first + length - 1)])
+        first += length - 1
+    q, k, v = (torch.randn(first, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    packed = batch.attend_packed(0, q, k, v)
+    plain = torch.zeros_like(packed)
+    for row in alone:  # a prompt several times, always with the same result
+        plain[row] = plain_attention(q[row], k[row], v[row], window)
+    assert first == len(batch.tokens) and torch.allclose(packed, plain, atol=1e-6)
+    for row in range(len(rows)):
+        tokens = rows.tokens[row, : rows.prompt_length[row] + rows.response_length[row] - 1]
+        assert batch.tokens[alone[row]].equal(tokens) and batch.positions[alone[row]].equal(
+            torch.arange(len(tokens))
+        )
+    # the gradient: each prompt's tokens once, each response's own
+    weight = torch.randn(first, 4, 8)
+    chosen = {index: row for row in reversed(alone) for index in row}  # one row that holds each token
+    total = sum(
+        (
+            plain_attention(q[row], k[row], v[row], window)
+            * weight[row]
+            * torch.tensor([chosen[i] is row for i in row])[:, None, None]
+        ).sum()
+        for row in alone
+    )
+    for got, want in zip(
+        torch.autograd.grad((packed * weight).sum(), (q, k, v)),
+        torch.autograd.grad(total, (q, k, v)),
+        strict=True,
+    ):
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_the_example_of_the_docstring():
+    a, b, c, d, e, f, g, h = range(1, 9)
+    rows = Rollout(
+        question=torch.tensor([4, 4]),
+        sample=torch.tensor([0, 1]),
+        prompt_length=torch.tensor([3, 3]),
+        response_length=torch.tensor([2, 3]),
+        tokens=torch.tensor([[a, b, c, d, e, 0], [a, b, c, f, g, h]]),
+        logprob=torch.zeros(2, 3),
+        finished=torch.ones(2, dtype=torch.bool),
+    )
+    batch = pack_responses(rows, (None,))
+    assert batch.tokens.tolist() == [a, b, c, d, f, g] and batch.positions.tolist() == [0, 1, 2, 3, 3, 4]
+    assert batch.targets.tolist() == [d, e, f, g, h] and batch.logit_positions.tolist() == [2, 3, 2, 4, 5]
+    assert batch.groups[1].query.tolist() == [[3, 0], [4, 5]]
+    assert batch.groups[1].key.tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 4, 5]]
+    assert batch.unpack(torch.arange(1.0, 6.0)).tolist() == [[1, 2, 0], [3, 4, 5]]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the learner
+
+
+@st.composite
+def shapes(draw):
+    """Prompt length of each question, and (question, response length) of each row in any order."""
+    prompts = draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
+    row = st.tuples(st.integers(0, len(prompts) - 1), st.integers(1, draw(st.sampled_from([1, 2, 12]))))
+    return prompts, draw(st.lists(row, min_size=1, max_size=6))
+
+
+def make_rollout(config, prompts, rows, seed):
+    prompt_tokens = [draw_tokens(config, (length,), seed + q) for q, length in enumerate(prompts)]
+    tokens = [
+        torch.cat((prompt_tokens[q], draw_tokens(config, (length,), seed + 100 + i)))
+        for i, (q, length) in enumerate(rows)
+    ]
+    return Rollout(
+        question=torch.tensor([q for q, _ in rows]) + 5,  # any numbers may name the questions
+        sample=torch.arange(len(rows)),
+        prompt_length=torch.tensor([prompts[q] for q, _ in rows]),
+        response_length=torch.tensor([length for _, length in rows]),
+        tokens=torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True),
+        logprob=torch.zeros(len(rows), max(length for _, length in rows)),
+        finished=torch.zeros(len(rows), dtype=torch.bool),
+    )
+
+
+def row_by_row(reference, rows, temperature):
+    """What Transformer.forward returns, the plain way: transformers' logits of one row after the other."""
+    width = int(rows.response_length.max())
+    logprob, entropy = [], []
+    for i in range(len(rows)):
+        start, length = int(rows.prompt_length[i]), int(rows.response_length[i])
+        row = rows.tokens[i, : start + length]
+        logp = (reference(row[None]).logits[0, start - 1 : -1] / temperature).log_softmax(-1)  # [R, V]
+        pad = (0, width - length)
+        logprob.append(torch.nn.functional.pad(logp.gather(1, row[start:, None])[:, 0], pad))
+        entropy.append(torch.nn.functional.pad(-(logp.exp() * logp).sum(-1), pad))
+    return torch.stack(logprob), torch.stack(entropy)
+
+
+def gradients(named_parameters, outputs, weights):
+    names, parameters = zip(*named_parameters, strict=True)
+    loss = sum((weight * output).sum() for weight, output in zip(weights, outputs, strict=True))
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def learner_difference(ours, reference, rows, temperature, first_only):
+    """(largest difference of the outputs, of the gradients relative to each parameter's largest); asserts that both can show."""
+    weights = torch.randn(2, *rows.logprob.shape, generator=torch.Generator().manual_seed(1))
+    if first_only:  # the token that the prompt predicts
+        weights[:, :, 1:] = 0
+    want = row_by_row(reference, rows, temperature)
+    got = ours(rows, temperature)
+    outputs = max((a - b).abs().max().item() for a, b in zip(got, want, strict=True))
+    want_grad = gradients(reference.named_parameters(), want, weights)
+    got_grad = hf_tensors(ours.config, gradients(ours.named_parameters(), got, weights))
+    assert got_grad.keys() == want_grad.keys() and want_grad["model.norm.weight"].abs().max() > 0
+    scale = (
+        max(grad.abs().max() for grad in want_grad.values()) * 1e-3
+    )  # some gradients are nothing but rounding
+    worst = max((got_grad[n] - g).abs().max() / max(g.abs().max(), scale) for n, g in want_grad.items())
+    return outputs, worst.item()
+
+
+def check_learner(config, shape, temperature, first_only, seed):
+    ours, reference = both(config, seed)
+    rows = make_rollout(config, *shape, seed)
+    outputs, grads = learner_difference(ours, reference, rows, temperature, first_only)
+    assert outputs < TOLERANCE and grads < NOTICED
+    ours.checkpointing = True
+    assert learner_difference(ours, reference, rows, temperature, first_only) == (outputs, grads)
+
+
+@examples(60)
+@given(configs(), shapes(), st.sampled_from([0.6, 1.0, 1.3]), st.booleans(), st.integers(0, 1000))
+def test_learner_equals_transformers_row_by_row(config, shape, temperature, first_only, seed):
+    check_learner(config, shape, temperature, first_only, seed)
+
+
+@pytest.mark.long
+@examples(300)
+@given(configs(), shapes(), st.sampled_from([0.6, 1.0, 1.3]), st.booleans(), st.integers(0, 1000))
+def test_learner_equals_transformers_row_by_row_long(config, shape, temperature, first_only, seed):
+    check_learner(config, shape, temperature, first_only, seed)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# can these tests fail? planted mistakes
+
+
+def test_learner_notices_a_wrong_start(monkeypatch):
+    """Responses that begin one position late behind their prompt change the outputs."""
+    check_learner(FIXED, SHAPE, 1.0, False, seed=0)
+
+    def late(rows, windows):
+        batch = pack_responses(rows, windows)
+        batch.positions[14:] += 1  # after the prompts' 5 and 9 tokens
+        return batch
+
+    monkeypatch.setattr(model, "pack_responses", late)
+    ours, reference = both(FIXED)
+    assert learner_difference(ours, reference, make_rollout(FIXED, *SHAPE, 0), 1.0, False)[0] > NOTICED
+
+
+def test_learner_notices_a_prompt_without_gradient(monkeypatch):
+    """Keys and values of the prompt that responses see as constants leave the outputs as they are, but not the gradients."""
+    attend = AttentionGroup.attend_rows
+
+    def detached(self, window, q, k, v):
+        if len(self.mask(window)) > 1:  # the responses' group: rows start at different places
+            k, v = (torch.cat((x[:14].detach(), x[14:])) for x in (k, v))
+        return attend(self, window, q, k, v)
+
+    monkeypatch.setattr(AttentionGroup, "attend_rows", detached)
+    ours, reference = both(FIXED)
+    outputs, grads = learner_difference(ours, reference, make_rollout(FIXED, *SHAPE, 0), 1.0, False)
+    assert outputs < TOLERANCE and grads > 10 * NOTICED
+
+
+def varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+                     causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+                     return_attn_probs=False, block_table=None):  # fmt: skip
+    """flash_attn 2.8.3's flash_attn_varlen_func, signature and checks, in plain torch and in any precision."""
+    assert causal and not (
+        dropout_p or softmax_scale or softcap or alibi_slopes or return_attn_probs or block_table
+    )
+    assert q.shape[1] % k.shape[1] == 0 and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    assert q_ends[0] == k_ends[0] == 0 and q_ends[-1] == len(q) and k_ends[-1] == len(k) == len(v)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    rows = []
+    for q_from, q_to, k_from, k_to in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
+        queries, keys = q_to - q_from, k_to - k_from
+        assert queries <= max_seqlen_q and keys <= max_seqlen_k
+        behind = (
+            torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
+        )  # lined up at the bottom right
+        seen = (behind >= 0) & ((behind <= window_size[0]) | (window_size[0] < 0))
+        scores = torch.einsum("qhe,khe->hqk", q[q_from:q_to], k[k_from:k_to]) / q.shape[-1] ** 0.5
+        probability = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        rows.append(torch.einsum("hqk,khe->qhe", probability, v[k_from:k_to]))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_learner_with_flash_attn_equals_transformers(monkeypatch, window):
+    """The call that a GPU makes without padding, against a reference of its signature: outputs and gradients."""
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(1)
+        return varlen_reference(*args, **options)
+
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", counted)
+    monkeypatch.setattr("packing.flash_available", lambda dtype, head_dim: True)  # fp32 too
+    check_learner(
+        FIXED | ({"model_type": "mistral", "sliding_window": window} if window else {}),
+        SHAPE,
+        1.0,
+        False,
+        seed=0,
+    )
+    assert calls
+
+
+def test_flash_attn_is_called_only_with_what_it_takes(monkeypatch):
+    half = torch.bfloat16
+    takes = [(half, 64), (torch.float16, 256)]
+    refuses = [(torch.float32, 64), (half, 20), (half, 264)]
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", len)
+    assert all(flash_available(*case) for case in takes) and not any(
+        flash_available(*case) for case in refuses
+    )
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
+    assert not flash_available(half, 64)

@@ -1,0 +1,357 @@
+"""Files in Hugging Face format: what is read, what is written, and every damage refused in a sentence."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from parity import (
+    FIXED,
+    LLAMA3,
+    MAX_POSITIONS,
+    TOLERANCE,
+    YARN,
+    assert_one_sentence,
+    difference,
+    draw_tokens,
+    write_model,
+)
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from model import ModelConfig, Transformer
+from support import pretrained
+from support.pretrained import check_vocabulary, hf_tensors
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A good model of one shard, to be damaged."""
+    path = tmp_path / "some-model"
+    path.mkdir()
+    write_model(path, FIXED)
+    return path
+
+
+def edit_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def shard(folder):
+    """Cut model.safetensors in two, with an index, as the hub has it."""
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    files = {
+        name: f"model-0000{1 + (i >= len(names) // 2)}-of-00002.safetensors" for i, name in enumerate(names)
+    }
+    for file in sorted(set(files.values())):
+        save_file({name: weights[name] for name in names if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / "model.safetensors").unlink()
+    return files
+
+
+def refused(folder, *words, kind=ValueError):
+    with pytest.raises(kind) as caught:
+        Transformer.from_pretrained(folder)
+    assert type(caught.value) is kind
+    assert_one_sentence(caught.value, *words)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_reads_every_dtype_and_shards(folder, dtype, sharded):
+    edit_weights(folder, lambda weights: weights.update({name: w.to(dtype) for name, w in weights.items()}))
+    want = load_file(folder / "model.safetensors")
+    if sharded:
+        shard(folder)
+    ours = Transformer.from_pretrained(folder)
+    got = hf_tensors(ours.config, dict(ours.named_parameters()))
+    assert got.keys() == want.keys()
+    assert all(
+        torch.equal(got[name], want[name].float()) and got[name].dtype == torch.float32 for name in want
+    )
+    assert all(p.requires_grad and not p.is_meta for p in ours.parameters())
+    half = Transformer.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {
+        torch.bfloat16
+    } and half.rope_frequency.dtype == torch.float32
+
+
+def test_reads_what_transformers_writes(tmp_path):
+    for changes in (
+        {"tie_word_embeddings": True},
+        {"model_type": "ministral", "layer_types": ["full_attention", "sliding_attention"]},
+    ):
+        with tempfile.TemporaryDirectory() as scratch:
+            reference = write_model(Path(scratch), FIXED | changes)
+        reference.save_pretrained(tmp_path, max_shard_size="20KB")
+        ours = Transformer.from_pretrained(tmp_path)
+        assert difference(ours, reference, draw_tokens(FIXED, (2, 20))) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"model_type": "qwen3", "rope_scaling": {"rope_type": "yarn", **YARN}},
+    ],
+)
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+def test_save_pretrained_round_trip(tmp_path, monkeypatch, capfd, changes, shard_size):
+    config = {**FIXED, **changes, "torch_dtype": "bfloat16", "eos_token_id": [1, 2], "note": "kept"}
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    write_model(source, config)
+    (source / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    monkeypatch.setattr(pretrained, "SHARD_SIZE", shard_size)
+    capfd.readouterr()
+    ours = Transformer.from_pretrained(source)
+    ours.save_pretrained(target)
+    ours.save_pretrained(target)  # over itself, as a run does
+    ours.source = target
+    ours.save_pretrained(target)
+    assert "".join(capfd.readouterr()) == ""
+    assert len(list(target.glob("*.safetensors"))) == (
+        1 if shard_size == "5GB" else len(list(target.glob("model-*.safetensors")))
+    )
+    del config["torch_dtype"]
+    assert json.loads((target / "config.json").read_text()) == config | {"dtype": "float32"}
+    assert (target / "generation_config.json").read_text() == '{"eos_token_id": [1, 2]}'
+    theirs = AutoModelForCausalLM.from_pretrained(target, attn_implementation="eager")
+    assert theirs.dtype == torch.float32
+    assert difference(ours, theirs, draw_tokens(FIXED, (2, 20))) < TOLERANCE
+    again = Transformer.from_pretrained(target)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+
+
+def test_tied_head_is_one_parameter(tmp_path):
+    write_model(tmp_path, FIXED | {"tie_word_embeddings": True})
+    ours = Transformer.from_pretrained(tmp_path)
+    assert ours.lm_head.weight is ours.embed_tokens.weight
+    assert "lm_head.weight" not in dict(ours.named_parameters())
+    embedding = "model.embed_tokens.weight"
+    edit_weights(
+        tmp_path, lambda weights: weights.update({"lm_head.weight": weights[embedding].clone()})
+    )  # some files have both
+    Transformer.from_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda weights: weights["lm_head.weight"].add_(1))
+    refused(tmp_path, "config.json", "tie_word_embeddings", "lm_head.weight")
+
+
+def test_weights_outlive_their_file(folder):
+    """safetensors maps the file: without a copy, writing over it would change the model or kill the process."""
+    ours = Transformer.from_pretrained(folder)
+    before = [p.detach().clone() for p in ours.parameters()]
+    with open(folder / "model.safetensors", "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        file.write(bytes(size))
+    assert all(torch.equal(a, b) for a, b in zip(before, ours.parameters(), strict=True))
+
+
+def test_max_positions_is_what_config_says(folder):
+    assert ModelConfig.from_pretrained(folder).max_positions == MAX_POSITIONS
+
+
+def test_old_rotary_buffers_are_ignored(folder):
+    edit_weights(
+        folder,
+        lambda weights: weights.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+    )
+    Transformer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, -1])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_truncated_weights_are_refused(folder, keep, sharded):
+    path = folder / "model.safetensors"
+    if sharded:
+        path = folder / sorted(shard(folder).values())[-1]
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(folder, path, "safetensors")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xff" * 64,
+        b"not a model at all, but long enough to have a header",
+        b"\x02" + b"\0" * 7 + b"{}" + b"x",
+    ],
+)
+def test_corrupt_weights_are_refused(folder, text):
+    (folder / "model.safetensors").write_bytes(text)
+    refused(folder, folder / "model.safetensors", "safetensors")
+
+
+def test_missing_weights_are_refused(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")  # as deepseek-math-7b-instruct has it
+    refused(folder, folder, "pytorch_model.bin", "save_pretrained", kind=FileNotFoundError)
+
+
+def test_missing_shard_is_refused(folder):
+    files = shard(folder)
+    gone = folder / sorted(files.values())[-1]
+    gone.unlink()
+    refused(folder, gone, "model.safetensors.index.json", kind=FileNotFoundError)
+
+
+def test_shard_without_its_tensor_is_refused(folder):
+    files = shard(folder)
+    name = "model.norm.weight"
+    weights = load_file(folder / files[name])
+    del weights[name]
+    save_file(weights, folder / files[name])
+    refused(folder, folder / files[name], name, "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": ["a"]}']
+)
+def test_damaged_index_is_refused(folder, text):
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(text)
+    refused(folder, folder / "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.norm.weight", lambda w: w.pop("model.norm.weight")),
+        ("lm_head.weight", lambda w: w.pop("lm_head.weight")),
+        (
+            "model.layers.0.self_attn.q_proj.bias",
+            lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}),
+        ),
+        (
+            "model.layers.2.mlp.up_proj.weight",
+            lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(32, 24)}),
+        ),
+        (
+            "model.embed_tokens.weight is [41, 24]",
+            lambda w: w.update({"model.embed_tokens.weight": torch.zeros(41, 24)}),
+        ),
+        (
+            "model.norm.weight is torch.int8",
+            lambda w: w.update({"model.norm.weight": torch.zeros(24, dtype=torch.int8)}),
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(folder, name, change):
+    edit_weights(folder, change)
+    refused(folder, folder, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(folder, dtype, value):
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def damage(weights):
+        weights[name] = weights[name].to(dtype)
+        weights[name][3, 5] = value
+
+    edit_weights(folder, damage)
+    refused(folder, folder / "model.safetensors", name, "infinite or not numbers")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_large_weights_are_finite(folder, dtype):
+    """Their sum overflows, in their own precision and in fp32."""
+    largest = torch.finfo(dtype).max / 2
+    edit_weights(
+        folder,
+        lambda weights: weights.update(
+            {name: torch.full_like(w, largest, dtype=dtype) for name, w in weights.items()}
+        ),
+    )
+    ours = Transformer.from_pretrained(folder)
+    assert all(p.isfinite().all() and p.max() == largest for p in ours.parameters())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\0"])
+def test_config_that_is_no_json_is_refused(folder, text):
+    (folder / "config.json").write_text(text)
+    refused(folder, folder / "config.json", "JSON")
+
+
+def test_missing_config_is_refused(folder):
+    (folder / "config.json").unlink()
+    refused(folder, folder, "no config.json here", kind=FileNotFoundError)
+
+
+SLIDING = ["full_attention", "sliding_attention"]
+BAD_FIELDS = [  # (what the sentence names, the fields)
+    *(("model_type", {"model_type": value}) for value in ("mixtral", "qwen3_moe", "", None, 3, ["llama"])),
+    ("quantization_config", {"quantization_config": {"quant_method": "gptq"}}),
+    ("auto_map", {"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}),
+    ("hidden_act", {"hidden_act": "gelu"}),
+    ("hidden_act", {"hidden_act": 3}),
+    *(
+        (field, {field: value})
+        for field in pretrained.SIZES
+        for value in (0, -1, "3", 2.5, True, [3], 10**30)
+    ),
+    *(
+        (field, {field: None})
+        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    ),
+    *(("rms_norm_eps", {"rms_norm_eps": value}) for value in (-1.0, "small", None, float("nan"))),
+    ("num_key_value_heads", {"num_key_value_heads": 3}),
+    ("head_dim", {"head_dim": 7}),
+    ("head_dim", {"model_type": "qwen2", "head_dim": 3}),
+    ("attention_bias", {"attention_bias": "yes"}),
+    ("tie_word_embeddings", {"tie_word_embeddings": "no"}),
+    *(("rope_theta", {"rope_theta": value}) for value in (0, -1.0, "10000", None, float("inf"))),
+    *(
+        ("rope_type", {"rope_scaling": {"rope_type": kind, "factor": 2.0}})
+        for kind in ("longrope", "su", None, ["linear"])
+    ),
+    ("rope_type", {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}),
+    *(("rope_scaling", {"rope_scaling": value}) for value in ("linear", 3, [2])),
+    ("rope_parameters", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
+    *(("factor", {"rope_scaling": {"type": kind}}) for kind in ("linear", "dynamic", "yarn", "llama3")),
+    *(
+        ("factor", {"rope_scaling": {"type": "linear", "factor": value}})
+        for value in (None, "2", 0, -2.0, True)
+    ),
+    *((field, {"rope_scaling": {"rope_type": "llama3", **LLAMA3, field: None}}) for field in LLAMA3),
+    ("low_freq_factor", {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4.0}}),
+    ("beta_fast", {"rope_scaling": {"rope_type": "yarn", **YARN, "beta_fast": "32"}}),
+    ("original_max", {"rope_scaling": {"rope_type": "yarn", **YARN, "original_max_position_embeddings": 0}}),
+    ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
+    ("partial_rotary_factor", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    ("layer_types", {"model_type": "qwen2", "layer_types": ["full_attention"]}),
+    ("layer_types", {"model_type": "qwen2", "layer_types": ["full_attention", "linear_attention"]}),
+    ("layer_types", {"model_type": "qwen3", "layer_types": 3}),
+    ("sliding_window", {"model_type": "qwen2", "layer_types": SLIDING}),
+    ("sliding_window", {"model_type": "mistral", "layer_types": SLIDING, "sliding_window": None}),
+    *(("sliding_window", {"model_type": "mistral", "sliding_window": value}) for value in (0, -4, "8")),
+    ("use_sliding_window", {"model_type": "qwen2", "use_sliding_window": "yes"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"), BAD_FIELDS, ids=[json.dumps(changes) for _, changes in BAD_FIELDS]
+)
+def test_config_that_is_not_understood_is_refused(tmp_path, field, changes):
+    (tmp_path / "config.json").write_text(json.dumps(FIXED | changes))
+    refused(tmp_path, tmp_path / "config.json", field)
+
+
+def test_vocabulary_smaller_than_the_tokenizers_is_refused(folder):
+    config = ModelConfig.from_pretrained(folder)
+    tokenizer = SimpleNamespace(name_or_path="some-tokenizer", get_vocab=lambda: {"a": 0, "b": 39})
+    check_vocabulary(config, tokenizer)
+    tokenizer.get_vocab = lambda: {"a": 0, "<pad>": 40}  # few tokens, but an id past the end
+    with pytest.raises(ValueError) as caught:
+        check_vocabulary(config, tokenizer)
+    assert_one_sentence(caught.value, "some-tokenizer", "vocab_size", 40, 41)
