@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-import questions
+from support import grading
 
 # ----------------------------------------------------------------------------------------------------------------------
 # metrics
@@ -42,7 +42,7 @@ def correct(question, group):
 
 
 def right(question, answer):
-    return answer is not None and questions.same_answer(question.answer, answer, question.kind)
+    return answer is not None and grading.same_answer(question.answer, answer, question.kind)
 
 
 def mean(values):

@@ -7,7 +7,7 @@ One step of the loop (`train`, at the bottom of this file):
 
     draw       P questions                                    draw
     sample     N responses to each                            rollout.generate
-    extract    the answer in each response, or None           questions.extract_answer
+    extract    the answer in each response, or None           grading.extract_answer
     vote       the most frequent answer is the pseudo-label   vote
     reward     1 for the responses that agree with it         vote
     advantage  (r - mean) / std over the first M of the N     advantages
@@ -54,6 +54,7 @@ import questions
 import report
 from model import TOKENIZER_FILES, Transformer, check_vocabulary, read_config, resolve
 from rollout import Engine, generate
+from support import grading
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: every field is a flag of the same name
@@ -211,19 +212,10 @@ def vote(answers, kind="math"):
     >>> vote(["1/2", "3", "0.5", None])
     ('1/2', [1.0, 0.0, 1.0, 0.0])
     """
-    classes, class_of = [], {}  # lists of indices; spelling -> its class
-    for index, answer in enumerate(answers):
-        if answer is None:
-            continue
-        if answer not in class_of:
-            class_of[answer] = next((c for c in classes if questions.same_answer(answers[c[0]], answer, kind)), None)
-            if class_of[answer] is None:
-                class_of[answer] = []
-                classes.append(class_of[answer])
-        class_of[answer].append(index)
+    classes = grading.classes(answers, kind)  # lists of indices, in the order of their first members
     if not classes:
         return None, [0.0] * len(answers)
-    winner = max(classes, key=len)  # max takes the first of equals, and classes stand in the order of their first members
+    winner = max(classes, key=len)  # max takes the first of equals
     label = Counter(answers[index] for index in winner).most_common(1)[0][0]
     return label, [float(index in winner) for index in range(len(answers))]
 
@@ -536,7 +528,7 @@ def sample_responses(run, asked, prompts, samples, *, stream, step, temperature,
     for row, (question, _) in enumerate(rows):
         ids, finished = rollout.response(row), bool(rollout.finished[row])
         text = questions.decode_response(run.tokenizer, ids)
-        answer = questions.extract_answer(text, asked[question].kind, truncated=not finished)
+        answer = grading.extract_answer(text, asked[question].kind, truncated=not finished)
         responses.append(Response(answer, text, len(ids), finished))
     everything = collect(responses)
     return rollout, everything and [everything[q * samples : (q + 1) * samples] for q in range(len(prompts))]
@@ -681,7 +673,7 @@ def train_step(run, step):
     metrics.update(learn(run, rollout, advantages(rewards[:, : c.samples]), first_update, c.epochs * per_epoch))
     learned = time.perf_counter()
 
-    metrics["grading_timeouts"] = questions.grading_timeouts
+    metrics["grading_timeouts"] = grading.grading_timeouts
     metrics["peak_memory_gb"] = peak_memory_gb()
     metrics.update(seconds_sampling=sampled - began, seconds_voting=judged - sampled, seconds_learning=learned - judged)
     metrics["train_tokens_per_s"] = metrics.pop("trained_tokens", 0) / (learned - judged)

@@ -34,8 +34,9 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from model import Transformer, read_config  # noqa: E402
-from questions import decode_response, encode_prompt, extract_answer  # noqa: E402
+from questions import decode_response, encode_prompt  # noqa: E402
 from rollout import Rollout, generate  # noqa: E402
+from support.grading import extract_answer  # noqa: E402
 
 SLIP = 0.07  # probability that a running sum is one or two off
 FORGET = {1: 0.60, 2: 0.55, 3: 0.35, 4: 0.28, 5: 0.23, 6: 0.19, 7: 0.15, 8: 0.11, 9: 0.08}  # of a carry, by digit added

@@ -1,0 +1,1 @@
+"""What the lesson stands on: files, grading and reports. Nothing here imports the lesson."""
