@@ -27,7 +27,7 @@ GREEK = """
 """.split()
 CIRCULAR = "sin cos tan cot sec csc".split()
 FUNCTIONS = {*CIRCULAR, *(f"arc{name}" for name in CIRCULAR), *"sinh cosh tanh ln lg exp".split()}
-COMMAND = r"\\(?:[A-Za-z]+|.)"
+NEXT_FACTOR = r"[A-Za-z(\[{]|\\\{|\\(?!right|mid|times|cdot|div|rfloor|rceil|circ|in(?![a-z]))[A-Za-z]+"
 DECIMAL = r"\d+\.\d*|\.\d+|\d+"
 REPEATING = r"(\d*)\.(\d*)(?:\\(?:overline|bar)(?:\{(\d+)\}|(\d))|\((\d+)\)|\\dot\{?(\d)\}?(?:(\d*)\\dot\{?(\d)\}?)?)"
 
@@ -54,7 +54,7 @@ def parse(text: str):
 
 class _Parser:
     def __init__(self, text: str):
-        self.text, self.at, self.depth, self.angle = text, 0, 0, False
+        self.text, self.at, self.depth, self.bars, self.angle = text, 0, 0, 0, False
 
     def take(self, pattern: str) -> str | None:
         """The text that matches here, behind which we then stand; None if nothing does."""
@@ -66,6 +66,10 @@ class _Parser:
 
     def sees(self, pattern: str) -> bool:
         return _compiled(pattern).match(self.text, self.at) is not None
+
+    def after_bracket(self, pattern: str) -> bool:
+        """Whether the pattern comes next, right behind a closing bracket or a factorial."""
+        return self.text[: self.at].rstrip()[-1:] in (")", "!") and self.sees(pattern)
 
     def inside(self, rule, closing: str | None = None):
         """What the rule reads one level deeper, and the bracket that must close it."""
@@ -88,14 +92,14 @@ class _Parser:
                 return terms[0] if len(terms) == 1 else ("sum", tuple(terms))
 
     def product(self, in_argument: bool = False):
-        """Factors one after another; a number may only come first or after a sign, so that `x2` and `3 4` are refused."""
+        """Factors one after another; `x2` and `3 4` are refused, (3)4 is not."""
         result = [self.factor()]
         while True:
             if not in_argument and self.take(r"\*(?!\*)|\\cdot(?![a-z])|\\times(?![a-z])"):
                 result.append(self.factor(signed=True))
             elif not in_argument and self.take(r"/|\\div(?![a-z])"):
                 result = [("quotient", _product(result), self.factor(signed=True))]
-            elif self.sees(r"[A-Za-z(\[{]|\\(?!right|mid|times|cdot|div|rvert|rfloor|rceil|in\b|[}|%\]])" + COMMAND[2:]):
+            elif self.sees(NEXT_FACTOR) or self.after_bracket(r"[\d.]") or (not self.bars and self.sees(r"\|")):
                 if in_argument and self.sees(r"\\(?:" + "|".join(FUNCTIONS) + r"|log)(?![a-z])"):
                     break
                 result.append(self.factor())
@@ -144,8 +148,11 @@ class _Parser:
         for opening, closing in ("(", ")"), ("[", "]"), ("{", "}"), (r"\{", r"\}"):
             if self.take(re.escape(opening)):
                 return self.inside(self.sum, re.escape(closing))
-        if self.take(r"\\lvert(?![a-z])|\\[lr]?[vV]ert(?![a-z])|\|"):
-            return ("call", "abs", self.inside(self.sum, r"\\rvert(?![a-z])|\\[lr]?[vV]ert(?![a-z])|\|"))
+        if self.take(r"\|"):
+            self.bars += 1
+            inside = self.inside(self.sum, r"\|")
+            self.bars -= 1
+            return ("call", "abs", inside)
         for name in "floor", "ceil":
             if self.take(rf"\\l{name}(?![a-z])"):
                 return ("call", name, self.inside(self.sum, rf"\\r{name}(?![a-z])"))

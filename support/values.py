@@ -99,9 +99,12 @@ def read_list(text: str, depth: int, bare: bool = True) -> Value:
     return value
 
 
+SIGNS = r"\\(?:pm|mp)(?![a-z])"
+
+
 def signs(text: str) -> list[str]:
     r"""1 \pm x as its two values; with \mp all signs change together, else each on its own."""
-    places = re.findall(r"\\[pm]m(?![a-z])", text)
+    places = re.findall(SIGNS, text)
     if not places or r"\{" in text:
         return [text]
     if len(places) > 4:
@@ -109,7 +112,7 @@ def signs(text: str) -> list[str]:
     choices = itertools.product("+-", repeat=len(places))
     if r"\mp" in places:
         choices = [["+-"[(place == r"\mp") ^ minus] for place in places] for minus in (False, True)]
-    parts = re.split(r"\\[pm]m(?![a-z])", text)
+    parts = re.split(SIGNS, text)
     return ["".join(itertools.chain(*zip(parts, [*choice, ""], strict=True))) for choice in choices]
 
 
@@ -225,7 +228,7 @@ def read_words(text: str, depth: int) -> Value | None:
 RATIO = re.compile(r"\d+(?:\.\d+)?(?: ?: ?\d+(?:\.\d+)?)+")
 BASED = re.compile(r"(-?)\(?(\d[0-9A-Z]*)\)? ?_ ?\{? ?(\d{1,2}) ?\}?")
 SCIENTIFIC = re.compile(r"([+-]?)((?:\d+\.?\d*|\.\d+))[eE]([+-]?\d{1,4})")
-POWER_OF_TEN = {"value", "percent"}
+DEGREE = r"\s*\^?\s*(?:\\circ|\{\s*\\circ\s*\}|\\degree)\s*"
 
 
 def read_number(text: str, depth: int) -> Value | None:
@@ -262,24 +265,22 @@ def in_base(sign: str, digits: str, base: str) -> Value:
 
 def with_words(head: str, words: str, text: str) -> Value | None:
     """A number and words: a factor multiplies, a unit may be left out, other words may not; None if it is a formula."""
-    known = spelling.known_words(words)
+    if RATIO.fullmatch(head):
+        raise NotFormula("a time of day")
+    known, bare = spelling.known_words(words), r"\text" not in text
     if known is None:
-        if r"\text" not in text:
-            return None
-        if RATIO.fullmatch(head):
-            raise NotFormula("a time of day")
-        return Value(("words", scalar(formula.parse(head)).key, spelling.plain_text(words)))
+        return None if bare else Value(("words", scalar(formula.parse(head)).key, spelling.plain_text(words)))
     factor, unit = known
-    head = re.sub(r"\^?\s*\{?\s*\\circ\s*\}?\s*$", "", head)
-    number = read_number(head, 0) or scalar(formula.parse(head))
+    tree = None if head.endswith("%") or BASED.fullmatch(head) else formula.parse(re.sub(DEGREE + "$", "", head))
+    if bare and tree is not None and numeric.letters(tree):
+        return None
+    number = read_number(head, 0) if tree is None else scalar(tree)
     if factor != 1:
-        number = scalar(("product", (("number", Fraction(factor)), formula.parse(head))))
+        number = scalar(("product", (("number", Fraction(factor)), tree or formula.parse(head))))
     if not unit:
         return number
-    also = {number.key, *number.also}
-    if re.fullmatch("[a-zA-Z]", words):  # 12 m without \text may be a product
-        also.add(scalar(formula.parse(text)).key) if r"\text" not in text else None
-    return Value(("unit", number.key, unit), frozenset(also))
+    product = {scalar(formula.parse(text)).key} if bare and len(words) < 3 else set()  # 12 m, 12cm may be products
+    return Value(("unit", number.key, unit), frozenset({number.key, *number.also, *product}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
