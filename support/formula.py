@@ -27,6 +27,7 @@ GREEK = """
 """.split()
 CIRCULAR = "sin cos tan cot sec csc".split()
 FUNCTIONS = {*CIRCULAR, *(f"arc{name}" for name in CIRCULAR), *"sinh cosh tanh ln lg exp".split()}
+FUNCTION = "(?:" + "|".join(sorted(FUNCTIONS)) + "|log)(?![a-z])"
 NEXT_FACTOR = r"[A-Za-z(\[{]|\\\{|\\(?!right|mid|times|cdot|div|rfloor|rceil|circ|in(?![a-z]))[A-Za-z]+"
 DECIMAL = r"\d+\.\d*|\.\d+|\d+"
 REPEATING = r"(\d*)\.(\d*)(?:\\(?:overline|bar)(?:\{(\d+)\}|(\d))|\((\d+)\)|\\dot\{?(\d)\}?(?:(\d*)\\dot\{?(\d)\}?)?)"
@@ -100,7 +101,7 @@ class _Parser:
             elif not in_argument and self.take(r"/|\\div(?![a-z])"):
                 result = [("quotient", _product(result), self.factor(signed=True))]
             elif self.sees(NEXT_FACTOR) or self.after_bracket(r"[\d.]") or (not self.bars and self.sees(r"\|")):
-                if in_argument and self.sees(r"\\(?:" + "|".join(FUNCTIONS) + r"|log)(?![a-z])"):
+                if in_argument and self.sees(r"\\(?:" + FUNCTION + ")"):
                     break
                 result.append(self.factor())
             else:
@@ -256,7 +257,7 @@ class _Parser:
             tree = self.postfix(self.inside(self.base))
         else:
             tree = self.inside(lambda: self.product(in_argument=True))
-            if self.sees(r"/|\\cdot|\\times|\*"):
+            if self.sees(r"(?:/|\*|\\cdot|\\times)(?!\s*\\(?:" + FUNCTION + "))"):
                 raise NotFormula("an argument whose end is not clear")
         self.angle = outer
         result = build(tree)

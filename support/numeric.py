@@ -18,6 +18,7 @@ MP.dps = 130
 NOISE = MP.mpf(10) ** -115  # a sum that is smaller than this beside its terms is 0
 KEY_DIGITS = 90
 MAX_BITS = 40_000  # of an exact numerator or denominator: 9999! is refused, 2^{9999} is not
+MAX_EXPONENT = 10**8  # of an inexact power
 EXACT_KEY = 10**30  # fractions beyond it are their own key, since 90 digits would not tell all of them apart
 POINTS = 6
 POSITIVE_POINTS = 2  # all letters are positive in the first of them
@@ -85,9 +86,15 @@ def number_key(number):
         if max(abs(number.numerator), number.denominator) >= EXACT_KEY:
             return number
         number = MP.mpf(number.numerator) / number.denominator
-    if isinstance(number, MP.mpc):
-        return MP.nstr(number.real, KEY_DIGITS), MP.nstr(number.imag, KEY_DIGITS)
-    return MP.nstr(number, KEY_DIGITS)
+    with MP.workdps(KEY_DIGITS):
+        if isinstance(number, MP.mpc):
+            return _digits(number.real), _digits(number.imag)
+        return _digits(number)
+
+
+def _digits(number):
+    number = +number  # rounded to the digits of the context
+    return (int(MP.sign(number)), *map(int, number.man_exp))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,7 +204,7 @@ def power(base, exponent):
 
 
 def _small(number):
-    if abs(number) > 1_000_000:
+    if abs(number) > MAX_EXPONENT:
         raise NotFormula("a huge exponent")
     return number
 
@@ -249,7 +256,9 @@ def call(name: str, number):
     if name == "factorial":
         if isinstance(number, Fraction) and number.denominator == 1 and 0 <= number <= 3000:
             return _checked(Fraction(math.factorial(int(number))))
-        return _checked(MP.gamma(_small(_inexact(number)) + 1))
+        if isinstance(number, Fraction) or abs(number) > 10**6:
+            raise NotFormula("a huge factorial, or none")
+        return _checked(MP.gamma(number + 1))
     if name in ("ln", "log", "lg"):
         if number == 1:
             return Fraction(0)

@@ -28,7 +28,7 @@ REWRITES = [  # spelling, not meaning; in this order
     (re.compile(r"\\[dtc]frac(?![a-z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![a-z])"), r"\\binom"),
     (
-        re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|mathbf|boldsymbol|bm|f?box(?:ed)?)(?![A-Za-z])"),
+        re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|middle|displaystyle|limits|mathbf|boldsymbol|bm|f?box(?:ed)?)(?![A-Za-z])"),
         "",
     ),
     (
@@ -55,9 +55,11 @@ REWRITES = [  # spelling, not meaning; in this order
     (re.compile(r"\\infin(?![a-z])|(?<![A-Za-z\\])infinity(?![A-Za-z])"), r"\\infty "),
     (re.compile(r"\\%|\s*(?:\\text\s*\{\s*(?:percent|pct|%)\s*\}|\b(?:percent|pct)\b)"), "%"),
     (re.compile(rf"(?<![A-Za-z\\])({PLAIN_FUNCTIONS})(?![A-Za-z])"), r"\\\1 "),
-    (re.compile(r"\\colon(?![a-z])"), ":"),
+    (re.compile(r"\\colon(?![a-z])|\{:\}"), ":"),
+    (re.compile(r"(\\circ\s*\}?)\s*(?:\\text\s*\{\s*)?([CF])(?:\s*\})?\s*$"), r"\1\\text{\2}"),
     (re.compile(r"\*\*(?=[-\d({a-z])"), "^"),
 ]
+TIME_OF_DAY = re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*([AaPp])\.?\s?[Mm]\.?\s*\}|([AaPp])\.?\s?[Mm]\.?\s*$)")
 THOUSANDS = re.compile(r"(?<![\d.,])(?<!\d )(\d{1,3})((?:,\d{3})+|(?: \d{3})+)(?![\d/]| ?/| \d|,\d)")
 
 
@@ -70,6 +72,7 @@ def clean(answer: str) -> str:
     for pattern, replacement in REWRITES:
         answer = pattern.sub(replacement, answer)
     answer = re.sub(r"\\text\s*\{([^{}]*)\}", _unwrapped, answer)
+    answer = TIME_OF_DAY.sub(lambda m: rf"\text{{{m[1] or m[2]}m}}".lower(), answer)
     answer = THOUSANDS.sub(_joined, answer)
     return re.sub(r"^\s*=", "", answer.strip().rstrip(".,; ")).strip()
 
@@ -79,9 +82,12 @@ def _unwrapped(match: re.Match) -> str:
     content = " ".join(match[1].split())
     single = re.fullmatch(r"\(?([A-Za-z])\)?", content)
     if single:
-        return single[1] if len(content) > 1 or match.start() == 0 or match.end() == len(match.string) else match[0]
+        unit = re.search(r"(?:[\d)}]|\\circ)\s*$", match.string[: match.start()])  # 3\text{ m}
+        return match[0] if unit and len(content) == 1 else single[1]
     if not re.search(r"[A-Za-z]", content) or content.casefold() in ("or", "and"):
         return f" {content.casefold()} "
+    if re.match(r"[-$]?\.?\d|.*=|[^ ]+ (?:and|or) [^ ]+$", content) and not re.search("[A-Za-z]{2} and|[A-Za-z]{2} or", content):
+        return f" {content} "
     return rf"\text{{{content}}}"
 
 
@@ -106,14 +112,14 @@ UNITS = """
     A amp ampere, Pa pascal, kPa, K kelvin, C celsius, F fahrenheit, mol mole, eV, ohm, calorie
 """
 COUNTED = """
-    people person student point coin way apple orange ball marble book boy girl child children man men woman women pair card
+    people person student point coin way apple orange ball marble book boy girl child children man men woman women card
     game question problem page step time hand handshake side edge face vertex vertices triangle square rectangle circle
     solution root integer number digit term value element subset arrangement permutation combination outcome possibility
     possibilities choice path route color colour ticket stamp bean candy candies cookie sticker pencil pen flower tree rose
-    chair table seat team player member vote car bus buses trip lap round turn sock shirt tile cube block brick piece slice
-    pizza pie egg penny pennies nickel dime quarter bill animal dog cat cow horse chicken pig bird fish duck rabbit goat
+    chair table seat team player member vote car bus buses trip lap sock shirt tile cube block brick piece slice
+    pizza pie egg penny pennies nickel dime bill animal dog cat cow horse chicken pig bird fish duck rabbit goat
     sheep house room floor box boxes bag bottle jar glass glasses serving word letter sheet row column dot line region plane
-    zero zeros factor divisor multiple prime
+    zero zeros factor divisor
 """
 UNIT_OF = {word: words.split()[0] for words in UNITS.split(",") for word in words.split()}
 COUNTED_WORDS = {word: word for word in (*COUNTED.split(), *NO_UNIT)}

@@ -122,6 +122,8 @@ def joined(elements: list[Value], joints: set) -> Value:
     if first.name is not None and all(e.name is None and e.key[0] == "value" for e in elements[1:]):
         elements = [first, *(named(first.name, element) for element in elements[1:])]  # x = 2 or -2
     names = {element.name for element in elements}
+    if names == {None} and "or" in joints and all(e.reals is not None for e in elements) and elements[0].key[0] == "reals":
+        return of_reals(intervals.union(*(element.reals for element in elements)))
     if len(names) == 1 and None not in names:
         if all(element.reals is not None for element in elements) and joints & {"or", r"\lor", r"\vee"}:
             return named(first.name, of_reals(intervals.union(*(element.reals for element in elements))))
@@ -130,8 +132,8 @@ def joined(elements: list[Value], joints: set) -> Value:
         if len({element.plain.key for element in elements}) == len(elements):
             return named(first.name, set_of([element.plain for element in elements]))
     if any(element.key[0] in ("named", "equation", "inequality") for element in elements):
-        order = [repr(element.name) for element in elements]
-        known = all(element.plain and element.plain.key[0] == "value" for element in elements)
+        order = [element.name for element in elements]
+        known = all(e.plain and e.plain.key[0] == "value" and e.name[0] == "symbol" for e in elements)
         also = {tuple_key([e.plain for e in elements])} if known and order == sorted(set(order)) else ()
         return Value(("system", frozenset(element.key for element in elements)), frozenset(also))
     return set_of(elements)
@@ -140,7 +142,7 @@ def joined(elements: list[Value], joints: set) -> Value:
 def set_of(elements: list[Value]) -> Value:
     """A set; one element alone may stand without its braces."""
     counted = frozenset(Counter(element.key for element in elements).items())
-    return Value(("set", counted), frozenset(element.key for element in elements if len(elements) == 1))
+    return Value(("set", counted), frozenset(element.key for element in elements if len(elements) == 1 and element.key[0] != "set"))
 
 
 def tuple_key(elements: list[Value]) -> tuple:
@@ -269,7 +271,9 @@ def with_words(head: str, words: str, text: str) -> Value | None:
         raise NotFormula("a time of day")
     known, bare = spelling.known_words(words), r"\text" not in text
     if known is None:
-        return None if bare else Value(("words", scalar(formula.parse(head)).key, spelling.plain_text(words)))
+        if bare and not re.search(r"^[^A-Za-z]* .*[A-Za-z]{4}", text):
+            return None
+        return Value(("words", scalar(formula.parse(head)).key, spelling.plain_text(words)))
     factor, unit = known
     tree = None if head.endswith("%") or BASED.fullmatch(head) else formula.parse(re.sub(DEGREE + "$", "", head))
     if bare and tree is not None and numeric.letters(tree):
@@ -409,7 +413,7 @@ def named(name: Hashable, value: Value) -> Value:
 def name_of(text: str) -> Hashable:
     """A name for the left side of x = 5: the value of its formula, or its spelling."""
     try:
-        return scalar(formula.parse(text)).key
+        return label(formula.parse(text))
     except NotFormula:
         return re.sub(r"\\text\{([^{}]*)\}|\s", r"\1", text)
 
@@ -433,30 +437,31 @@ def read_relation(sides: list[str], signs: list[str], depth: int) -> Value:
 def read_equation(sides: list[str], depth: int) -> Value:
     """a = b, or a chain that begins with what is asked for and ends with its value."""
     left, right = sides[0], sides[-1]
-    if all(is_constant(side) for side in sides):  # 91+9 = 100 means 100
+    letters = [letters_in(side) for side in sides]
+    if not any(letters) and None not in letters[:-1]:  # 91+9 = 100 means 100
         return read_one(right, depth)
-    if is_constant(left) and not is_constant(right):
+    if letters[0] == set() and letters[-1]:
         left, right = right, left
     names, values = (split(side[1:-1], "(,)")[::2] if side[:1] == "(" else [] for side in (left, right))
     if len(names) > 1 and len(names) == len(values):  # (x, y) = (2, 3)
         pairs = [read_equation([name, value], depth + 1) for name, value in zip(names, values, strict=True)]
         return replace(joined(pairs, set()), also=frozenset([read_brackets(right, depth).key]))
-    if len(sides) > 2 and not is_constant(sides[-2]) and re.fullmatch(r"\\?[A-Za-z]+", sides[-2]):
+    if any(re.fullmatch(r"\\?[A-Za-z]", side) for side in sides[1:-1]):
         raise NotFormula("a chain of names")
-    if re.fullmatch(r"[A-Za-z](?:_\{?\w+\}?)?'*\([^()]*\)", left):  # f(5): what stands in the bracket is an argument
-        function, argument = left.split("(", 1)
-        arguments = tuple(formula.parse(part) for part in argument[:-1].split(","))
-        left_tree = ("opaque", function, arguments)
-    else:
-        try:
-            left_tree = formula.parse(left)
-        except NotFormula:
-            return named(name_of(left), read_one(right, depth))
+    try:
+        left_tree = left_side(left)
+    except NotFormula:
+        return named(name_of(left), read_one(right, depth))
     try:
         right_tree = formula.parse(right)
         right_values = numeric.values(right_tree)
     except NotFormula:
-        return named(scalar(left_tree).key, read_one(right, depth))
+        value = named(label(left_tree), read_one(right, depth))
+        number = spelling.words_behind(right)[0]
+        if value.plain.key[0] == "unit":  # AB = 5 cm is AB = 5
+            bare = read_equation([left, number], depth)
+            value = replace(value, also=value.also | {bare.key})
+        return value
     return equation(left_tree, right_tree, right_values)
 
 
@@ -466,11 +471,11 @@ def equation(left, right, right_values) -> Value:
     right_key = numeric.key(right_values)
     if len(right_values) == 1:
         if simple:
-            return named(scalar(left).key, Value(right_key))
+            return named(label(left), Value(right_key))
         root = root_of(left, right)
         if root is not None:
             name, value = root
-            solved = named(scalar(("symbol", name)).key, scalar(("number", value)))
+            solved = named(("symbol", name), scalar(("number", value)))
             return (
                 replace(solved, also=frozenset([right_key]))
                 if is_asked(left, right_values)
@@ -495,11 +500,24 @@ def root_of(left, right) -> tuple[str, Fraction] | None:
     return names.pop(), -line[1] / line[0]
 
 
-def is_constant(text: str) -> bool:
+def label(tree) -> Hashable:
+    return tree if tree[0] == "symbol" else scalar(tree).key
+
+
+def left_side(text: str):
+    """The tree of the left side of an equation; what stands in the bracket of f(5), P(x) is an argument."""
+    if not re.fullmatch(r"[A-Za-z](?:_\{?\w+\}?)?'*\([^()]*\)", text):
+        return formula.parse(text)
+    function, argument = text[:-1].split("(")
+    return ("opaque", function, tuple(formula.parse(part) for part in argument.split(",")))
+
+
+def letters_in(text: str) -> set | None:
+    """Names of the letters in a formula, None if it is none."""
     try:
-        return not numeric.letters(formula.parse(text.rstrip("%")))
+        return numeric.letters(formula.parse(text.rstrip("%")))
     except NotFormula:
-        return False
+        return None
 
 
 def is_asked(left, right_values) -> bool:
@@ -521,11 +539,13 @@ def read_inequality(sides: list, signs: list[str]) -> Value:
     if len(names) == 1:
         solved = [intervals.solve(*three) for three in zip(sides, signs, sides[1:], strict=False)]
         if None not in solved:
-            return named(scalar(("symbol", names.pop())).key, of_reals(intervals.intersection(*solved)))
+            return named(("symbol", names.pop()), of_reals(intervals.intersection(*solved)))
     if len(sides) != 2 or len(trees) != 2:
         raise NotFormula("a chain of inequalities")
     left, right = reversed(trees) if signs[0] in (">", r"\ge") else trees
     numbers = numeric.values(("sum", (left, formula.negative(right))))
-    size = next(abs(number) for number in numbers if number)
+    size = next((abs(number) for number in numbers if number), None)
+    if size is None:
+        raise NotFormula("two equal sides")
     scaled = tuple(None if number is None else numeric.divide(number, size) for number in numbers)
     return Value(("inequality", signs[0] in ("<", ">"), signs[0] == r"\ne", numeric.key(scaled)))
