@@ -5,14 +5,20 @@ A response is hostile text until proven otherwise: every rule is linear in its l
 
 import re
 
-BOX_OR_BRACE = re.compile(r"\\f?box(?:ed)?\s*\{|\\[{}]|[{}]")  # escaped braces belong to the answer, not the nesting
+BOX_OR_BRACE = re.compile(
+    r"\\f?box(?:ed)?\s*\{|\\[{}]|[{}]"
+)  # escaped braces belong to the answer, not the nesting
 BARE_BOX = re.compile(r"\\boxed\s*(-?[0-9A-Za-z][0-9A-Za-z.,/]*)(?=[^0-9A-Za-z.,/])")
 EMPTY_BOX = re.compile(r"(?:\s|\\f?box(?:ed)?|\\text|\\[,;:! ]|[{}$~])*")
 ANSWER_IS = re.compile(r"answer\**\s*(?:is\b|:)[\s:*]*", re.IGNORECASE)
-LABEL = re.compile(r"\s*(\\(?:text|mathrm)(?:bf)?\s*\{\s*)?(?:the )?(?:final )?answer\s*(?:is\b:?|:|=)\s*", re.IGNORECASE)
+LABEL = re.compile(
+    r"\s*(\\(?:text|mathrm)(?:bf)?\s*\{\s*)?(?:the )?(?:final )?answer\s*(?:is\b:?|:|=)\s*", re.IGNORECASE
+)
 NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?\\?%?")
 LETTER = r"(?<![A-Za-z\\])([A-D])(?![A-Za-z0-9_^'])"
-ANOTHER_LETTER = r"[)}\]*$.]{0,4}(?:\s{0,3}(?:,\s{0,3})?(?:(?i:or|and)|&|/)|,)[\s({\[*$]{0,5}[A-D](?![A-Za-z])"
+ANOTHER_LETTER = (
+    r"[)}\]*$.]{0,4}(?:\s{0,3}(?:,\s{0,3})?(?:(?i:or|and)|&|/)|,)[\s({\[*$]{0,5}[A-D](?![A-Za-z])"
+)
 CHOICE_IS = re.compile(
     r"(?i:(?:answer|option|choice)\**\s{0,9}(?:is|:)[\s:*]{0,9}(?:(?:the\s)?(?:option|choice)\s?|\\(?:text|boxed|math)[a-z]{0,4})?)"
     rf"[\s*$({{\[]{{0,9}}{LETTER}(?P<another>{ANOTHER_LETTER}(?!\s(?:is|are|can|do|does|has|have)\b))?"

@@ -30,7 +30,9 @@ FUNCTIONS = {*CIRCULAR, *(f"arc{name}" for name in CIRCULAR), *"sinh cosh tanh l
 FUNCTION = "(?:" + "|".join(sorted(FUNCTIONS)) + "|log)(?![a-z])"
 NEXT_FACTOR = r"[A-Za-z(\[{]|\\\{|\\(?!right|mid|times|cdot|div|rfloor|rceil|circ|in(?![a-z]))[A-Za-z]+"
 DECIMAL = r"\d+\.\d*|\.\d+|\d+"
-REPEATING = r"(\d*)\.(\d*)(?:\\(?:overline|bar)(?:\{(\d+)\}|(\d))|\((\d+)\)|\\dot\{?(\d)\}?(?:(\d*)\\dot\{?(\d)\}?)?)"
+REPEATING = (
+    r"(\d*)\.(\d*)(?:\\(?:overline|bar)(?:\{(\d+)\}|(\d))|\((\d+)\)|\\dot\{?(\d)\}?(?:(\d*)\\dot\{?(\d)\}?)?)"
+)
 
 
 @cache
@@ -100,7 +102,9 @@ class _Parser:
                 result.append(self.factor(signed=True))
             elif not in_argument and self.take(r"/|\\div(?![a-z])"):
                 result = [("quotient", _product(result), self.factor(signed=True))]
-            elif self.sees(NEXT_FACTOR) or self.after_bracket(r"[\d.]") or (not self.bars and self.sees(r"\|")):
+            elif (
+                self.sees(NEXT_FACTOR) or self.after_bracket(r"[\d.]") or (not self.bars and self.sees(r"\|"))
+            ):
                 if in_argument and self.sees(r"\\(?:" + FUNCTION + ")"):
                     break
                 result.append(self.factor())
@@ -239,7 +243,9 @@ class _Parser:
 
     def root(self):
         index = self.inside(self.sum, r"\]") if self.take(r"\[") else ("number", Fraction(2))
-        digits = self.take(r"\d+")  # \sqrt12 is written for the root of 12, and nobody writes the root of 1 times 2
+        digits = self.take(
+            r"\d+"
+        )  # \sqrt12 is written for the root of 12, and nobody writes the root of 1 times 2
         radicand = ("number", Fraction(int(digits))) if digits else self.argument()
         return ("power", radicand, ("quotient", ("number", Fraction(1)), index))
 

@@ -1,6 +1,6 @@
 r"""How an answer is graded: extract_answer finds it, same_answer compares two by value, classes groups those that are equal.
 
-Each answer is read once into a value (values.py). No text is evaluated as code, and what could take long is refused by
+Each answer is read once into a value (reading.py). No text is evaluated as code, and what could take long is refused by
 rules that do not depend on time: a refused answer equals only the same spelling.
 """
 
@@ -9,8 +9,9 @@ import threading
 import time
 from functools import lru_cache
 
-from support import values
+from support import reading
 from support.extraction import boxed_letter, extract_answer
+from support.values import Value
 
 __all__ = ["classes", "extract_answer", "same_answer"]
 
@@ -54,21 +55,23 @@ def classes(answers: list[str | None], kind: str = "math") -> list[list[int]]:
             groups[min(equal)].append(index)
             continue
         by_key.setdefault(value.key, len(groups))
-        for reading in value.also:
-            by_reading.setdefault(reading, len(groups))
+        for key in value.also:
+            by_reading.setdefault(key, len(groups))
         groups.append([index])
     return groups
 
 
-def _value(answer: str, kind: str) -> values.Value:
+def _value(answer: str, kind: str) -> Value:
     if kind == "choice":
-        return values.Value(boxed_letter(answer.upper()) or answer.strip())
-    return _read(answer) if len(answer) <= values.MAX_LENGTH else values.read(answer)  # too long for the cache
+        return Value(boxed_letter(answer.upper()) or answer.strip())
+    return (
+        _read(answer) if len(answer) <= reading.MAX_LENGTH else reading.read(answer)
+    )  # too long for the cache
 
 
 @lru_cache(maxsize=100_000)
-def _read(answer: str) -> values.Value:
-    return _within_time_limit(lambda: values.read(answer), values.Value(("unread", answer)))
+def _read(answer: str) -> Value:
+    return _within_time_limit(lambda: reading.read(answer), Value(("unread", answer)))
 
 
 class _OutOfTime(BaseException):
@@ -85,7 +88,9 @@ def _within_time_limit(read, otherwise):
         raise _OutOfTime
 
     began, outer_handler = time.monotonic(), signal.signal(signal.SIGALRM, stop)
-    outer_delay, outer_interval = signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT, 1.0)  # again each second: see above
+    outer_delay, outer_interval = signal.setitimer(
+        signal.ITIMER_REAL, TIME_LIMIT, 1.0
+    )  # again each second: see above
     try:
         return read()
     except _OutOfTime:

@@ -200,7 +200,13 @@ def power(base, exponent):
     _small(abs(top / index * MP.log(base)))
     if index % 2 and index > 1 and not isinstance(base, MP.mpc) and base < 0:
         return _checked((-1) ** (top % 2) * MP.exp(MP.log(-base) * top / index))
-    return _checked(base**top if index == 1 else MP.sqrt(base) ** top if index == 2 else MP.power(base, MP.mpf(top) / index))
+    return _checked(
+        base**top
+        if index == 1
+        else MP.sqrt(base) ** top
+        if index == 2
+        else MP.power(base, MP.mpf(top) / index)
+    )
 
 
 def _small(number):
@@ -265,7 +271,11 @@ def call(name: str, number):
         base = {"ln": 1, "log": UNKNOWN_BASE, "lg": MP.log(10)}[name]
         return _snapped(MP.log(_inexact(number)) / base)
     if name in ("exp", "sinh", "cosh", "tanh"):
-        return Fraction(int(name in ("exp", "cosh"))) if number == 0 else _checked(getattr(MP, name)(_small(_inexact(number))))
+        return (
+            Fraction(int(name in ("exp", "cosh")))
+            if number == 0
+            else _checked(getattr(MP, name)(_small(_inexact(number))))
+        )
     angle = _inexact(number)
     if name.startswith("arc"):
         return _snapped(getattr(MP, "a" + name[3:])(angle))

@@ -28,11 +28,15 @@ REWRITES = [  # spelling, not meaning; in this order
     (re.compile(r"\\[dtc]frac(?![a-z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![a-z])"), r"\\binom"),
     (
-        re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|middle|displaystyle|limits|mathbf|boldsymbol|bm|f?box(?:ed)?)(?![A-Za-z])"),
+        re.compile(
+            r"\\(?:left|right|[bB]igg?[lrm]?|middle|displaystyle|limits|mathbf|boldsymbol|bm|f?box(?:ed)?)(?![A-Za-z])"
+        ),
         "",
     ),
     (
-        re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal)|mbox|hbox|math(?:rm|it|sf|tt)|operatorname\*?)(?![a-z])"),
+        re.compile(
+            r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal)|mbox|hbox|math(?:rm|it|sf|tt)|operatorname\*?)(?![a-z])"
+        ),
         r"\\text",
     ),
     (
@@ -86,7 +90,9 @@ def _unwrapped(match: re.Match) -> str:
         return match[0] if unit and len(content) == 1 else single[1]
     if not re.search(r"[A-Za-z]", content) or content.casefold() in ("or", "and"):
         return f" {content.casefold()} "
-    if re.match(r"[-$]?\.?\d|.*=|[^ ]+ (?:and|or) [^ ]+$", content) and not re.search("[A-Za-z]{2} and|[A-Za-z]{2} or", content):
+    if re.match(r"[-$]?\.?\d|.*=|[^ ]+ (?:and|or) [^ ]+$", content) and not re.search(
+        "[A-Za-z]{2} and|[A-Za-z]{2} or", content
+    ):
         return f" {content} "
     return rf"\text{{{content}}}"
 
@@ -96,88 +102,6 @@ def _joined(match: re.Match) -> str:
     before = match.string[: match.start()]
     pair = len(re.findall(r"[(\[]|\\\{", before)) > len(re.findall(r"[)\]]|\\\}", before))
     return match[0] if pair and "," in match[2] else match[1] + re.sub("[, ]", "", match[2])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# words behind a number
-
-MULTIPLIERS = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-NO_UNIT = {"dollar", "usd", "degree", "deg", "unit"}  # dropped without a trace, like the signs for dollars and degrees
-SYMBOLS = set("m g s h l L N J W V A K C F Hz Pa eV kJ kW kPa MPa mL mA mV".split())  # case counts
-UNITS = """
-    mm millimeter millimetre, cm centimeter centimetre, m meter metre, km kilometer kilometre, nm nanometer, in inch inches,
-    ft foot feet, yd yard, mi mile, mg milligram, g gram, kg kilogram, lb lbs pound, oz ounce, mL ml milliliter millilitre,
-    L l liter litre, s sec second, ms millisecond, min mins minute, h hr hrs hour, day, week, month, yr year, cent, rad radian,
-    acre, hectare, gallon, quart, pint, cup, ton tonne, Hz hertz, N newton, J joule, kJ kilojoule, W watt, kW kilowatt, V volt,
-    A amp ampere, Pa pascal, kPa, K kelvin, C celsius, F fahrenheit, mol mole, eV, ohm, calorie
-"""
-COUNTED = """
-    people person student point coin way apple orange ball marble book boy girl child children man men woman women card
-    game question problem page step time hand handshake side edge face vertex vertices triangle square rectangle circle
-    solution root integer number digit term value element subset arrangement permutation combination outcome possibility
-    possibilities choice path route color colour ticket stamp bean candy candies cookie sticker pencil pen flower tree rose
-    chair table seat team player member vote car bus buses trip lap sock shirt tile cube block brick piece slice
-    pizza pie egg penny pennies nickel dime bill animal dog cat cow horse chicken pig bird fish duck rabbit goat
-    sheep house room floor box boxes bag bottle jar glass glasses serving word letter sheet row column dot line region plane
-    zero zeros factor divisor
-"""
-UNIT_OF = {word: words.split()[0] for words in UNITS.split(",") for word in words.split()}
-COUNTED_WORDS = {word: word for word in (*COUNTED.split(), *NO_UNIT)}
-EXPONENT = r"(?:\s*\^\s*\{?\s*(-?[1-9])\s*\}?)?"
-WORDS_IN_TEXT = re.compile(r"(.*?\S)\s*\\text\{([^{}]*)\}" + EXPONENT)
-BARE_WORDS = re.compile(r"(.*?[\d})!])( ?)([A-Za-z]+(?:[ ./]+[A-Za-z]+)*\.?)" + EXPONENT)
-
-
-def words_behind(text: str) -> tuple[str, str]:
-    r"""Split a number from the words behind it: "6\text{ cm}^2" is ("6", "cm^2"), "6 cm" is ("6", "cm"), "6x" stays whole."""
-    match = WORDS_IN_TEXT.fullmatch(text)
-    if match:
-        head, words, exponent = match.groups()
-    else:
-        match = BARE_WORDS.fullmatch(text)
-        head, space, words, exponent = match.groups() if match else (text, "", "", None)
-        if len(words) == 1 and not (space and words in "mg"):  # 6 m may be meters, 6m and 6 n are products
-            return text, ""
-    if re.search(r"\\(?:begin|end|text)|[=<>]", head):
-        return text, ""
-    return head, words.strip() + (f"^{exponent}" if exponent else "")
-
-
-def known_words(words: str) -> tuple[int, str] | None:
-    """(factor, unit) of words behind a number, None if a word is unknown: a.m., north and the like are no units.
-
-    >>> known_words("million dollars"), known_words("square cm"), known_words("km/h"), known_words("north")
-    ((1000000, ''), (1, 'cm^2'), (1, 'h^-1 km'), None)
-    """
-    factor, units, sign, power = 1, [], 1, 1
-    words = re.sub(r"(?<=[A-Za-z]{2})\.", " ", words.replace(r"\cdot", " ")).replace("mph", "mi/h")
-    tokens = re.findall(r"[A-Za-z]+|\^-?\d|\S", words)
-    for token, following in zip(tokens, [*tokens[1:], ""], strict=True):
-        word = token.casefold()
-        if (word if word in MULTIPLIERS else word[:-1]) in MULTIPLIERS and not units:
-            factor *= MULTIPLIERS[word if word in MULTIPLIERS else word[:-1]]
-        elif word in ("/", "per"):
-            sign = -1
-        elif word in ("square", "sq", "cubic", "cu") and following.isalpha():
-            power = 2 if word[0] == "s" else 3
-        elif (word in ("squared", "cubed") or word[0] == "^") and units:
-            exponent = int(word[1:]) if word[0] == "^" else 2 if word[0] == "s" else 3
-            units[-1] = (units[-1][0], units[-1][1] * exponent)
-        elif _unit(token) is None:
-            return None
-        else:
-            units.append((_unit(token), sign * power))
-            power = 1
-    kept = sorted(unit for unit in units if unit[0] not in NO_UNIT)
-    return factor, " ".join(unit if exponent == 1 else f"{unit}^{exponent}" for unit, exponent in kept)
-
-
-def _unit(word: str) -> str | None:
-    """The unit or the counted thing that a word names, one name for all its forms."""
-    if len(word) == 1 or word in SYMBOLS:
-        return UNIT_OF.get(word) if word in SYMBOLS else None
-    forms = (word, word.casefold(), word.casefold().removesuffix("s"))
-    return next((table[form] for table in (UNIT_OF, COUNTED_WORDS) for form in forms[::-1] if form in table), None)
 
 
 def plain_text(text: str) -> str:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from questions import load
-from support import formula, grading, values
+from support import formula, grading, reading
 from support.grading import classes, extract_answer, same_answer
 
 ROOT = Path(__file__).parents[1]
@@ -172,7 +172,7 @@ def test_choices(a, b, expected):
 
 def test_equality_does_not_depend_on_the_cache():
     for a, b in pairs(EQUAL + UNEQUAL):
-        first, second = values.read(a), values.read(b)
+        first, second = reading.read(a), reading.read(b)
         assert first.equals(second) == second.equals(first) == same_answer(a, b), (a, b)
 
 
@@ -192,7 +192,7 @@ def test_gold_answers_equal_themselves(name):
 def test_gold_formulas_are_understood_rather_than_only_spelled():
     for question in load(str(DATA / "math.json")):
         gold = question.answer
-        assert values.read(gold).key[0] != "text" or gold.startswith(r"\text"), gold
+        assert reading.read(gold).key[0] != "text" or gold.startswith(r"\text"), gold
 
 
 # Every pair of differently spelled gold answers of MATH-500 that counts as equal. A percent, based numeral or degree
