@@ -20,7 +20,8 @@ ANOTHER_LETTER = (
     r"[)}\]*$.]{0,4}(?:\s{0,3}(?:,\s{0,3})?(?:(?i:or|and)|&|/)|,)[\s({\[*$]{0,5}[A-D](?![A-Za-z])"
 )
 CHOICE_IS = re.compile(
-    r"(?i:(?:answer|option|choice)\**\s{0,9}(?:is|:)[\s:*]{0,9}(?:(?:the\s)?(?:option|choice)\s?|\\(?:text|boxed|math)[a-z]{0,4})?)"
+    r"(?i:(?:answer|option|choice)\**\s{0,9}(?:is|:)[\s:*]{0,9}"
+    r"(?:(?:the\s)?(?:option|choice)\s?|\\(?:text|boxed|math)[a-z]{0,4})?)"
     rf"[\s*$({{\[]{{0,9}}{LETTER}(?P<another>{ANOTHER_LETTER}(?!\s(?:is|are|can|do|does|has|have)\b))?"
 )
 IS_CORRECT = re.compile(LETTER + r"[)}\]*$]{0,4}\s{1,3}is\s{1,3}(?:the\s)?(?i:correct|right|best|answer)")
@@ -36,10 +37,11 @@ NOT_A_CHOICE = re.compile(rf"[\s}})]*[_^=]|{ANOTHER_LETTER}|[)}}\]\s,]+[({{\[]*[
 def extract_answer(text: str, kind: str = "math", truncated: bool = False) -> str | None:
     r"""The answer that a response gives, or None. Linear in the length of the text.
 
-    The last complete \boxed{...} that is not empty (if all are empty there is no answer); else what follows the last
-    "answer is" or "answer:"; else the last number, but not in a truncated response, where it is whatever was being
-    written. Choices: the letter in the box, which may name none; else "answer is (X)"; else, unless truncated, the last
-    capital A to D that stands alone. What follows a </think> counts first; behind it the thought is searched.
+    The last complete \boxed{...} that is not empty (if all are empty there is no answer); else what follows the
+    last "answer is" or "answer:"; else the last number, but not in a truncated response, where it is whatever was
+    being written. Choices: the letter in the box; else "answer is (X)" after the box; else, without a box and
+    unless truncated, the last capital A to D that stands alone. What follows the last </think> counts first; if it
+    holds no answer, the box or the "answer is" of the thought does.
 
     >>> extract_answer(r"so \boxed{\frac{1}{2}} it is")
     '\\frac{1}{2}'
@@ -89,9 +91,9 @@ def _last(pattern: re.Pattern, text: str, start: int = 0) -> re.Match | None:
 
 
 def _last_box(text: str) -> tuple[int, int] | None:
-    r"""Where the content stands of the complete box that begins last and is not empty; if all are empty, an empty span.
+    r"""(start, end) of what stands in the last complete box that is not empty.
 
-    None without a box. One pass, however deep the nesting.
+    If all boxes are empty, an empty span; None without a box. One pass, however deep the nesting.
     """
     last_start, answer, open_braces = -1, None, []
     for match in BOX_OR_BRACE.finditer(text):
@@ -120,7 +122,7 @@ def _without_label(answer: str) -> str:
 
 
 def _phrase(text: str, truncated: bool) -> str | None:
-    """What follows the last "answer is": the formula in dollars, else the number, else the rest of the sentence."""
+    """What follows the last "answer is": the formula in dollars, else the number, else the sentence's rest."""
     match = _last(ANSWER_IS, text)
     if match is None:
         return None
@@ -137,7 +139,7 @@ def _phrase(text: str, truncated: bool) -> str | None:
 
 
 def boxed_letter(answer: str) -> str | None:
-    r"""The choice that a boxed text names: "B", "(B)", "\text{B}", "B. The Sun", but not "A or B" or "D_{3h}"."""
+    r"""The choice that a boxed text names: "B", "(B)", "\text{B}", "B. The Sun"; not "A or B", "D_{3h}"."""
     answer = re.sub(r"\\[A-Za-z]+|\\.", " ", answer[:1000])
     match = BOXED_LETTER.match(answer)
     if match is None or NOT_A_CHOICE.match(answer, match.end()):

@@ -1,9 +1,9 @@
-r"""One formula, in LaTeX or plain text, to a tree: parse(r"\frac{1}{2}x") -> ("product", (("number", 1/2), ...)).
+r"""One formula, in LaTeX or plain text, to a tree: parse("2x") -> ("product", (("number", 2), ("symbol", "x"))).
 
 A recursive-descent parser for what answers are made of: numbers, letters, + - * / ^, fractions, roots, factorials,
-binomials, absolute values and the elementary functions. Everything else (sums, integrals, limits, towers of brackets)
-is no formula here. The time is linear in the length, no text is ever evaluated as code, and two readings of one
-spelling (`\sin x/2`, `3 4`) are refused rather than guessed.
+binomials, absolute values and the elementary functions. Everything else (sums, integrals, limits) is no formula
+here. The time is linear in the length and no text is ever evaluated as code. A spelling that can be read in two
+ways (`\sin x/2`, `3 4`) is refused rather than guessed.
 
     tree = ("number", Fraction) | ("symbol", name) | ("constant", "pi" | "e" | "i")
          | ("sum" | "product", (tree, ...)) | ("power" | "quotient" | "binomial", tree, tree)
@@ -22,8 +22,8 @@ class NotFormula(ValueError):
 
 
 GREEK = """
-    alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon
-    phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar
+    alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau
+    upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar
 """.split()
 CIRCULAR = "sin cos tan cot sec csc".split()
 FUNCTIONS = {*CIRCULAR, *(f"arc{name}" for name in CIRCULAR), *"sinh cosh tanh ln lg exp".split()}
@@ -95,7 +95,7 @@ class _Parser:
                 return terms[0] if len(terms) == 1 else ("sum", tuple(terms))
 
     def product(self, in_argument: bool = False):
-        """Factors one after another; `x2` and `3 4` are refused, (3)4 is not."""
+        """Factors one after another; `x2` and `3 4` are refused, `(3)4` is a product."""
         result = [self.factor()]
         while True:
             if not in_argument and self.take(r"\*(?!\*)|\\cdot(?![a-z])|\\times(?![a-z])"):
@@ -122,7 +122,7 @@ class _Parser:
         return negative(base) if sign == "-" else base
 
     def postfix(self, base):
-        """Factorials and degrees: degrees count as such in the argument of a function, elsewhere they are a unit."""
+        """Factorials and degrees; only in the argument of a function does the degree sign change the value."""
         while True:
             if self.take(r"!(?!\s*!)"):
                 base = ("call", "factorial", base)
@@ -184,7 +184,7 @@ class _Parser:
         return self.after_number(value)
 
     def mixed(self) -> Fraction | None:
-        r"""The proper fraction of a mixed number, `\frac34` or ` 3/4` behind a whole number; None if there is none."""
+        r"""The fraction of a mixed number, `\frac34` or ` 3/4` behind a whole number; None if it is not proper."""
         match = _compiled(
             r"\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))|(?<=\s)(\d+)\s*/\s*(\d+)(?![\d.])"
         ).match(self.text, self.at)
@@ -203,7 +203,7 @@ class _Parser:
         return ("number", value)
 
     def symbol(self, name: str):
-        """A letter with its index and primes; e and i are numbers, and f, g, h before a bracket are functions."""
+        """A letter with its index and primes; e and i are numbers, f, g, h before a bracket are functions."""
         if self.take(r"_"):
             index = self.take(r"\{[A-Za-z0-9, ]{1,12}\}|[A-Za-z0-9]")
             if index is None:
@@ -250,7 +250,7 @@ class _Parser:
         return ("power", radicand, ("quotient", ("number", Fraction(1)), index))
 
     def call(self, build, name: str = ""):
-        r"""A function of what follows: `\sin^2(x)`, `\sin 2x`; the bracket ends the argument, so `\sin(x) y` is a product."""
+        r"""A function of what follows: `\sin 2x`, `\sin^2(x)`; a bracket is the whole argument, as in `\sin(x) y`."""
         power = self.inside(self.exponent) if self.take(r"\^") else None
         inverse = power == ("number", Fraction(-1)) or power == negative(("number", Fraction(1)))
         if inverse and name in CIRCULAR:

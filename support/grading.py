@@ -1,7 +1,7 @@
-r"""How an answer is graded: extract_answer finds it, same_answer compares two by value, classes groups those that are equal.
+r"""How answers are graded: extract_answer finds one, same_answer compares two by value, classes groups many.
 
-Each answer is read once into a value (reading.py). No text is evaluated as code, and what could take long is refused by
-rules that do not depend on time: a refused answer equals only the same spelling.
+Each answer is read once into a value (reading.py). No text is evaluated as code, and what could take long is
+refused by rules that do not depend on time: a refused answer equals only the same spelling.
 """
 
 import signal
@@ -22,11 +22,11 @@ grading_timeouts = 0  # answers that ran into the limit, which the rules of size
 def same_answer(a: str, b: str, kind: str = "math") -> bool:
     r"""Whether two answers are mathematically equal: exactly, so 0.333 is not 1/3. Symmetric; raises nothing.
 
-    A percent equals both of its readings (50% is 50 and 0.5), so equality is not transitive. A unit or a name may be left
-    out ("x = 5" equals "5"), but not exchanged ("x = 5" is not "y = 5"). A list is a set: "1, 2" equals "2, 1". Text is
-    compared without case.
+    A percent equals both of its readings (50% is 50 and 0.5), so equality is not transitive. A unit or a name may be
+    left out ("x = 5" equals "5"), but not exchanged ("x = 5" is not "y = 5"). A list is a set: "1, 2" equals
+    "2, 1". Words are compared without case.
 
-    >>> same_answer(r"\frac{1}{2}", "0.50"), same_answer(r"\sqrt{12}", r"2\sqrt{3}"), same_answer("50%", "0.5")
+    >>> same_answer(r"\frac{1}{2}", "0.50"), same_answer(r"\sqrt{8}", r"2\sqrt{2}"), same_answer("50%", "0.5")
     (True, True, True)
     >>> same_answer("50", "0.5"), same_answer("(1,2)", "(2,1)"), same_answer("(B)", "B", kind="choice")
     (False, False, True)
@@ -37,8 +37,9 @@ def same_answer(a: str, b: str, kind: str = "math") -> bool:
 def classes(answers: list[str | None], kind: str = "math") -> list[list[int]]:
     """Group equal answers: lists of indices, in the order of their first members; None is in no class.
 
-    Equality is not transitive (50% equals 0.5 and 50, yet 0.5 is not 50), so an answer joins the first class whose *first
-    member* it equals. One pass: a table says for each key of a first member which class is the first to have it.
+    Equality is not transitive (50% equals 0.5 and 50, yet 0.5 is not 50), so an answer joins the first class whose
+    *first member* it equals. One pass: tables say which class is the first whose first member has a key or a
+    reading.
 
     >>> classes(["1/2", "3", "0.5", None])
     [[0, 2], [1]]
@@ -79,7 +80,7 @@ class _OutOfTime(BaseException):
 
 
 def _within_time_limit(read, otherwise):
-    """read(), or `otherwise` after TIME_LIMIT seconds, which is counted. A timer that was already running goes on."""
+    """read(), or `otherwise` after TIME_LIMIT seconds, which is counted. A timer that was running goes on."""
     global grading_timeouts
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         return read()

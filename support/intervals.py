@@ -1,4 +1,4 @@
-"""Unions of intervals of real numbers, as sorted tuples of (low, low_closed, high, high_closed), and linear inequalities.
+"""Unions of intervals of real numbers, sorted tuples of (low, low_closed, high, high_closed); linear inequalities.
 
 Ends are Fraction, mpf or a float infinity; two ends are the same if their keys are.
 """
@@ -98,7 +98,7 @@ def complement(pieces: tuple) -> tuple:
     return result
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # inequalities in one letter
 
 
@@ -119,7 +119,7 @@ def line(tree) -> tuple | None:
 
 
 def solve(left, sign: str, right) -> tuple | None:
-    r"""The reals for which `left sign right` holds, sides as trees or texts with \infty; None if that is not clear."""
+    r"""The reals for which `left sign right` holds; a side is a tree or a text with \infty. None if not linear."""
     if isinstance(left, str) or isinstance(right, str):  # x < \infty excludes nothing
         return ALL
     if sign in (">", r"\ge"):

@@ -1,8 +1,9 @@
-"""Trees of formula.py to numbers: exact fractions where possible, else 130 digits, and keys that equal values share.
+"""Trees of formula.py to numbers: exact fractions where possible, else 130 digits; keys that equal values share.
 
-A formula with letters is evaluated at six fixed points, so its key is a fingerprint: two formulas are taken for equal
-if they agree to 90 digits everywhere. That is no proof. But formulas of at most 300 characters that agree so far and
-still differ have to be built for it, and an exact decision by computer algebra would need a time limit.
+Fractions are compared exactly. Roots, logarithms and the like are taken for equal if they agree to 90 digits, and
+formulas with letters if they do so at six fixed points. That is no proof. But formulas of at most 300 characters
+that agree so far and still differ have to be built for it, and an exact decision by computer algebra would need a
+limit of time.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ POSITIVE_POINTS = 2  # all letters are positive in the first of them
 
 
 def letter(name: str, point: int):
-    """The fixed value of a letter at a point: 0.6, 3, 0.9, 30, 7 or 500 times 1 to 2, negative at half of the last four."""
+    """The fixed value of a letter at a point, small and large; negative at half of the last four points."""
     digest = hashlib.sha256(name.encode()).digest()
     noise = int.from_bytes(hashlib.sha512(f"{name} {point}".encode()).digest(), "big")
     size = MP.mpf((0.625, 3, 0.875, 30, 7, 500)[point]) * (1 + MP.mpf(noise) / 2**512)
@@ -97,12 +98,12 @@ def _digits(number):
     return (int(MP.sign(number)), *map(int, number.man_exp))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # arithmetic on Fraction, mpf and mpc: exact as long as it can be, and what is 0 is exactly 0
 
 
 def evaluate(tree, letter_value):
-    """The number of a tree, letters by letter_value(name). Raises NotFormula (also for 1/0, and if it would be huge)."""
+    """The number of a tree, letters by letter_value(name). Raises NotFormula, for 1/0 and huge numbers as well."""
     try:
         return _evaluate(tree, letter_value)
     except (ArithmeticError, ValueError, TypeError, MP.NoConvergence) as error:
@@ -254,7 +255,7 @@ UNKNOWN_BASE = MP.mpf(int.from_bytes(hashlib.sha512(b"log").digest(), "big")) / 
 
 
 def call(name: str, number):
-    r"""An elementary function. \log without a base is a logarithm of unknown base: neither \ln nor \lg, but \log 4 = 2\log 2."""
+    r"""An elementary function. \log without a base is of unknown base: neither \ln nor \lg, but \log 4 = 2\log 2."""
     if name in ("floor", "ceil"):
         return _whole(name, number)
     if name == "abs":

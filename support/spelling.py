@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001
-r"""One spelling for what is written in several ways, and the words of answers: clean(r"$\dfrac{1}{2}$.") -> r"\frac{1}{2}"."""
+r"""One spelling for what is written in several ways: clean(r"$\dfrac{1}{2}$.") -> r"\frac{1}{2}"."""
 
 import re
 
@@ -82,7 +82,7 @@ def clean(answer: str) -> str:
 
 
 def _unwrapped(match: re.Match) -> str:
-    r"""\text{17} is 17, \text{(B)} is B, \text{ or } is a word between formulas; other words keep their \text."""
+    r"""\text{17} is 17, \text{(B)} is B, \text{ or } stands between formulas; other words keep their \text."""
     content = " ".join(match[1].split())
     single = re.fullmatch(r"\(?([A-Za-z])\)?", content)
     if single:
@@ -107,8 +107,8 @@ def _joined(match: re.Match) -> str:
 def plain_text(text: str) -> str:
     r"""Words without case, spacing and \text: what answers that are no formula are compared by."""
     words = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
-    if not re.search(r"\\[A-Za-z]", words) and re.search(r"[A-Za-z]{2}|\b[ap]\. ?m\b", words):
-        words = re.sub(r"\b([ap])\. ?m\b\.?", r"\1m", words.casefold())
+    if not re.search(r"\\[A-Za-z]", words) and re.search(r"[A-Za-z]{3}|\b[ap]\.? ?m\b", words, re.I):
+        words = re.sub(r"\b([ap])\.? ?m\b\.?", r"\1m", words.casefold())
     words = re.sub(r"(?<=\d) (?=[ap]m\b)", "", " ".join(words.split()))
     words = re.sub(r"\{([A-Za-z0-9])\}", r"\1", words)
     return re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", words).rstrip(".")

@@ -1,8 +1,8 @@
 r"""What an answer is: a value with a key that equal values share, and the keys of its other readings.
 
-`Value.key` says what it is; `Value.also` are the keys of other readings of the same spelling: 50\% may be read as 50 and
-as 0.5, x = 5 as 5, "1, 2" as (1, 2). Two values are equal if their keys are, or if the key of one is among the other
-readings of the other. So x = 5 is 5, but x = 5 is not y = 5.
+`Value.key` says what it is; `Value.also` are the keys of other readings of the same spelling: 50\% may be read as 50
+and as 0.5, x = 5 as 5, "1, 2" as (1, 2). Two values are equal if their keys are, or if the key of one is among the
+other readings of the other. So x = 5 is 5, but x = 5 is not y = 5.
 """
 
 from collections import Counter
@@ -32,11 +32,9 @@ def scalar(tree) -> Value:
 
 def set_of(elements: list[Value]) -> Value:
     """A set; one element alone may stand without its braces."""
-    counted = frozenset(Counter(element.key for element in elements).items())
-    return Value(
-        ("set", counted),
-        frozenset(element.key for element in elements if len(elements) == 1 and element.key[0] != "set"),
-    )
+    keys = [element.key for element in elements]
+    alone = keys if len(keys) == 1 and keys[0][0] != "set" else []
+    return Value(("set", frozenset(Counter(keys).items())), frozenset(alone))
 
 
 def tuple_key(elements: list[Value]) -> tuple:
@@ -44,17 +42,13 @@ def tuple_key(elements: list[Value]) -> tuple:
 
 
 def of_reals(pieces: tuple) -> Value:
-    """A union of intervals; an open one may be read as a pair, and a point as its number."""
+    """A union of intervals; one that is open may be read as a pair."""
+    end = intervals.end_key
     keys = tuple(
-        (intervals.end_key(a), closed_a, intervals.end_key(b), closed_b)
-        for a, closed_a, b, closed_b in pieces
+        (end(low), low_closed, end(high), high_closed) for low, low_closed, high, high_closed in pieces
     )
-    also = set()
-    if len(keys) == 1 and not keys[0][1] and not keys[0][3]:
-        also.add(("tuple", keys[0][0], keys[0][2]))
-    if not keys:
-        also.add(set_of([]).key)
-    return Value(("reals", keys), frozenset(also), reals=pieces)
+    also = [("tuple", keys[0][0], keys[0][2])] if len(keys) == 1 and not (keys[0][1] or keys[0][3]) else []
+    return Value(("reals", keys) if keys else set_of([]).key, frozenset(also), reals=pieces)
 
 
 def named(name: Hashable, value: Value) -> Value:
@@ -71,29 +65,20 @@ def label(tree) -> Hashable:
 # equations and inequalities
 
 
-def equation(left, right, right_values) -> Value:
-    """left = right, two formulas; x = 5 and 2x = 10 are named values, and a name may be left out."""
-    simple = left[0] in ("symbol", "opaque")
-    right_key = numeric.key(right_values)
-    if len(right_values) == 1:
-        if simple:
-            return named(label(left), Value(right_key))
-        root = root_of(left, right)
-        if root is not None:
-            name, value = root
-            solved = named(("symbol", name), scalar(("number", value)))
-            return (
-                replace(solved, also=frozenset([right_key]))
-                if is_asked(left, right_values)
-                else replace(solved, also=frozenset())
-            )
+def equation(left, right) -> Value:
+    """left = right, two formulas: the name may be left out of x = 5 and y = 2x + 3, and 2x = 10 is x = 5."""
+    numbers = numeric.values(right)
+    constant, simple = len(numbers) == 1, left[0] in ("symbol", "opaque")
+    if constant and simple:
+        return named(label(left), Value(numeric.key(numbers)))
+    asked = is_asked(left, numbers[0]) if constant else simple and right[0] != "symbol"
+    also = frozenset([numeric.key(numbers)] if asked else [])
+    root = root_of(left, right) if constant else None
+    if root is not None:
+        name, value = root
+        return replace(named(("symbol", name), scalar(("number", value))), also=also)
     difference = ("sum", (left, formula.negative(right)))
-    also = (
-        {right_key}
-        if (simple and right[0] != "symbol") or (len(right_values) == 1 and is_asked(left, right_values))
-        else set()
-    )
-    return Value(numeric.equation_key(numeric.values(difference)), frozenset(also))
+    return Value(numeric.equation_key(numeric.values(difference)), also)
 
 
 def root_of(left, right) -> tuple[str, Fraction] | None:
@@ -108,12 +93,10 @@ def root_of(left, right) -> tuple[str, Fraction] | None:
     return names.pop(), -line[1] / line[0]
 
 
-def is_asked(left, right_values) -> bool:
-    """Whether `left = number` names what was asked for, 10p+q = 37, rather than a curve, 2x+z = 5 or x^2+y^2 = 9."""
-    if right_values[0] == 0:
-        return False
+def is_asked(left, number) -> bool:
+    """Whether `left = number` names what was asked for, 10p+q = 37, and not a curve, 2x+z = 5 or x^2+y^2 = 9."""
     coordinates = numeric.letters(left) & {"x", "y", "z"}
-    return not coordinates or not _has_number(left)
+    return number != 0 and not (coordinates and _has_number(left))
 
 
 def _has_number(tree) -> bool:
@@ -121,7 +104,7 @@ def _has_number(tree) -> bool:
 
 
 def inequality(sides: list, signs: list[str]) -> Value:
-    """A chain of inequalities in one letter, linear or the absolute value of such, as a set; another one as it stands."""
+    """Inequalities in one letter, linear or of the absolute value of such, as a set; another one as it stands."""
     trees = [side for side in sides if isinstance(side, tuple)]
     names = set().union(*map(numeric.letters, trees))
     if len(names) == 1:

@@ -49,7 +49,7 @@ BARE_WORDS = re.compile(r"(.*?[\d})!])( ?)([A-Za-z]+(?:[ ./]+[A-Za-z]+)*\.?)" + 
 
 
 def words_behind(text: str) -> tuple[str, str]:
-    r"""Split a number from the words behind it: "6\text{ cm}^2" is ("6", "cm^2"), "6 cm" is ("6", "cm"), "6x" stays whole."""
+    r"""Split a number from the words behind it: "6\text{ cm}^2" is ("6", "cm^2"); "6x" stays whole, ("6x", "")."""
     match = WORDS_IN_TEXT.fullmatch(text)
     if match:
         head, words, exponent = match.groups()
@@ -64,7 +64,7 @@ def words_behind(text: str) -> tuple[str, str]:
 
 
 def known_words(words: str) -> tuple[int, str] | None:
-    """(factor, unit) of words behind a number, None if a word is unknown: a.m., north and the like are no units.
+    """(factor, unit) of words behind a number, None if a word is unknown: north and the like are no units.
 
     >>> known_words("million dollars"), known_words("square cm"), known_words("km/h"), known_words("north")
     ((1000000, ''), (1, 'cm^2'), (1, 'h^-1 km'), None)
@@ -126,10 +126,10 @@ SHORT_WORDS = {
 
 
 def read_words(text: str, depth: int) -> Value | None:
-    r"""Words: \text{No}, No, no, Monday. Two or three bare letters may be a product too, unless they look like a name."""
+    r"""Words: \text{No}, No, Monday. Two or three bare letters may be a product too, unless they look like a name."""
     match = re.fullmatch(r"\\text\{([^{}\\]*)\}", text)
     if match:
-        return Value(("text", spelling.plain_text(match[1])))
+        return Value(("text", spelling.plain_text(match[1]).casefold()))
     if re.fullmatch(r"(?=.{4})[A-Za-z]{2,}(?:[ '-]+[A-Za-z']+)*", text):
         return Value(("text", spelling.plain_text(text)))
     if not re.fullmatch(r"[A-Za-z]{2,3}", text):
@@ -185,7 +185,7 @@ def in_base(sign: str, digits: str, base: str) -> Value:
 
 
 def with_words(head: str, words: str, text: str) -> Value | None:
-    """A number and words: a factor multiplies, a unit may be left out, other words may not; None if it is a formula."""
+    """A number and words: a factor multiplies, a unit may be left out, other words may not; None for a formula."""
     if RATIO.fullmatch(head):
         raise NotFormula("a time of day")
     known, bare = known_words(words), r"\text" not in text
