@@ -2,9 +2,10 @@ r"""Equality of answers beside math-verify's own parse and verify, on the pairs 
 
     python bench/grading.py             # about two minutes on one core
 
-math-verify is asked as its README recommends for answers: parse("$...$") with its LaTeX and expression extraction, then
-verify(gold, answer); a pair is equal only if it says so in both orders, as a vote does not know which of two is the truth.
-Wrongly equal is the worse mistake: it makes the class of a wrong label larger. At the end one line of JSON.
+math-verify is asked as its README recommends for answers: parse("$...$") with its LaTeX and expression
+extraction, then verify(gold, answer); a pair is equal only if it says so in both orders, as a vote does not
+know which of two is the truth. Wrongly equal is the worse mistake: it makes the class of a wrong label
+larger. At the end one line of JSON.
 """
 
 import json
@@ -15,7 +16,7 @@ from common import ROOT, last_line, peer, say, table
 
 from support import grading
 
-PAIRS = [json.loads(line) for line in (ROOT / "tests" / "answer_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+PAIRS = list(map(json.loads, (ROOT / "tests" / "answer_pairs.jsonl").read_text("utf-8").splitlines()))
 RESULTS = ("right", "wrongly equal", "wrongly different")
 
 
@@ -55,13 +56,16 @@ def judged(equal):
 
 def main():
     sides = {"ours": judged(both_orders), "math-verify": judged(math_verify_equal())}
-    header = ["kind", "pairs", *(f"{side}: {name}" for side in sides for name in ("right", "=", "/=", "s"))]
+    header = ["kind", "pairs", *("right", "=", "/=", "s") * 2]
     rows = []
     for kind in sides["ours"]:
         pairs = sum(sides["ours"][kind][column] for column in RESULTS)
         cells = ([*(row[kind][c] for c in RESULTS), f"{row[kind]['seconds']:.2f}"] for row in sides.values())
         rows.append([kind, pairs, *(cell for side in cells for cell in side)])
-    say(table(header, rows) + "\n\n=   wrongly equal\n/=  wrongly different\n")
+    say(
+        table(header, rows)
+        + "\n\nleft: ours, right: math-verify\n=    wrongly equal\n/=   wrongly different\n"
+    )
     last_line("grading", pairs=len(PAIRS), **{side.replace("-", "_"): kinds for side, kinds in sides.items()})
 
 

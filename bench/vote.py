@@ -2,9 +2,10 @@ r"""Seconds of a vote: extraction from 64 responses with 64 different formulas, 
 
     python bench/vote.py                # a few seconds on one core
 
-All GPUs wait while rank 0 votes, so the worst case counts: every response gives another formula. Each kind is read for the
-first time (the cache is emptied), with the answer at the end of an ordinary response. The last row is what a step really
-looks like: 512 responses to 8 questions, mostly numbers that repeat. At the end one line of JSON.
+All GPUs wait while rank 0 votes, so the worst case counts: every response gives another formula. Each kind
+is read for the first time (the cache is emptied), with the answer at the end of an ordinary response. The
+last row is what a step really looks like: 512 responses to 8 questions, mostly numbers that repeat. At the
+end one line of JSON.
 """
 
 import random
@@ -23,7 +24,7 @@ FORMULAS = {  # of a number from 2 to 65
     "powers": lambda n: rf"2^{{{n}}} \cdot 3^{{{n}x}} - (x+{n})^{{12}}",
     "tuples": lambda n: rf"\left({n}, \frac{{\sqrt{{{n}}}}}{{2}}, -\frac{{\pi}}{{{n}}}\right)",
     "matrices": lambda n: rf"\begin{{pmatrix}} {n} & \frac{{1}}{{{n}}} \\ -\sqrt{{{n}}} & 3 \end{{pmatrix}}",
-    "intervals": lambda n: rf"\left(-\infty, -\sqrt{{{n}}}\right) \cup \left[\frac{{{n}}}{{3}}, \infty\right)",
+    "intervals": lambda n: rf"(-\infty, -\sqrt{{{n}}}) \cup \left[\frac{{{n}}}{{3}}, \infty\right)",
     "systems": lambda n: rf"{n}x + 3y = 7, \quad x - {n}y = 2",
     "conics": lambda n: rf"\frac{{(x-{n})^2}}{{16}} + \frac{{(y+3)^2}}{{{n}}} = 1",
     "inequalities": lambda n: rf"|{n}x - 5| \le {n + 2}",
@@ -39,13 +40,14 @@ def responses(formulas):
 def vote(groups):
     """(classes, CPU-seconds) of extraction and grouping, from an empty cache."""
     grading._read.cache_clear()
-    count = lambda: sum(len(grading.classes([grading.extract_answer(text) for text in group])) for group in groups)  # noqa: E731
-    found, _, seconds = clocked(count)
-    return found, seconds
+    found, _, seconds = clocked(
+        lambda: [grading.classes(map(grading.extract_answer, group)) for group in groups]
+    )
+    return sum(map(len, found)), seconds
 
 
 def ordinary():
-    """8 groups of 64 responses; one answer in eight is a formula, two thirds of the numbers are the most frequent one."""
+    """8 groups of 64 responses: one answer in eight is a formula, two thirds of the numbers are the same."""
     draw, formulas = random.Random(0), [*FORMULAS.values()]
     groups = []
     for question in range(8):
@@ -56,13 +58,18 @@ def ordinary():
 
 
 def main():
-    rows = {"kind": ("answers", "classes", "seconds")}
-    for kind, formula in FORMULAS.items():
-        rows[kind] = (64, *vote([responses(map(formula, range(2, 66)))]))
-    rows["ordinary responses"] = (512, *vote(ordinary()))
-    cells = [(kind, count, classes, f"{seconds:.3f}") for kind, (count, classes, seconds) in [*rows.items()][1:]]
-    say(table(("kind", *rows.pop("kind")), cells))
-    last_line("vote", seconds={kind: row[2] for kind, row in rows.items()}, classes={kind: row[1] for kind, row in rows.items()})
+    kinds = {kind: [responses(map(formula, range(2, 66)))] for kind, formula in FORMULAS.items()}
+    kinds["ordinary responses"] = ordinary()
+    found = {kind: vote(groups) for kind, groups in kinds.items()}
+    rows = [
+        (kind, sum(map(len, kinds[kind])), classes, f"{seconds:.3f}")
+        for kind, (classes, seconds) in found.items()
+    ]
+    say(table(("kind", "answers", "classes", "seconds"), rows))
+    last_line(
+        "vote",
+        **{kind: {"classes": classes, "seconds": seconds} for kind, (classes, seconds) in found.items()},
+    )
 
 
 if __name__ == "__main__":

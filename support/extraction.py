@@ -37,11 +37,11 @@ NOT_A_CHOICE = re.compile(rf"[\s}})]*[_^=]|{ANOTHER_LETTER}|[)}}\]\s,]+[({{\[]*[
 def extract_answer(text: str, kind: str = "math", truncated: bool = False) -> str | None:
     r"""The answer that a response gives, or None. Linear in the length of the text.
 
-    The last complete \boxed{...} that is not empty (if all are empty there is no answer); else what follows the
-    last "answer is" or "answer:"; else the last number, but not in a truncated response, where it is whatever was
-    being written. Choices: the letter in the box; else "answer is (X)" after the box; else, without a box and
-    unless truncated, the last capital A to D that stands alone. What follows the last </think> counts first; if it
-    holds no answer, the box or the "answer is" of the thought does.
+    The last complete \boxed{...} that is not empty (if all are empty there is no answer); else what follows
+    the last "answer is" or "answer:"; else the last number, but not in a truncated response, where it is
+    whatever was being written. Choices: the letter in the box; else "answer is (X)" after the box; else,
+    without a box and unless truncated, the last capital A to D that stands alone. What follows the last
+    </think> counts first; if it holds no answer, the box or the "answer is" of the thought does.
 
     >>> extract_answer(r"so \boxed{\frac{1}{2}} it is")
     '\\frac{1}{2}'
@@ -71,7 +71,7 @@ def _answer(text: str, truncated: bool) -> str | None:
 
 def _choice(text: str, truncated: bool) -> str | None:
     box = _last_box(text)
-    found = boxed_letter(text[slice(*box)]) if box else None
+    found = boxed_letter(_without_label(text[slice(*box)])) if box else None
     if found:
         return found
     phrase = _last(CHOICE_IS, text, box[1] if box else 0)
@@ -101,8 +101,8 @@ def _last_box(text: str) -> tuple[int, int] | None:
         if token == "}":
             start, content_start = open_braces.pop() if open_braces else (-1, 0)
             if start > last_start:
-                empty = EMPTY_BOX.match(text, content_start, match.start()).end() == match.start()
-                if not empty:
+                content = text[content_start : min(match.start(), content_start + 100)]
+                if not EMPTY_BOX.fullmatch(content):
                     last_start, answer = start, (content_start, match.start())
                 answer = answer or (match.start(), match.start())
         elif token[-1] == "{" and token != "\\{":
@@ -122,7 +122,7 @@ def _without_label(answer: str) -> str:
 
 
 def _phrase(text: str, truncated: bool) -> str | None:
-    """What follows the last "answer is": the formula in dollars, else the number, else the sentence's rest."""
+    """What follows the last "answer is": a formula in dollars, a number, or the rest of the sentence."""
     match = _last(ANSWER_IS, text)
     if match is None:
         return None

@@ -1,9 +1,9 @@
-r"""One formula, in LaTeX or plain text, to a tree: parse("2x") -> ("product", (("number", 2), ("symbol", "x"))).
+r"""A formula in LaTeX or plain text to a tree: parse("2x") is ("product", (("number", 2), ("symbol", "x"))).
 
-A recursive-descent parser for what answers are made of: numbers, letters, + - * / ^, fractions, roots, factorials,
-binomials, absolute values and the elementary functions. Everything else (sums, integrals, limits) is no formula
-here. The time is linear in the length and no text is ever evaluated as code. A spelling that can be read in two
-ways (`\sin x/2`, `3 4`) is refused rather than guessed.
+A recursive-descent parser for what answers are made of: numbers, letters, + - * / ^, fractions, roots,
+factorials, binomials, absolute values and the elementary functions. Everything else (sums, integrals,
+limits) is no formula here. The time is linear in the length and no text is ever evaluated as code. A
+spelling that can be read in two ways (`\sin x/2`, `3 4`) is refused rather than guessed.
 
     tree = ("number", Fraction) | ("symbol", name) | ("constant", "pi" | "e" | "i")
          | ("sum" | "product", (tree, ...)) | ("power" | "quotient" | "binomial", tree, tree)
@@ -122,7 +122,7 @@ class _Parser:
         return negative(base) if sign == "-" else base
 
     def postfix(self, base):
-        """Factorials and degrees; only in the argument of a function does the degree sign change the value."""
+        """Factorials and degrees; a degree sign changes the value in the argument of a function only."""
         while True:
             if self.take(r"!(?!\s*!)"):
                 base = ("call", "factorial", base)
@@ -184,7 +184,7 @@ class _Parser:
         return self.after_number(value)
 
     def mixed(self) -> Fraction | None:
-        r"""The fraction of a mixed number, `\frac34` or ` 3/4` behind a whole number; None if it is not proper."""
+        r"""The proper fraction of a mixed number, `\frac34` or ` 3/4` behind a whole number, or None."""
         match = _compiled(
             r"\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))|(?<=\s)(\d+)\s*/\s*(\d+)(?![\d.])"
         ).match(self.text, self.at)
@@ -250,7 +250,7 @@ class _Parser:
         return ("power", radicand, ("quotient", ("number", Fraction(1)), index))
 
     def call(self, build, name: str = ""):
-        r"""A function of what follows: `\sin 2x`, `\sin^2(x)`; a bracket is the whole argument, as in `\sin(x) y`."""
+        r"""A function of what follows: `\sin 2x`, `\sin^2 x`. A bracket is the whole argument: `\sin(x)y`."""
         power = self.inside(self.exponent) if self.take(r"\^") else None
         inverse = power == ("number", Fraction(-1)) or power == negative(("number", Fraction(1)))
         if inverse and name in CIRCULAR:

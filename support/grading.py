@@ -7,6 +7,7 @@ refused by rules that do not depend on time: a refused answer equals only the sa
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from functools import lru_cache
 
 from support import reading
@@ -22,9 +23,9 @@ grading_timeouts = 0  # answers that ran into the limit, which the rules of size
 def same_answer(a: str, b: str, kind: str = "math") -> bool:
     r"""Whether two answers are mathematically equal: exactly, so 0.333 is not 1/3. Symmetric; raises nothing.
 
-    A percent equals both of its readings (50% is 50 and 0.5), so equality is not transitive. A unit or a name may be
-    left out ("x = 5" equals "5"), but not exchanged ("x = 5" is not "y = 5"). A list is a set: "1, 2" equals
-    "2, 1". Words are compared without case.
+    A percent equals both of its readings (50% is 50 and 0.5), so equality is not transitive. A unit or a
+    name may be left out ("x = 5" equals "5"), but not exchanged ("x = 5" is not "y = 5"). A list is a set:
+    "1, 2" equals "2, 1". Words are compared without case.
 
     >>> same_answer(r"\frac{1}{2}", "0.50"), same_answer(r"\sqrt{8}", r"2\sqrt{2}"), same_answer("50%", "0.5")
     (True, True, True)
@@ -34,12 +35,12 @@ def same_answer(a: str, b: str, kind: str = "math") -> bool:
     return a == b or _value(a, kind).equals(_value(b, kind))
 
 
-def classes(answers: list[str | None], kind: str = "math") -> list[list[int]]:
+def classes(answers: Iterable[str | None], kind: str = "math") -> list[list[int]]:
     """Group equal answers: lists of indices, in the order of their first members; None is in no class.
 
-    Equality is not transitive (50% equals 0.5 and 50, yet 0.5 is not 50), so an answer joins the first class whose
-    *first member* it equals. One pass: tables say which class is the first whose first member has a key or a
-    reading.
+    Equality is not transitive (50% equals 0.5 and 50, yet 0.5 is not 50), so an answer joins the first class
+    whose *first member* it equals. One pass: tables say which class is the first whose first member has a
+    key or a reading.
 
     >>> classes(["1/2", "3", "0.5", None])
     [[0, 2], [1]]

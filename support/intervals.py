@@ -1,4 +1,4 @@
-"""Unions of intervals of real numbers, sorted tuples of (low, low_closed, high, high_closed); linear inequalities.
+"""Unions of real intervals, sorted tuples of (low, low_closed, high, high_closed); linear inequalities.
 
 Ends are Fraction, mpf or a float infinity; two ends are the same if their keys are.
 """
@@ -119,7 +119,7 @@ def line(tree) -> tuple | None:
 
 
 def solve(left, sign: str, right) -> tuple | None:
-    r"""The reals for which `left sign right` holds; a side is a tree or a text with \infty. None if not linear."""
+    r"""The reals for which `left sign right` holds, None if it is not linear; \infty comes as text."""
     if isinstance(left, str) or isinstance(right, str):  # x < \infty excludes nothing
         return ALL
     if sign in (">", r"\ge"):

@@ -1,9 +1,9 @@
-"""Trees of formula.py to numbers: exact fractions where possible, else 130 digits; keys that equal values share.
+"""Trees of formula.py to numbers, exact fractions or 130 digits, and to keys that equal values share.
 
-Fractions are compared exactly. Roots, logarithms and the like are taken for equal if they agree to 90 digits, and
-formulas with letters if they do so at six fixed points. That is no proof. But formulas of at most 300 characters
-that agree so far and still differ have to be built for it, and an exact decision by computer algebra would need a
-limit of time.
+Fractions are compared exactly. Roots, logarithms and the like are taken for equal if they agree to 90
+digits, and formulas with letters if they do so at six fixed points. That is no proof. But formulas of at
+most 300 characters that agree so far and still differ have to be built for it, and an exact decision by
+computer algebra would need a limit of time.
 """
 
 import hashlib
@@ -103,7 +103,7 @@ def _digits(number):
 
 
 def evaluate(tree, letter_value):
-    """The number of a tree, letters by letter_value(name). Raises NotFormula, for 1/0 and huge numbers as well."""
+    """The number of a tree, letters by letter_value(name). Raises NotFormula for 1/0 and huge numbers."""
     try:
         return _evaluate(tree, letter_value)
     except (ArithmeticError, ValueError, TypeError, MP.NoConvergence) as error:
@@ -255,7 +255,7 @@ UNKNOWN_BASE = MP.mpf(int.from_bytes(hashlib.sha512(b"log").digest(), "big")) / 
 
 
 def call(name: str, number):
-    r"""An elementary function. \log without a base is of unknown base: neither \ln nor \lg, but \log 4 = 2\log 2."""
+    r"""An elementary function. The base of a bare \log is unknown: it is neither \ln nor \lg."""
     if name in ("floor", "ceil"):
         return _whole(name, number)
     if name == "abs":

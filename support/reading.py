@@ -1,7 +1,8 @@
 r"""One answer, one value: read(r"x = \pm 2") is the value of "x=2, x=-2".
 
-An answer is a number, a formula, words, a tuple, a set, an interval or a union of them, a matrix, an equation or a
-system. It is taken apart from the outside: first commas, "and" and "or", then relations, brackets, formulas.
+An answer is a number, a formula, words, a tuple, a set, an interval or a union of them, a matrix, an
+equation or a system. It is taken apart from the outside: first commas, "and" and "or", then relations,
+brackets, formulas.
 """
 
 import itertools
@@ -100,7 +101,7 @@ def signs(text: str) -> list[str]:
 
 
 def joined(elements: list[Value], joints: set) -> Value:
-    """The value of several elements: sets of reals joined by "or" or "and", values of one name, a system or a set."""
+    """The value of several elements: reals joined by "or" or "and", values of one name, a system, a set."""
     name = elements[0].name
     if name is not None and all(e.name is None and e.key[0] == "value" for e in elements[1:]):
         elements = [elements[0], *(named(name, element) for element in elements[1:])]  # x = 2 or -2

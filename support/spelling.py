@@ -8,12 +8,13 @@ from support.formula import FUNCTIONS
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 UNICODE = {
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "±": r"\pm ",
-    "∓": r"\mp ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∅": r"\emptyset ", "∪": r"\cup ", "∩": r"\cap ",
-    "∈": r"\in ", "ℝ": r"\mathbb{R}", "°": r"^\circ ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "∠": r"\angle ", "θ": r"\theta ",
-    "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega ", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}",
-    "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅕": r"\frac{1}{5}", "⅖": r"\frac{2}{5}", "⅗": r"\frac{3}{5}",
-    "⅘": r"\frac{4}{5}", "⅙": r"\frac{1}{6}", "⅚": r"\frac{5}{6}", "⅛": r"\frac{1}{8}", "⅜": r"\frac{3}{8}", "⅝": r"\frac{5}{8}",
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ",
+    "±": r"\pm ", "∓": r"\mp ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∅": r"\emptyset ", "∪": r"\cup ",
+    "∩": r"\cap ", "∈": r"\in ", "ℝ": r"\mathbb{R}", "°": r"^\circ ", "√": r"\sqrt ", "∛": r"\sqrt[3]",
+    "∠": r"\angle ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "φ": r"\phi ",
+    "ω": r"\omega ", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}", "⅕": r"\frac{1}{5}", "⅖": r"\frac{2}{5}", "⅗": r"\frac{3}{5}", "⅘": r"\frac{4}{5}",
+    "⅙": r"\frac{1}{6}", "⅚": r"\frac{5}{6}", "⅛": r"\frac{1}{8}", "⅜": r"\frac{3}{8}", "⅝": r"\frac{5}{8}",
     "⅞": r"\frac{7}{8}", "’": "'", "′": "'", "⟨": r"\langle ", "⟩": r"\rangle ", "€": "", "£": "", "％": "%",
 }  # fmt: skip
 PLAIN_FUNCTIONS = "|".join(sorted(FUNCTIONS | {"sqrt", "log", "pi"}, key=len, reverse=True))
@@ -29,7 +30,8 @@ REWRITES = [  # spelling, not meaning; in this order
     (re.compile(r"\\[dt]binom(?![a-z])"), r"\\binom"),
     (
         re.compile(
-            r"\\(?:left|right|[bB]igg?[lrm]?|middle|displaystyle|limits|mathbf|boldsymbol|bm|f?box(?:ed)?)(?![A-Za-z])"
+            r"\\(?:left|right|[bB]igg?[lrm]?|middle|displaystyle|limits|mathbf|boldsymbol|bm|f?box(?:ed)?)"
+            r"(?![A-Za-z])"
         ),
         "",
     ),
@@ -82,7 +84,7 @@ def clean(answer: str) -> str:
 
 
 def _unwrapped(match: re.Match) -> str:
-    r"""\text{17} is 17, \text{(B)} is B, \text{ or } stands between formulas; other words keep their \text."""
+    r"""\text{17} is 17, \text{(B)} is B, \text{ or } is a word; other words keep their \text."""
     content = " ".join(match[1].split())
     single = re.fullmatch(r"\(?([A-Za-z])\)?", content)
     if single:

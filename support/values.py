@@ -1,8 +1,8 @@
 r"""What an answer is: a value with a key that equal values share, and the keys of its other readings.
 
-`Value.key` says what it is; `Value.also` are the keys of other readings of the same spelling: 50\% may be read as 50
-and as 0.5, x = 5 as 5, "1, 2" as (1, 2). Two values are equal if their keys are, or if the key of one is among the
-other readings of the other. So x = 5 is 5, but x = 5 is not y = 5.
+`Value.key` says what it is; `Value.also` are the keys of other readings of the same spelling: 50\% may be
+read as 50 and as 0.5, x = 5 as 5, "1, 2" as (1, 2). Two values are equal if their keys are, or if the key of
+one is among the other readings of the other. So x = 5 is 5, but x = 5 is not y = 5.
 """
 
 from collections import Counter
@@ -94,7 +94,7 @@ def root_of(left, right) -> tuple[str, Fraction] | None:
 
 
 def is_asked(left, number) -> bool:
-    """Whether `left = number` names what was asked for, 10p+q = 37, and not a curve, 2x+z = 5 or x^2+y^2 = 9."""
+    """Whether `left = number` gives what was asked for, 10p+q = 37, not a curve, x^2+y^2 = 9."""
     coordinates = numeric.letters(left) & {"x", "y", "z"}
     return number != 0 and not (coordinates and _has_number(left))
 
@@ -104,7 +104,7 @@ def _has_number(tree) -> bool:
 
 
 def inequality(sides: list, signs: list[str]) -> Value:
-    """Inequalities in one letter, linear or of the absolute value of such, as a set; another one as it stands."""
+    """Inequalities in one letter, linear or |linear|, as a set of reals; another one as it stands."""
     trees = [side for side in sides if isinstance(side, tuple)]
     names = set().union(*map(numeric.letters, trees))
     if len(names) == 1:

@@ -25,21 +25,23 @@ NO_UNIT = {
 }  # dropped without a trace, like the signs for dollars and degrees
 SYMBOLS = set("m g s h l L N J W V A K C F Hz Pa eV kJ kW kPa MPa mL mA mV".split())  # case counts
 UNITS = """
-    mm millimeter millimetre, cm centimeter centimetre, m meter metre, km kilometer kilometre, nm nanometer, in inch inches,
-    ft foot feet, yd yard, mi mile, mg milligram, g gram, kg kilogram, lb lbs pound, oz ounce, mL ml milliliter millilitre,
-    L l liter litre, s sec second, ms millisecond, min mins minute, h hr hrs hour, day, week, month, yr year, cent, rad radian,
-    acre, hectare, gallon, quart, pint, cup, ton tonne, Hz hertz, N newton, J joule, kJ kilojoule, W watt, kW kilowatt, V volt,
-    A amp ampere, Pa pascal, kPa, K kelvin, C celsius, F fahrenheit, mol mole, eV, ohm, calorie
+    mm millimeter millimetre, cm centimeter centimetre, m meter metre, km kilometer kilometre, nm nanometer,
+    in inch inches, ft foot feet, yd yard, mi mile, mg milligram, g gram, kg kilogram, lb lbs pound, oz
+    ounce, mL ml milliliter millilitre, L l liter litre, s sec second, ms millisecond, min mins minute, h hr
+    hrs hour, day, week, month, yr year, cent, rad radian, acre, hectare, gallon, quart, pint, cup, ton
+    tonne, Hz hertz, N newton, J joule, kJ kilojoule, W watt, kW kilowatt, V volt, A amp ampere, Pa pascal,
+    kPa, K kelvin, C celsius, F fahrenheit, mol mole, eV, ohm, calorie
 """
 COUNTED = """
-    people person student point coin way apple orange ball marble book boy girl child children man men woman women card
-    game question problem page step time hand handshake side edge face vertex vertices triangle square rectangle circle
-    solution root integer number digit term value element subset arrangement permutation combination outcome possibility
-    possibilities choice path route color colour ticket stamp bean candy candies cookie sticker pencil pen flower tree rose
-    chair table seat team player member vote car bus buses trip lap sock shirt tile cube block brick piece slice
-    pizza pie egg penny pennies nickel dime bill animal dog cat cow horse chicken pig bird fish duck rabbit goat
-    sheep house room floor box boxes bag bottle jar glass glasses serving word letter sheet row column dot line region plane
-    zero zeros factor divisor
+    people person student point coin way apple orange ball marble book boy girl child children man men woman
+    women card game question problem page step time hand handshake side edge face vertex vertices triangle
+    square rectangle circle solution root integer number digit term value element subset arrangement
+    permutation combination outcome possibility possibilities choice path route color colour ticket stamp
+    bean candy candies cookie sticker pencil pen flower tree rose chair table seat team player member vote
+    car bus buses trip lap sock shirt tile cube block brick piece slice pizza pie egg penny pennies nickel
+    dime bill animal dog cat cow horse chicken pig bird fish duck rabbit goat sheep house room floor box
+    boxes bag bottle jar glass glasses serving word letter sheet row column dot line region plane zero zeros
+    factor divisor
 """
 UNIT_OF = {word: words.split()[0] for words in UNITS.split(",") for word in words.split()}
 COUNTED_WORDS = {word: word for word in (*COUNTED.split(), *NO_UNIT)}
@@ -49,7 +51,7 @@ BARE_WORDS = re.compile(r"(.*?[\d})!])( ?)([A-Za-z]+(?:[ ./]+[A-Za-z]+)*\.?)" + 
 
 
 def words_behind(text: str) -> tuple[str, str]:
-    r"""Split a number from the words behind it: "6\text{ cm}^2" is ("6", "cm^2"); "6x" stays whole, ("6x", "")."""
+    r"""Split a number from the words behind it: "6\text{ cm}^2" is ("6", "cm^2"), "6x" is ("6x", "")."""
     match = WORDS_IN_TEXT.fullmatch(text)
     if match:
         head, words, exponent = match.groups()
@@ -126,7 +128,7 @@ SHORT_WORDS = {
 
 
 def read_words(text: str, depth: int) -> Value | None:
-    r"""Words: \text{No}, No, Monday. Two or three bare letters may be a product too, unless they look like a name."""
+    r"""Words: \text{No}, No, Monday. Two or three letters that do not look like a name are a product too."""
     match = re.fullmatch(r"\\text\{([^{}\\]*)\}", text)
     if match:
         return Value(("text", spelling.plain_text(match[1]).casefold()))
@@ -185,7 +187,7 @@ def in_base(sign: str, digits: str, base: str) -> Value:
 
 
 def with_words(head: str, words: str, text: str) -> Value | None:
-    """A number and words: a factor multiplies, a unit may be left out, other words may not; None for a formula."""
+    """A number and words: a factor multiplies, a unit may be left out, other words may not."""
     if RATIO.fullmatch(head):
         raise NotFormula("a time of day")
     known, bare = known_words(words), r"\text" not in text

@@ -4,6 +4,7 @@
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from questions import load
-from support import formula, grading, reading
+from support import formula, grading, reading, spelling
 from support.grading import classes, extract_answer, same_answer
 
 ROOT = Path(__file__).parents[1]
@@ -170,6 +171,78 @@ def test_choices(a, b, expected):
     assert same_answer(a, b, kind="choice") is same_answer(b, a, kind="choice") is bool(int(expected))
 
 
+ANSWER_PAIRS = list(map(json.loads, (ROOT / "tests" / "answer_pairs.jsonl").read_text("utf-8").splitlines()))
+KINDS = sorted({pair["kind"] for pair in ANSWER_PAIRS})
+
+
+def test_there_are_enough_pairs():
+    spelled = {frozenset((pair["a"], pair["b"])) for pair in ANSWER_PAIRS}
+    assert len(spelled) == len(ANSWER_PAIRS) >= 600 and len(KINDS) >= 25
+    assert {kind for kind in KINDS if len({p["equal"] for p in ANSWER_PAIRS if p["kind"] == kind}) < 2} == set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_as_language_models_write_them(kind):
+    """In both orders, and without the net that catches what a reader of answers should not raise."""
+    wrong = []
+    for a, b, equal in ((p["a"], p["b"], p["equal"]) for p in ANSWER_PAIRS if p["kind"] == kind):
+        if not (same_answer(a, b) is same_answer(b, a) is equal):
+            wrong.append((a, b, "wrongly different" if equal else "wrongly equal"))
+        understood(a), understood(b)
+    assert not wrong
+
+
+def understood(answer):
+    """Whether an answer is more than its spelling; any exception but NotFormula is a defect."""
+    try:
+        reading.read_list(spelling.clean(answer), 0)
+        return True
+    except formula.NotFormula:
+        return False
+
+
+def test_classes_are_those_of_pairwise_comparison():
+    """`classes` looks keys up where the definition compares with all first members, also where equality is not transitive."""
+    generator = random.Random(5)
+    answers = [pair[side] for pair in ANSWER_PAIRS for side in "ab"]
+    some = ["50%", "0.5", "50", "x=5", "5", "y=5", "52_8", "42", "52", "1, 2", "(1,2)", "2, 1", "6 cm", "6", "6 m", "2,1"]
+    for _ in range(30):
+        votes = [*generator.choices(answers, k=30), *generator.choices(some, k=30), None]
+        generator.shuffle(votes)
+        groups = classes(votes)
+        given = [answer for answer in votes if answer is not None]
+        assert [votes[group[0]] for group in groups] == first_members(given)
+        assert sorted(i for group in groups for i in group) == [i for i, a in enumerate(votes) if a is not None]
+        assert all(same_answer(votes[group[0]], votes[i]) for group in groups for i in group)
+        assert groups == sorted(groups) and all(group == sorted(group) for group in groups)
+
+
+def test_true_sums_do_not_elect_one_another():
+    assert classes(["31+6=37", "90+5=95", "17+1=18", "52", "52"]) == [[0], [1], [2], [3, 4]]
+
+
+def test_classes_are_the_same_in_every_process():
+    """Hashes of texts differ from one process to the next; the classes of a vote must not."""
+    answers = json.dumps([pair[side] for pair in ANSWER_PAIRS for side in "ab"])
+    code = "import json, sys; from support.grading import classes; print(classes(json.load(sys.stdin)))"
+    found = set()
+    for hash_seed in "1", "2":
+        env = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        run = subprocess.run([sys.executable, "-c", code], input=answers, text=True, capture_output=True, cwd=ROOT, env=env, check=True)
+        found.add(run.stdout)
+    assert len(found) == 1 and found != {""}
+
+
+def test_a_vote_over_different_formulas_is_over_in_a_second():
+    """64 responses with 64 different formulas, of each kind; all GPUs wait for it."""
+    bench = subprocess.run([sys.executable, ROOT / "bench" / "vote.py"], capture_output=True, text=True, check=True, timeout=300)
+    found = json.loads(bench.stdout.splitlines()[-1])
+    kinds = {kind: row for kind, row in found.items() if isinstance(row, dict)}
+    assert len(kinds) == 15 and all(row["seconds"] < 1 for row in kinds.values()), kinds
+    assert kinds.pop("ordinary responses")["seconds"] < 0.5
+    assert all(row["classes"] == 64 for row in kinds.values()), kinds
+
+
 def test_equality_does_not_depend_on_the_cache():
     for a, b in pairs(EQUAL + UNEQUAL):
         first, second = reading.read(a), reading.read(b)
@@ -304,6 +377,30 @@ MATH_EXTRACTION = [
     ("", None),
     ("x2 and y3", None),
     ("The answer is", None),
+    (r"\boxed{5} and later \boxed{}", "5"),
+    (r"\boxed{5} and later \boxed{\text{ }}", "5"),
+    (r"\boxed{\frac{5}{6}} or \fbox{ } then \boxed{ \, }", r"\frac{5}{6}"),
+    (r"\boxed{\boxed{}}", None),
+    (r"\boxed{\text{Answer: }8}", "8"),
+    (r"\boxed{\text{Final answer: }\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{\textbf{Answer:} 12}", "12"),
+    (r"\boxed{Answer: x=3}", "x=3"),
+    (r"Answer: $\frac{5}{6}$", r"\frac{5}{6}"),
+    (r"Final Answer: $4\sqrt{2}$", r"4\sqrt{2}"),
+    (r"**Final Answer:** $\frac{7}{12}$", r"\frac{7}{12}"),
+    ("**Final Answer**: 4√2.", "4√2"),
+    ("### Answer:\n\n$$\n\\frac{3}{8}\n$$", r"\frac{3}{8}"),
+    (r"ANSWER: \(x+2\), since 9", "x+2"),
+    (r"The final answer is: $\sqrt{17}$. I hope it is 3", r"\sqrt{17}"),
+    ("Answer: (2, 5)", "(2, 5)"),
+    (r"<think>\boxed{3}, or 4?</think>The answer is 7.", "7"),
+    (r"<think>\boxed{3}, or 4?</think>It is $\boxed{5}$.", "5"),
+    (r"<think>first \boxed{3}</think> so we get 7", "7"),
+    (r"<think>first \boxed{3}</think> That is it.", "3"),
+    (r"<think>12 apples, 3 pears</think> That is it.", None),
+    (r"<think>a</think> 5 <think>\boxed{6}</think>\boxed{7}", "7"),
+    (r"<think>\boxed{8}</think> \boxed{}", "8"),
+    (r"\boxed{4} <think> hm", "4"),
 ]
 TRUNCATED = [
     (r"so \boxed{42} and then 7", "42"),
@@ -330,6 +427,30 @@ CHOICE_EXTRACTION = [
     ("So A is right, a true statement", "A"),
     ("a cat and DNA", None),
     ("The answer is a planet", None),
+    (r"\boxed{A or C}, D", None),
+    (r"Not B. \boxed{D_{3h}}", None),
+    (r"Not B. \boxed{\mathrm{C}_{2v}}", None),
+    (r"\boxed{A, C} and D", None),
+    (r"\boxed{(A) and (C)} but B", None),
+    (r"\boxed{\text{B and D}}, A", None),
+    (r"\boxed{AC}, D", None),
+    (r"\boxed{C_6H_6}, B", None),
+    (r"\boxed{12}, A", None),
+    (r"\boxed{\text{Option B}}", "B"),
+    (r"\boxed{\textbf{(C)}}", "C"),
+    (r"\boxed{\text{Answer: }D}", "D"),
+    (r"\boxed{D, 4 m}", "D"),
+    (r"\boxed{B} and later \boxed{}", "B"),
+    ("The correct option is (D), since A and C violate the rule.", "D"),
+    ("The correct choice is B because A and D are wrong", "B"),
+    ("The correct answer is option C, as A has B", "C"),
+    ("Option D is correct, since A and C violate the rule.", "D"),
+    ("**Answer:** C, for D is wrong", "C"),
+    ("The answer is A or C, not D", None),
+    ("The answer is A, and C is wrong", "A"),
+    (r"<think>\boxed{A}</think>The answer is (B).", "B"),
+    (r"<think>\boxed{A}</think>Done.", "A"),
+    (r"<think>A, or B</think>So C it is", "C"),
 ]
 
 
@@ -373,6 +494,11 @@ HOSTILE = [
     "\u202e42\u202c", "\u200b\u200f", "\ud800", "\U0001f600" * 300, "٣٤", "１２", "²", "½", "", " ", "\n" * 100_000, "%", "$", "\\",
     r"\text{" * 30, r"\text{}", r"\text{ }", r"\boxed{\text{}}", "142.%", "1,000_0", "9_1", r"\frac{}{}", r"\frac{1}{0}", "0/0", "1/0", r"\infty-\infty", "0^0", "0^{-1}", r"\log 0", r"\tan(\pi/2)",
     r"\cos(\frac{(2^{60})x}{|n|})", r"\sqrt{2+\sqrt{3+\sqrt{5+\sqrt{7+\sqrt{11}}}}}", "x" * 200, "1+" * 99 + "1", "x^" * 99 + "x",
+    r"\boxed{}" * 100_000, r"\boxed{\boxed{}}" * 50_000, "\\boxed{" * 100_000 + "}" * 100_000, "answer:" * 140_000, "answer" + "*" * 1_000_000, "</think>" * 120_000, "<think>" * 140_000,
+    r"\boxed{\text{answer " + ":" * 1_000_000 + "}}", "option is (A) or " * 60_000, "(A) is " * 140_000, r"\boxed{" + "(" * 1_000_000 + "A}", "answer is $" * 90_000, "the answer is " * 70_000,
+    "1 2" * 90, "1 000 " * 45, "1,000," * 45, r"\pm 1" * 50, r"\frac" * 50, "0." + r"\dot{1}" * 30, r"\overline{1}" * 20, "9" * 299, "9" * 140 + "^{" + "9" * 140 + "}", r"\binom{x}{300}" * 20, "x!" * 100,
+    r"e^{e^{e^{9}}}", r"\sin" * 70 + "x", "|" * 299, "|x" * 99, r"\{" * 100, "(1,2)," * 49 + "(1,2)", r"\cup" * 70, r"(1,2)\cup" * 30 + "(3,4)", "x<" * 99 + "x", "x=" * 99 + "1", r"x\ne" * 50 + "1", "f(" * 99 + ")" * 99,
+    r"\text{" * 40 + "}" * 40, "1 cm " * 60, "1 million " * 29, "%" * 299, "5" + " per cm" * 40, r"\mathbb{R}\setminus" * 14 + r"\{1\}", "(-1)^{1/3}" * 29, r"(10^{99}+1)" * 20, r"2^{2^{20}}", r"3000!" * 9, r"\lfloor 10^{99}\pi\rfloor",
     r"\begin{pmatrix}" + "1&" * 80 + r"1\end{pmatrix}", r"\{" + "1," * 90 + r"1\}", r"1 \pm 2" * 20, "a=b=" * 40, "1<" * 90 + "2",
 ]  # fmt: skip
 
@@ -385,6 +511,8 @@ def grade_everywhere(text):
                 if found is not None:
                     assert same_answer(found, other, kind) in (True, False)
     assert same_answer(text, text)
+    if len(text) <= reading.MAX_LENGTH:
+        understood(text)
 
 
 def _worker(pipe):
