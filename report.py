@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-import questions
+from support import grading
 
 # ----------------------------------------------------------------------------------------------------------------------
 # metrics
@@ -42,7 +42,7 @@ def correct(question, group):
 
 
 def right(question, answer):
-    return answer is not None and questions.same_answer(question.answer, answer, question.kind)
+    return answer is not None and grading.same_answer(question.answer, answer, question.kind)
 
 
 def mean(values):
@@ -116,7 +116,7 @@ def lead_changes(before, after):
     """
     right, answers = [*before["right"], *after["right"]], [*before["answers"], *after["answers"]]
     wrong = [None if r else answer for r, answer in zip(right, answers, strict=True)]
-    rival = max(questions.classes(wrong, before["kind"]), key=len, default=[])
+    rival = max(grading.classes(wrong, before["kind"]), key=len, default=[])
     score = [int(r) for r in right]
     for index in rival:
         score[index] = -1

@@ -7,7 +7,7 @@ One step of the loop (`train`, at the bottom of this file):
 
     draw       P questions                                    draw
     sample     N responses to each                            rollout.generate
-    extract    the answer in each response, or None           questions.extract_answer
+    extract    the answer in each response, or None           grading.extract_answer
     vote       the most frequent answer is the pseudo-label   vote
     reward     1 for the responses that agree with it         vote
     advantage  (r - mean) / std over the first M of the N     advantages
@@ -57,6 +57,7 @@ import report
 from engine import Engine
 from model import ModelConfig, Transformer
 from rollout import generate
+from support import grading
 from support.hub import TOKENIZER_FILES, fetch_weights
 from support.pretrained import check_vocabulary
 from support.prompts import decode_response, encode_prompt, load_tokenizer, show_prompt
@@ -264,12 +265,10 @@ def vote(answers, kind="math"):
     >>> vote(["1/2", "3", "0.5", None])
     ('1/2', [1.0, 0.0, 1.0, 0.0])
     """
-    classes = questions.classes(answers, kind)
+    classes = grading.classes(answers, kind)  # lists of indices, in the order of their first members
     if not classes:
         return None, [0.0] * len(answers)
-    winner = max(
-        classes, key=len
-    )  # max takes the first of equals, and classes stand in the order of their first members
+    winner = max(classes, key=len)  # max takes the first of equals
     label = Counter(answers[index] for index in winner).most_common(1)[0][0]
     return label, [float(index in winner) for index in range(len(answers))]
 
@@ -708,7 +707,7 @@ def sample_responses(run, asked, prompts, samples, *, stream, step, temperature,
     for row, (question, _) in enumerate(rows):
         ids, finished = rollout.response(row), bool(rollout.finished[row])
         text = decode_response(run.tokenizer, ids)
-        answer = questions.extract_answer(text, asked[question].kind, truncated=not finished)
+        answer = grading.extract_answer(text, asked[question].kind, truncated=not finished)
         responses.append(Response(answer, text, len(ids), finished))
     everything = collect(responses)
     return rollout, everything and [everything[q * samples : (q + 1) * samples] for q in range(len(prompts))]
@@ -893,7 +892,7 @@ def train_step(run, step):
     )
     learned = time.perf_counter()
 
-    metrics["grading_timeouts"] = questions.grading_timeouts
+    metrics["grading_timeouts"] = grading.grading_timeouts
     metrics["peak_memory_gb"] = peak_memory_gb()
     metrics.update(
         seconds_sampling=sampled - began, seconds_voting=judged - sampled, seconds_learning=learned - judged

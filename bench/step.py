@@ -97,8 +97,8 @@ def trl_step(folder, samples, setting):
     import transformers
     import trl
 
-    import questions
     import ttrl
+    from support import grading
 
     seconds, lengths, begun = {"sampling": 0.0, "voting": 0.0}, [], {}
 
@@ -109,7 +109,7 @@ def trl_step(folder, samples, setting):
         for start in range(0, len(completions), samples):
             group = completions[start : start + samples]
             assert len(set(prompts[start : start + samples])) == 1
-            rewards += ttrl.vote([questions.extract_answer(text, truncated=True) for text in group])[1]
+            rewards += ttrl.vote([grading.extract_answer(text, truncated=True) for text in group])[1]
         seconds["voting"] += time.perf_counter() - began
         return rewards
 

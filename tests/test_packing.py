@@ -13,7 +13,6 @@ from packing import AttentionGroup, pack_responses
 from rollout import Rollout
 from support.pretrained import hf_tensors
 
-
 SHAPE = ([5, 9], [(1, 6), (0, 1), (1, 3), (0, 8)])  # prompt lengths; (question, response length) of each row
 
 

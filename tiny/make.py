@@ -34,8 +34,8 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from model import ModelConfig, Transformer  # noqa: E402
-from questions import extract_answer  # noqa: E402
 from rollout import Rollout, generate  # noqa: E402
+from support.grading import extract_answer  # noqa: E402
 from support.prompts import decode_response, encode_prompt  # noqa: E402
 
 SLIP = 0.07  # probability that a running sum is one or two off

@@ -1,0 +1,288 @@
+r"""A formula in LaTeX or plain text to a tree: parse("2x") is ("product", (("number", 2), ("symbol", "x"))).
+
+A recursive-descent parser for what answers are made of: numbers, letters, + - * / ^, fractions, roots,
+factorials, binomials, absolute values and the elementary functions. Everything else (sums, integrals,
+limits) is no formula here. The time is linear in the length and no text is ever evaluated as code. A
+spelling that can be read in two ways (`\sin x/2`, `3 4`) is refused rather than guessed.
+
+    tree = ("number", Fraction) | ("symbol", name) | ("constant", "pi" | "e" | "i")
+         | ("sum" | "product", (tree, ...)) | ("power" | "quotient" | "binomial", tree, tree)
+         | ("call", function, tree) | ("log", base tree, tree) | ("opaque", name, (tree, ...))
+"""
+
+import re
+from fractions import Fraction
+from functools import cache
+
+MAX_DEPTH = 24  # of nested brackets, exponents and arguments
+
+
+class NotFormula(ValueError):
+    """The text is no formula, or one that is refused because of its size."""
+
+
+GREEK = """
+    alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau
+    upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar
+""".split()
+CIRCULAR = "sin cos tan cot sec csc".split()
+FUNCTIONS = {*CIRCULAR, *(f"arc{name}" for name in CIRCULAR), *"sinh cosh tanh ln lg exp".split()}
+FUNCTION = "(?:" + "|".join(sorted(FUNCTIONS)) + "|log)(?![a-z])"
+NEXT_FACTOR = r"[A-Za-z(\[{]|\\\{|\\(?!right|mid|times|cdot|div|rfloor|rceil|circ|in(?![a-z]))[A-Za-z]+"
+DECIMAL = r"\d+\.\d*|\.\d+|\d+"
+REPEATING = (
+    r"(\d*)\.(\d*)(?:\\(?:overline|bar)(?:\{(\d+)\}|(\d))|\((\d+)\)|\\dot\{?(\d)\}?(?:(\d*)\\dot\{?(\d)\}?)?)"
+)
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern:
+    return re.compile(r"\s*(" + pattern + ")")
+
+
+def parse(text: str):
+    r"""The tree of a formula. Raises NotFormula.
+
+    >>> parse("2x")
+    ('product', (('number', Fraction(2, 1)), ('symbol', 'x')))
+    >>> parse("5 1/2") == parse(r"5\frac12") == ("number", Fraction(11, 2))
+    True
+    """
+    parser = _Parser(text)
+    tree = parser.sum()
+    if parser.text[parser.at :].strip():
+        raise NotFormula(text)
+    return tree
+
+
+class _Parser:
+    def __init__(self, text: str):
+        self.text, self.at, self.depth, self.bars, self.angle = text, 0, 0, 0, False
+
+    def take(self, pattern: str) -> str | None:
+        """The text that matches here, behind which we then stand; None if nothing does."""
+        match = _compiled(pattern).match(self.text, self.at)
+        if match is None:
+            return None
+        self.at = match.end()
+        return match[1]
+
+    def sees(self, pattern: str) -> bool:
+        return _compiled(pattern).match(self.text, self.at) is not None
+
+    def after_bracket(self, pattern: str) -> bool:
+        """Whether the pattern comes next, right behind a closing bracket or a factorial."""
+        return self.text[: self.at].rstrip()[-1:] in (")", "!") and self.sees(pattern)
+
+    def inside(self, rule, closing: str | None = None):
+        """What the rule reads one level deeper, and the bracket that must close it."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise NotFormula("nested too deep")
+        tree = rule()
+        if closing and self.take(closing) is None:
+            raise NotFormula(f"{closing} is missing")
+        self.depth -= 1
+        return tree
+
+    def sum(self):
+        terms, sign = [], self.take(r"[+-]")
+        while True:
+            term = self.product()
+            terms.append(negative(term) if sign == "-" else term)
+            sign = self.take(r"[+-]")
+            if sign is None:
+                return terms[0] if len(terms) == 1 else ("sum", tuple(terms))
+
+    def product(self, in_argument: bool = False):
+        """Factors one after another; `x2` and `3 4` are refused, `(3)4` is a product."""
+        result = [self.factor()]
+        while True:
+            if not in_argument and self.take(r"\*(?!\*)|\\cdot(?![a-z])|\\times(?![a-z])"):
+                result.append(self.factor(signed=True))
+            elif not in_argument and self.take(r"/|\\div(?![a-z])"):
+                result = [("quotient", _product(result), self.factor(signed=True))]
+            elif (
+                self.sees(NEXT_FACTOR) or self.after_bracket(r"[\d.]") or (not self.bars and self.sees(r"\|"))
+            ):
+                if in_argument and self.sees(r"\\(?:" + FUNCTION + ")"):
+                    break
+                result.append(self.factor())
+            else:
+                break
+        return _product(result)
+
+    def factor(self, signed: bool = False):
+        sign = self.take(r"[+-]") if signed else None
+        base = self.postfix(self.base())
+        if self.take(r"\^"):
+            base = self.postfix(("power", base, self.inside(self.exponent)))
+            if self.sees(r"\^"):
+                raise NotFormula("a tower of exponents")
+        return negative(base) if sign == "-" else base
+
+    def postfix(self, base):
+        """Factorials and degrees; a degree sign changes the value in the argument of a function only."""
+        while True:
+            if self.take(r"!(?!\s*!)"):
+                base = ("call", "factorial", base)
+            elif self.take(r"\^?\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\degree(?![a-z])"):
+                if self.angle:
+                    base = ("product", (base, ("quotient", ("constant", "pi"), ("number", Fraction(180)))))
+            else:
+                return base
+
+    def exponent(self):
+        sign, digits = self.take(r"-"), self.take(r"\d+")
+        tree = ("number", Fraction(int(digits))) if digits else self.argument()
+        return negative(tree) if sign else tree
+
+    def argument(self):
+        """What stands behind \\frac, \\sqrt, ^: a group in braces, one digit, one letter or one command."""
+        if self.take(r"\{"):
+            return self.inside(self.sum, r"\}")
+        if self.sees(r"\d"):
+            return ("number", Fraction(int(self.take(r"\d"))))
+        if self.sees(r"\\(?:frac|sqrt|pi|[a-z]+)|[A-Za-z(]"):
+            return self.inside(self.base)
+        raise NotFormula("an argument is missing")
+
+    def base(self):
+        if self.sees(r"[\d.]"):
+            return self.number()
+        for opening, closing in ("(", ")"), ("[", "]"), ("{", "}"), (r"\{", r"\}"):
+            if self.take(re.escape(opening)):
+                return self.inside(self.sum, re.escape(closing))
+        if self.take(r"\|"):
+            self.bars += 1
+            inside = self.inside(self.sum, r"\|")
+            self.bars -= 1
+            return ("call", "abs", inside)
+        for name in "floor", "ceil":
+            if self.take(rf"\\l{name}(?![a-z])"):
+                return ("call", name, self.inside(self.sum, rf"\\r{name}(?![a-z])"))
+        letter = self.take(r"[A-Za-z]")
+        if letter:
+            return self.symbol(letter)
+        command = self.take(r"\\[A-Za-z]+")
+        if command is None:
+            raise NotFormula("no formula begins here")
+        return self.command(command[1:])
+
+    def number(self):
+        repeating = _compiled(REPEATING).match(self.text, self.at)
+        if repeating and (repeating[6] is None or not repeating[3]):
+            self.at = repeating.end()
+            return self.after_number(_repeating(*repeating.groups()[1:]))
+        text = self.take(DECIMAL)
+        if text is None:
+            raise NotFormula("a point alone")
+        value = Fraction(text)
+        mixed = self.mixed() if text.isdigit() else None
+        if mixed is not None:
+            return self.after_number(value + mixed)
+        return self.after_number(value)
+
+    def mixed(self) -> Fraction | None:
+        r"""The proper fraction of a mixed number, `\frac34` or ` 3/4` behind a whole number, or None."""
+        match = _compiled(
+            r"\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))|(?<=\s)(\d+)\s*/\s*(\d+)(?![\d.])"
+        ).match(self.text, self.at)
+        if match is None:
+            return None
+        a, b, c, d, e, f = match.groups()[1:]
+        top, bottom = int(a or b or e), int(c or d or f)
+        if not 0 < top < bottom:
+            return None
+        self.at = match.end()
+        return Fraction(top, bottom)
+
+    def after_number(self, value):
+        if self.sees(r"[\d.]"):
+            raise NotFormula("a number behind a number")
+        return ("number", value)
+
+    def symbol(self, name: str):
+        """A letter with its index and primes; e and i are numbers, f, g, h before a bracket are functions."""
+        if self.take(r"_"):
+            index = self.take(r"\{[A-Za-z0-9, ]{1,12}\}|[A-Za-z0-9]")
+            if index is None:
+                raise NotFormula("an index that is no name")
+            name += "_" + index.strip("{}").replace(" ", "")
+        primes = self.take(r"'+|\^\s*\{\s*(?:\\prime\s*)+\}|\^\s*\\prime(?![a-z])")
+        if primes:
+            name += "'" * (primes.count("'") or primes.count("prime"))
+        if name in ("e", "i"):
+            return ("constant", name)
+        if name[0] in "fgh" and self.take(r"\("):
+            arguments = [self.inside(self.sum)]
+            while self.take(","):
+                arguments.append(self.inside(self.sum))
+            if not self.take(r"\)"):
+                raise NotFormula("a function without its bracket")
+            return ("opaque", name, tuple(arguments))
+        return ("symbol", name)
+
+    def command(self, name: str):
+        if name == "pi":
+            return ("constant", "pi")
+        if name in GREEK:
+            return self.symbol("\\" + name)
+        if name == "frac":
+            return ("quotient", self.argument(), self.argument())
+        if name == "binom":
+            return ("binomial", self.argument(), self.argument())
+        if name == "sqrt":
+            return self.root()
+        if name == "log":
+            base = self.argument() if self.take("_") else None
+            return self.call(lambda tree: ("log", base, tree) if base else ("call", "log", tree))
+        if name in FUNCTIONS:
+            return self.call(lambda tree: ("call", name, tree), name)
+        raise NotFormula(f"\\{name} is not known here")
+
+    def root(self):
+        index = self.inside(self.sum, r"\]") if self.take(r"\[") else ("number", Fraction(2))
+        digits = self.take(
+            r"\d+"
+        )  # \sqrt12 is written for the root of 12, and nobody writes the root of 1 times 2
+        radicand = ("number", Fraction(int(digits))) if digits else self.argument()
+        return ("power", radicand, ("quotient", ("number", Fraction(1)), index))
+
+    def call(self, build, name: str = ""):
+        r"""A function of what follows: `\sin 2x`, `\sin^2 x`. A bracket is the whole argument: `\sin(x)y`."""
+        power = self.inside(self.exponent) if self.take(r"\^") else None
+        inverse = power == ("number", Fraction(-1)) or power == negative(("number", Fraction(1)))
+        if inverse and name in CIRCULAR:
+            name, power = f"arc{name}", None
+            build = lambda tree: ("call", name, tree)  # noqa: E731
+        elif inverse:
+            raise NotFormula("an inverse or a reciprocal")
+        outer, self.angle = self.angle, name in CIRCULAR
+        if self.sees(r"[({|]"):
+            tree = self.postfix(self.inside(self.base))
+        else:
+            tree = self.inside(lambda: self.product(in_argument=True))
+            if self.sees(r"(?:/|\*|\\cdot|\\times)(?!\s*\\(?:" + FUNCTION + "))"):
+                raise NotFormula("an argument whose end is not clear")
+        self.angle = outer
+        result = build(tree)
+        return ("power", result, power) if power else result
+
+
+def negative(tree):
+    """-tree; a number stays a number."""
+    return ("number", -tree[1]) if tree[0] == "number" else ("product", (("number", Fraction(-1)), tree))
+
+
+def _product(factors):
+    return factors[0] if len(factors) == 1 else ("product", tuple(factors))
+
+
+def _repeating(whole, fixed, braced, single, bracketed, dot, between, last_dot) -> Fraction:
+    r"""0.\overline{45}, 0.1\dot{4}2\dot{3} and 0.(3) as fractions."""
+    period = braced or single or bracketed or dot + (between + last_dot if last_dot else "")
+    if bracketed and fixed:
+        raise NotFormula("0.1(6) may be a product")
+    start = Fraction(int(whole + fixed or "0"), 10 ** len(fixed))
+    return start + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(fixed))

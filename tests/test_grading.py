@@ -1,0 +1,695 @@
+"""support/grading.py: extraction, equality, classes. Hostile text runs in a process that is killed after 10 s."""
+# ruff: noqa: E501, RUF001
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from questions import load
+from support import formula, grading, reading, spelling
+from support.grading import classes, extract_answer, same_answer
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files are not at hand")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equality
+
+EQUAL = r"""
+1/2 | 0.5
+\frac{1}{2} | .5
+\frac12 | \dfrac{1}{2}
+\frac 59 | 5/9
+-\frac{3}{8} | -0.375
+\frac{-3}{8} | -3/8
+025 | 25
+142.0 | 142
+1,000 | 1000
+10,\!080 | 10080
+1{,}000{,}000 | 1000000
+\$18.90 | 18.9
+\$32,\!348 | 32348
+$7$ | 7
+\(7\) | 7
+7. | 7
+−3 | -3
++4 | 4
+50\% | 0.5
+50% | 50
+50\% | \frac{1}{2}
+50 percent | 50\%
+12.5\% | 0.125
+90^\circ | 90
+90^{\circ} | 90°
+90 degrees | 90
+12 \text{ cm} | 12
+12 cm | 12
+864 \mbox{ inches}^2 | 864
+15\mbox{ cm}^2 | 15 \text{ square cm}
+\frac{270}7\text{ degrees} | \frac{270}{7}
+2 \sqrt{5} | \sqrt{20}
+\frac{\sqrt{3}}{3} | \frac{1}{\sqrt{3}}
+11\sqrt2 | 11 \sqrt{2}
+1\frac{4}{5} | 1.8
+137 \frac{1}{2} | 137.5
+2^{10} | 1024
+2^{-1} | 0.5
+2^{100} | 1267650600228229401496703205376
+6.72 \times 10^{-5} | .0000672
+(-\infty, 2) \cup (3, \infty) | (3,\infty) \cup (-\infty,2)
+(3,4] | \left(3, 4\right]
+x \in [-2,7] | [-2,7]
+x > 3 | (3, \infty)
+1 < x < 2 | (1, 2)
+x \le 3 | 3 \ge x
+\{1,2,3\} | \{3,2,1\}
+1,2 | 2, 1
+3, 5, 7 | \{3,5,7\}
+1 \pm \sqrt{19} | 1+\sqrt{19}, 1-\sqrt{19}
+\{1\pm\sqrt{5},-2\} | \{-2, 1-\sqrt{5}, 1+\sqrt{5}\}
+\left( 3, \frac{\pi}{2} \right) | (3, \pi/2)
+(1,-16,-4,43) | (1, -16, -4, 43)
+\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix} | \begin{pmatrix} 0.2 \\ -3.6 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}
+\text{Evelyn} | evelyn
+\text{(B)} | B
+\text{even} | \textbf{even}
+x=5 | 5
+x = \sqrt{12} | 2\sqrt{3}
+y = 2x + 3 | 3 + 2x
+y = 2x + 3 | 2x - y + 3 = 0
+2x + 3y = 6 | 4x + 6y = 12
+(a+5)(b+2) | (b+2)(5+a)
+x^3+3x-6 | 3x - 6 + x^3
+-2+7i | 7i - 2
+(1+i)(1-i) | 2
+\sin^2 x + \cos^2 x | 1
+\log_2 8 | 3
+5! | 120
+\binom{5}{2} | 10
+52_8 | 52_{8}
+52_8 | 42
+2k+2 | 2(k+1)
+p - q | -q + p
+\infty | infinity
+"""
+UNEQUAL = r"""
+1/2 | 1/3
+1/3 | 0.333333
+50 | 0.5
+50\% | 5000\%
+5\% | 50\%
+.0000672 | 0.0000671
+6.72 \times 10^{-5} | .0000671
+5 \times 10^{-8} | 0
+1,000 | 1
+12 | 21
+-3 | 3
+3.14 | \pi
+\sqrt{2} | 1.414214
+2^{10} | 1023
+3t | 3
+3R^2 | 3r^2
+xy | xz
+(1,2) | (2,1)
+(1,-2) | (15,-29)
+(3,4] | [3,4]
+(3,4] | (3,4)
+\{1,2\} | \{1,2,3\}
+1,2 | 1,3
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix} 2 \\ 1 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \end{pmatrix} | \begin{pmatrix} 1 \\ 2 \end{pmatrix}
+\text{Evelyn} | \text{Navin}
+\text{east} | \text{seat}
+east | seat
+x=5 | y=5
+x=5 | x=6
+5 | 2x + z = 5
+x > 3 | x < 3
+x > 3 | x \ge 3
+y = 2x + 3 | y = 2x - 3
+1 + 2i | 1 - 2i
+52_8 | 52_9
+9^{9^{9^9}} | 9^{9^{9}}
+\int_0^1 x dx | \frac{1}{2}
+A | B
+\frac{1}{0} | \frac{2}{0}
+"""
+CHOICE = "B | (B) | 1\nb | B | 1\n\\text{C} | C | 1\nD. 4 m | D | 1\nA | B | 0\nA | A or B | 0"
+
+
+def pairs(table):
+    return [tuple(part.strip() for part in line.split(" | ")) for line in table.splitlines() if line]
+
+
+@pytest.mark.parametrize("a,b", pairs(EQUAL))
+def test_equal(a, b):
+    assert same_answer(a, b) is True and same_answer(b, a) is True
+
+
+@pytest.mark.parametrize("a,b", pairs(UNEQUAL))
+def test_unequal(a, b):
+    assert same_answer(a, b) is False and same_answer(b, a) is False
+
+
+@pytest.mark.parametrize("a,b,expected", pairs(CHOICE))
+def test_choices(a, b, expected):
+    assert same_answer(a, b, kind="choice") is same_answer(b, a, kind="choice") is bool(int(expected))
+
+
+ANSWER_PAIRS = list(map(json.loads, (ROOT / "tests" / "answer_pairs.jsonl").read_text("utf-8").splitlines()))
+KINDS = sorted({pair["kind"] for pair in ANSWER_PAIRS})
+
+
+def test_there_are_enough_pairs():
+    spelled = {frozenset((pair["a"], pair["b"])) for pair in ANSWER_PAIRS}
+    assert len(spelled) == len(ANSWER_PAIRS) >= 600 and len(KINDS) >= 25
+    assert {
+        kind for kind in KINDS if len({p["equal"] for p in ANSWER_PAIRS if p["kind"] == kind}) < 2
+    } == set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_as_language_models_write_them(kind):
+    """In both orders, and without the net that catches what a reader of answers should not raise."""
+    wrong = []
+    for a, b, equal in ((p["a"], p["b"], p["equal"]) for p in ANSWER_PAIRS if p["kind"] == kind):
+        if not (same_answer(a, b) is same_answer(b, a) is equal):
+            wrong.append((a, b, "wrongly different" if equal else "wrongly equal"))
+        understood(a), understood(b)
+    assert not wrong
+
+
+def understood(answer):
+    """Whether an answer is more than its spelling; any exception but NotFormula is a defect."""
+    try:
+        reading.read_list(spelling.clean(answer), 0)
+        return True
+    except formula.NotFormula:
+        return False
+
+
+def test_classes_are_those_of_pairwise_comparison():
+    """`classes` looks keys up where the definition compares with all first members, also where equality is not transitive."""
+    generator = random.Random(5)
+    answers = [pair[side] for pair in ANSWER_PAIRS for side in "ab"]
+    some = [
+        "50%",
+        "0.5",
+        "50",
+        "x=5",
+        "5",
+        "y=5",
+        "52_8",
+        "42",
+        "52",
+        "1, 2",
+        "(1,2)",
+        "2, 1",
+        "6 cm",
+        "6",
+        "6 m",
+        "2,1",
+    ]
+    for _ in range(30):
+        votes = [*generator.choices(answers, k=30), *generator.choices(some, k=30), None]
+        generator.shuffle(votes)
+        groups = classes(votes)
+        given = [answer for answer in votes if answer is not None]
+        assert [votes[group[0]] for group in groups] == first_members(given)
+        assert sorted(i for group in groups for i in group) == [
+            i for i, a in enumerate(votes) if a is not None
+        ]
+        assert all(same_answer(votes[group[0]], votes[i]) for group in groups for i in group)
+        assert groups == sorted(groups) and all(group == sorted(group) for group in groups)
+
+
+def test_true_sums_do_not_elect_one_another():
+    assert classes(["31+6=37", "90+5=95", "17+1=18", "52", "52"]) == [[0], [1], [2], [3, 4]]
+
+
+def test_classes_are_the_same_in_every_process():
+    """Hashes of texts differ from one process to the next; the classes of a vote must not."""
+    answers = json.dumps([pair[side] for pair in ANSWER_PAIRS for side in "ab"])
+    code = "import json, sys; from support.grading import classes; print(classes(json.load(sys.stdin)))"
+    found = set()
+    for hash_seed in "1", "2":
+        env = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            input=answers,
+            text=True,
+            capture_output=True,
+            cwd=ROOT,
+            env=env,
+            check=True,
+        )
+        found.add(run.stdout)
+    assert len(found) == 1 and found != {""}
+
+
+def test_a_vote_over_different_formulas_is_over_in_a_second():
+    """64 responses with 64 different formulas, of each kind; all GPUs wait for it."""
+    bench = subprocess.run(
+        [sys.executable, ROOT / "bench" / "vote.py"], capture_output=True, text=True, check=True, timeout=300
+    )
+    found = json.loads(bench.stdout.splitlines()[-1])
+    kinds = {kind: row for kind, row in found.items() if isinstance(row, dict)}
+    assert len(kinds) == 15 and all(row["seconds"] < 1 for row in kinds.values()), kinds
+    assert kinds.pop("ordinary responses")["seconds"] < 0.5
+    assert all(row["classes"] == 64 for row in kinds.values()), kinds
+
+
+def test_equality_does_not_depend_on_the_cache():
+    for a, b in pairs(EQUAL + UNEQUAL):
+        first, second = reading.read(a), reading.read(b)
+        assert first.equals(second) == second.equals(first) == same_answer(a, b), (a, b)
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["aime", "amc", "math", "gpqa"])
+def test_gold_answers_equal_themselves(name):
+    """100 %, no exception; as they stand, in a box, and, so that string equality does not hide it, respelled."""
+    for question in load(str(DATA / f"{name}.json")):
+        gold, kind = question.answer, question.kind
+        assert same_answer(gold, gold, kind)
+        boxed = extract_answer(f"We get 7, then $\\boxed{{{gold}}}$. Done with 3", kind)
+        assert boxed is not None and same_answer(boxed, gold, kind), gold
+        assert same_answer("$ " + gold.replace(r"\frac", r"\dfrac").replace(",", ", ") + " $.", gold, kind), (
+            gold
+        )
+
+
+@needs_data
+def test_gold_formulas_are_understood_rather_than_only_spelled():
+    for question in load(str(DATA / "math.json")):
+        gold = question.answer
+        assert reading.read(gold).key[0] != "text" or gold.startswith(r"\text"), gold
+
+
+# Every pair of differently spelled gold answers of MATH-500 that counts as equal. A percent, based numeral or degree
+# stands for both its readings; a point may be written without its brackets, and a list is a set.
+SAME_GOLD = r"""
+(-2,1) | -2,1
+-2,1 | 1,-2
+10,\!080 | 10080
+120 | 120^\circ
+15 | 15\mbox{ cm}^2
+2 \sqrt{5} | 2\sqrt{5}
+204_5 | 54
+30 | 30^\circ
+36 | 36^\circ
+36 | 40_9
+36 | \$36
+36^\circ | 40_9
+36^\circ | \$36
+40 | 40_9
+40_9 | \$36
+42 | 52_8
+5 | x=5
+90 | 90^\circ
+\frac14 | \frac{1}{4}
+"""
+
+
+@needs_data
+@pytest.mark.long
+def test_different_gold_answers_differ():
+    """All 45,150 pairs of MATH-500, about three minutes."""
+    gold = sorted({question.answer for question in load(str(DATA / "math.json"))})
+    equal = [pair for pair in itertools.combinations(gold, 2) if same_answer(*pair)]
+    assert equal == pairs(SAME_GOLD)
+
+
+@needs_data
+def test_a_sample_of_different_gold_answers_differs():
+    gold = sorted({question.answer for question in load(str(DATA / "math.json"))})
+    known = {frozenset(pair) for pair in pairs(SAME_GOLD)}
+    for pair in random.Random(0).sample(list(itertools.combinations(gold, 2)), 500):
+        assert same_answer(*pair) is (frozenset(pair) in known), pair
+    assert all(same_answer(*pair) for pair in pairs(SAME_GOLD))
+
+
+def first_members(answers):
+    """The plain form of what `classes` does in one pass."""
+    first = []
+    for answer in answers:
+        if not any(same_answer(answer, other) for other in first):
+            first.append(answer)
+    return first
+
+
+def test_512_ordinary_responses_are_graded_in_time():
+    """In CPU seconds of one core: the time that the GPUs would wait."""
+    generator = random.Random(1)
+    latex = [
+        r"\frac{\sqrt{3}}{2}",
+        r"\frac{1}{2}\sqrt{3}",
+        r"\frac{\pi}{6}",
+        "x^2+1",
+        "(1,2)",
+        r"2\sqrt{3}",
+        "1+x^2",
+    ]
+    answers = [generator.choice(latex) if i % 8 == 0 else str(generator.randrange(40)) for i in range(512)]
+    text = "Let us think step by step. " * 60
+    same_answer("x+1", "1+x")  # the imports, 0.5 s once a run, are not on the clock
+    grading._read.cache_clear()
+    began, found = time.process_time(), []
+    for answer in answers:
+        found.append(extract_answer(f"{text} So the answer is $\\boxed{{{answer}}}$."))
+    groups = classes(found)
+    seconds = time.process_time() - began
+    print(f"512 responses, {len(groups)} classes: {seconds:.2f} s")
+    assert found == answers and seconds < 0.5
+    assert [found[group[0]] for group in groups] == first_members(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Extraction
+
+MATH_EXTRACTION = [
+    (r"so \boxed{42}", "42"),
+    (r"\boxed{1} no, \boxed{2}.", "2"),
+    (r"\boxed{\frac{1}{2}} is it", r"\frac{1}{2}"),
+    (r"\boxed{ \left\{1, \frac{2}{3}\right\} }", r"\left\{1, \frac{2}{3}\right\}"),
+    (r"\boxed{3} then \boxed{4", "3"),
+    (r"\boxed{(0, 1]} and {", "(0, 1]"),
+    (r"{ a stray \boxed{5}", "5"),
+    (r"} a stray \boxed{5}", "5"),
+    (r"\boxed {6}", "6"),
+    (r"\fbox{6}", "6"),
+    (r"$\boxed 7$ done", "7"),
+    (r"$\boxed{1}$ or $\boxed 7$ done", "7"),
+    (r"\boxed{\boxed{8}}", "8"),
+    (r"\\boxed{8}", "8"),
+    (r"\boxed{}", None),
+    (r"about 12 \boxed{ }", None),
+    ("The answer is 42.", "42"),
+    ("The answer is: 42", "42"),
+    ("the final ANSWER IS 42 apples, of 50.", "42 apples, of 50"),
+    ("The answer is 12 cm because 3 x 4 = 12.", "12"),
+    (r"The answer is $\frac{3}{4}$, as 5 shows", r"\frac{3}{4}"),
+    (r"The answer is \(x+1\). I hope 9", "x+1"),
+    ("The answer is 1. No, the answer is **2**.", "2"),
+    ("The answer is 3.5.", "3.5"),
+    ("The answer is 1,234 dollars.", "1,234"),
+    ("The answer is 2x + 3.\nCheck 8", "2x + 3"),
+    ("3 times 4 makes 12", "12"),
+    ("it costs 1,234.50 in all", "1,234.50"),
+    ("it falls by -7", "-7"),
+    ("so 3/4 of it", "3/4"),
+    ("at 50% now", "50%"),
+    ("no number here", None),
+    ("", None),
+    ("x2 and y3", None),
+    ("The answer is", None),
+    (r"\boxed{5} and later \boxed{}", "5"),
+    (r"\boxed{5} and later \boxed{\text{ }}", "5"),
+    (r"\boxed{\frac{5}{6}} or \fbox{ } then \boxed{ \, }", r"\frac{5}{6}"),
+    (r"\boxed{\boxed{}}", None),
+    (r"\boxed{\text{Answer: }8}", "8"),
+    (r"\boxed{\text{Final answer: }\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{\textbf{Answer:} 12}", "12"),
+    (r"\boxed{Answer: x=3}", "x=3"),
+    (r"Answer: $\frac{5}{6}$", r"\frac{5}{6}"),
+    (r"Final Answer: $4\sqrt{2}$", r"4\sqrt{2}"),
+    (r"**Final Answer:** $\frac{7}{12}$", r"\frac{7}{12}"),
+    ("**Final Answer**: 4√2.", "4√2"),
+    ("### Answer:\n\n$$\n\\frac{3}{8}\n$$", r"\frac{3}{8}"),
+    (r"ANSWER: \(x+2\), since 9", "x+2"),
+    (r"The final answer is: $\sqrt{17}$. I hope it is 3", r"\sqrt{17}"),
+    ("Answer: (2, 5)", "(2, 5)"),
+    (r"<think>\boxed{3}, or 4?</think>The answer is 7.", "7"),
+    (r"<think>\boxed{3}, or 4?</think>It is $\boxed{5}$.", "5"),
+    (r"<think>first \boxed{3}</think> so we get 7", "7"),
+    (r"<think>first \boxed{3}</think> That is it.", "3"),
+    (r"<think>12 apples, 3 pears</think> That is it.", None),
+    (r"<think>a</think> 5 <think>\boxed{6}</think>\boxed{7}", "7"),
+    (r"<think>\boxed{8}</think> \boxed{}", "8"),
+    (r"\boxed{4} <think> hm", "4"),
+]
+TRUNCATED = [
+    (r"so \boxed{42} and then 7", "42"),
+    ("3 times 4 makes 12", None),
+    (r"12 \boxed{4", None),
+    ("the answer is 14", None),
+    ("The answer is 14. Let me check: 7", "14"),
+    (r"so \boxed 1", None),
+]
+CHOICE_EXTRACTION = [
+    (r"\boxed{B}", "B"),
+    (r"\boxed{(C)}", "C"),
+    (r"\boxed{\text{D}}", "D"),
+    (r"\boxed{\text{(D) } 5}", "D"),
+    (r"\boxed{A. Vitamin C}", "A"),
+    (r"Option A says 5; \boxed{5}, the answer is (B).", "B"),
+    ("The answer is (C), not D.", "C"),
+    ("The answer is **C**. D is wrong", "C"),
+    ("Answer: B", "B"),
+    (r"the answer is $\boxed{A}$", "A"),
+    ("I think B, or rather C", "C"),
+    ("It must be D, as a rule of a thumb", "D"),
+    ("So B. A planet would be denser", "B"),
+    ("So A is right, a true statement", "A"),
+    ("a cat and DNA", None),
+    ("The answer is a planet", None),
+    (r"\boxed{A or C}, D", None),
+    (r"Not B. \boxed{D_{3h}}", None),
+    (r"Not B. \boxed{\mathrm{C}_{2v}}", None),
+    (r"\boxed{A, C} and D", None),
+    (r"\boxed{(A) and (C)} but B", None),
+    (r"\boxed{\text{B and D}}, A", None),
+    (r"\boxed{AC}, D", None),
+    (r"\boxed{C_6H_6}, B", None),
+    (r"\boxed{12}, A", None),
+    (r"\boxed{\text{Option B}}", "B"),
+    (r"\boxed{\textbf{(C)}}", "C"),
+    (r"\boxed{\text{Answer: }D}", "D"),
+    (r"\boxed{D, 4 m}", "D"),
+    (r"\boxed{B} and later \boxed{}", "B"),
+    ("The correct option is (D), since A and C violate the rule.", "D"),
+    ("The correct choice is B because A and D are wrong", "B"),
+    ("The correct answer is option C, as A has B", "C"),
+    ("Option D is correct, since A and C violate the rule.", "D"),
+    ("**Answer:** C, for D is wrong", "C"),
+    ("The answer is A or C, not D", None),
+    ("The answer is A, and C is wrong", "A"),
+    (r"<think>\boxed{A}</think>The answer is (B).", "B"),
+    (r"<think>\boxed{A}</think>Done.", "A"),
+    (r"<think>A, or B</think>So C it is", "C"),
+]
+
+
+@pytest.mark.parametrize("text,expected", MATH_EXTRACTION)
+def test_extraction(text, expected):
+    assert extract_answer(text) == expected
+
+
+@pytest.mark.parametrize("text,expected", TRUNCATED)
+def test_extraction_from_truncated(text, expected):
+    assert extract_answer(text, truncated=True) == expected
+
+
+@pytest.mark.parametrize("text,expected", CHOICE_EXTRACTION)
+def test_extraction_of_choices(text, expected):
+    assert extract_answer(text, kind="choice") == expected
+
+
+def test_truncated_choice_is_not_guessed():
+    assert extract_answer("Comparing B and C, option B", kind="choice", truncated=True) is None
+    assert extract_answer(r"\boxed{B} and C", kind="choice", truncated=True) == "B"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile text
+
+HOSTILE = [
+    "9^{9^{9^9}}", "10^{10^{10}}", "9^9^9^9", "(9^{9999})^{9999}", "9**9**9**9", "2^{99999999}", "1e999999999",
+    "999999999!", "(((5!)!)!)!", "(99999999)_{5}", r"\binom{99999999}{5000000}", r"\binom{x}{100}", "9!!!!!!!!",
+    r"[0, 9^{9^{9^9}}]", r"\sqrt[999999999]{2}", r"\sum_{i=1}^{10^9} i!", r"\int e^{x^2}\sin(x^3) dx", r"\det{(1)}",
+    r"\lim_{x \to 0} x^{x^x}", r"\operatorname{eye}(100000)", r"\prod_{i=1}^{999999} i", r"(x+y+z+1)^{9999}",
+    r"(x^{60}+y)^{60}", r"\begin{pmatrix} 1 & x \\ x & 1 \end{pmatrix}^{9999}", "2^{x}+3^{y}=x^{y}", "x^5-x+1=\\sin x",
+    '__import__("os").system("touch /tmp/ttrl-was-here")', r"\text{__import__('os').system('touch /tmp/ttrl-was-here')}",
+    "__import__('os')._exit(3)", "exec(open(0).read())", r"\variable{__import__('os')}", "exit()", "quit()", "lambda: 0",
+    "{" * 10_000 + "}" * 10_000, "\\boxed{" * 10_000 + "1" + "}" * 10_000, "(" * 90 + "1" + ")" * 90, "-" * 190 + "1",
+    r"\frac{1}{" * 20 + "2" + "}" * 20, r"\frac" * 39 + "1", r"\sqrt" * 39 + "2", r"\frac{2024}{\pi} \pm \sqrt{\sqrt[7]{\sqrt{5}}}", r"\cos(\sqrt{\frac{\infty+97}{x+1}})",
+    r"10001000\log10001000", r"17^{17}\log 99", r"9!9!\ln 5", r"(999)(999)(999)\ln 5", r"9^9999^9999", r"2^{1/97}+3^{1/89}", "{{{{{{{{1", "|" * 150, "[(" * 100,
+    "\x00", "1\x002", "7" * 1_000_000, "1," * 500_000, "\\boxed{" + "7" * 1_000_000 + "}", "\\boxed{" * 140_000,
+    "\\boxed" * 160_000, "answer is " * 100_000, "the answer is " + " " * 1_000_000, "A" * 1_000_000, "A " * 500_000,
+    "$" * 1_000_000, "\\(" * 500_000, "," * 1_000_000, "1/" * 500_000, "-" * 1_000_000, "\\" * 1_000_000, "}" * 1_000_000,
+    "\u202e42\u202c", "\u200b\u200f", "\ud800", "\U0001f600" * 300, "٣٤", "１２", "²", "½", "", " ", "\n" * 100_000, "%", "$", "\\",
+    r"\text{" * 30, r"\text{}", r"\text{ }", r"\boxed{\text{}}", "142.%", "1,000_0", "9_1", r"\frac{}{}", r"\frac{1}{0}", "0/0", "1/0", r"\infty-\infty", "0^0", "0^{-1}", r"\log 0", r"\tan(\pi/2)",
+    r"\cos(\frac{(2^{60})x}{|n|})", r"\sqrt{2+\sqrt{3+\sqrt{5+\sqrt{7+\sqrt{11}}}}}", "x" * 200, "1+" * 99 + "1", "x^" * 99 + "x",
+    r"\boxed{}" * 100_000, r"\boxed{\boxed{}}" * 50_000, "\\boxed{" * 100_000 + "}" * 100_000, "answer:" * 140_000, "answer" + "*" * 1_000_000, "</think>" * 120_000, "<think>" * 140_000,
+    r"\boxed{\text{answer " + ":" * 1_000_000 + "}}", "option is (A) or " * 60_000, "(A) is " * 140_000, r"\boxed{" + "(" * 1_000_000 + "A}", "answer is $" * 90_000, "the answer is " * 70_000,
+    "1 2" * 90, "1 000 " * 45, "1,000," * 45, r"\pm 1" * 50, r"\frac" * 50, "0." + r"\dot{1}" * 30, r"\overline{1}" * 20, "9" * 299, "9" * 140 + "^{" + "9" * 140 + "}", r"\binom{x}{300}" * 20, "x!" * 100,
+    r"e^{e^{e^{9}}}", r"\sin" * 70 + "x", "|" * 299, "|x" * 99, r"\{" * 100, "(1,2)," * 49 + "(1,2)", r"\cup" * 70, r"(1,2)\cup" * 30 + "(3,4)", "x<" * 99 + "x", "x=" * 99 + "1", r"x\ne" * 50 + "1", "f(" * 99 + ")" * 99,
+    r"\text{" * 40 + "}" * 40, "1 cm " * 60, "1 million " * 29, "%" * 299, "5" + " per cm" * 40, r"\mathbb{R}\setminus" * 14 + r"\{1\}", "(-1)^{1/3}" * 29, r"(10^{99}+1)" * 20, r"2^{2^{20}}", r"3000!" * 9, r"\lfloor 10^{99}\pi\rfloor",
+    r"\begin{pmatrix}" + "1&" * 80 + r"1\end{pmatrix}", r"\{" + "1," * 90 + r"1\}", r"1 \pm 2" * 20, "a=b=" * 40, "1<" * 90 + "2",
+]  # fmt: skip
+
+
+def grade_everywhere(text):
+    """All that a response meets on its way through the grader."""
+    for kind, truncated in itertools.product(("math", "choice"), (False, True)):
+        for found in extract_answer(text, kind, truncated), text:
+            for other in "5", r"\sqrt{2}", "x=1", text + " ", text + "+1":
+                if found is not None:
+                    assert same_answer(found, other, kind) in (True, False)
+    assert same_answer(text, text)
+    if len(text) <= reading.MAX_LENGTH:
+        understood(text)
+
+
+def _worker(pipe):
+    grade_everywhere("5")  # the imports are not on the clock
+    while True:
+        text, began = pipe.recv(), time.perf_counter()
+        try:
+            grade_everywhere(text)
+            error = None
+        except BaseException as problem:  # reported to the test, whatever it is
+            error = repr(problem)[:200]
+        pipe.send((time.perf_counter() - began, error, grading.grading_timeouts))
+
+
+class Grader:
+    """A process that grades one text at a time and is killed when one takes over 10 s."""
+
+    def __enter__(self):
+        self.pipe, end = multiprocessing.Pipe()
+        self.process = multiprocessing.get_context("spawn").Process(target=_worker, args=(end,), daemon=True)
+        self.process.start()
+        end.close()
+        return self
+
+    def grade(self, text, limit=10):
+        self.pipe.send(text)
+        try:
+            assert self.pipe.poll(limit + (60 if not hasattr(self, "warm") else 0)), (
+                f"over {limit} s: {text[:80]!r}"
+            )
+            self.warm = True
+            seconds, error, timeouts = self.pipe.recv()
+        except EOFError:
+            raise AssertionError(f"the grader died of {text[:80]!r}") from None
+        assert error is None and seconds < limit and timeouts == 0, (text[:80], error, seconds, timeouts)
+        return seconds
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.join()
+
+
+def test_hostile_text_neither_runs_nor_raises_nor_hangs():
+    marker = Path("/tmp/ttrl-was-here")
+    marker.unlink(missing_ok=True)
+    with Grader() as grader:
+        took = {text: grader.grade(text) for text in HOSTILE}
+    slowest = sorted(took, key=took.get)[-3:]
+    print("slowest:", [(text[:40], round(took[text], 2)) for text in slowest])
+    assert not marker.exists()
+
+
+LATEX_WORDS = (
+    r"\frac{1}{2} \frac \sqrt{ \sqrt[3]{ \boxed{ } { ^ _ ( ) [ ] | ! , ; : = < > + - * / % $ & \\ . 0 1 2 9 17 99 1000 0.5 x y i e n"
+    r" \pi \infty \pm \cup \in \le \cdot \times \text{ \left( \right) \{ \} ^\circ \% \sin \log \ln \begin{pmatrix} \end{pmatrix}"
+    r" \binom{5}{2} 2^{10} answer\ is A B (C) and or cm eval __import__ \operatorname \int \sum \lim \det \!"
+).split()
+ANY_TEXT = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(LATEX_WORDS), max_size=24).map("".join))
+
+
+def fuzz(count, number):
+    with Grader() as grader:
+
+        @seed(number)
+        @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(ANY_TEXT)
+        def check(text):
+            grader.grade(text)
+
+        check()
+
+
+def test_1000_random_strings():
+    fuzz(1_000, 1)
+
+
+@pytest.mark.long
+def test_20000_random_strings():
+    fuzz(20_000, 2)
+
+
+def test_no_text_reaches_a_parser_that_could_evaluate_it():
+    """Neither sympy nor a LaTeX parser that ends in it is even imported, whatever is graded."""
+    code = (
+        "import json, sys; from support.grading import same_answer\n"
+        "for text in json.load(sys.stdin): same_answer(text, '5')\n"
+        "assert not {'sympy', 'latex2sympy2_extended', 'math_verify'} & set(sys.modules)"
+    )
+    texts = json.dumps([text for text in HOSTILE if len(text) < 1000])
+    subprocess.run([sys.executable, "-c", code], input=texts, text=True, cwd=ROOT, check=True, timeout=60)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The time limit
+
+
+@pytest.fixture
+def slow_formula(monkeypatch):
+    """Reading a sum that begins with x takes 20 s, in pieces that a signal can interrupt."""
+    parse = formula.parse
+
+    def slow(text):
+        return [time.sleep(0.01) for _ in range(2000)] if text.startswith("x+") else parse(text)
+
+    monkeypatch.setattr(formula, "parse", slow)
+    monkeypatch.setattr(grading, "TIME_LIMIT", 0.3)
+    grading._read.cache_clear()
+    yield
+    grading._read.cache_clear()
+
+
+def test_time_limit_stops_and_counts(slow_formula):
+    before, began = grading.grading_timeouts, time.monotonic()
+    assert same_answer("x+1", "1+x") is False
+    assert time.monotonic() - began < 3 and grading.grading_timeouts == before + 1
+    assert same_answer("1+x", "x+1") is False and grading.grading_timeouts == before + 1  # remembered
+
+
+def test_time_limit_leaves_an_outer_alarm_alone(slow_formula):
+    rang = []
+    outer = signal.signal(signal.SIGALRM, lambda *_: rang.append(time.monotonic()))
+    try:
+        began = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, 0.8)
+        same_answer("x+2", "2+x")
+        assert not rang and signal.getitimer(signal.ITIMER_REAL)[0] > 0
+        time.sleep(0.8)  # interrupted sleeps go on, so the alarm has rung when this returns
+        assert len(rang) == 1 and 0.7 < rang[0] - began < 1.2
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, outer)
+
+
+def test_grading_works_in_another_thread():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(same_answer(r"\sqrt{99}", r"3\sqrt{11}")))
+    thread.start()
+    thread.join()
+    assert results == [True]
