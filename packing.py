@@ -96,7 +96,10 @@ def pack_responses(rows, windows):
 
 
 def append_inputs(batch, responses, positions, prompt_start, prompt_length, lengths):
-    """Append to a batch of prompts the first `lengths` [B] tokens of responses [B, R]: returns the keys [B, Tk]."""
+    """Append to a batch of prompts the first `lengths` [B] tokens of responses [B, R].
+
+    Returns the keys [B, Tk].
+    """
     is_input = length_mask(lengths)  # [B, R-1]
     width = is_input.shape[1]
     start = len(batch.tokens) + lengths.cumsum(0) - lengths  # [B] the flat index of each first token  3 4
@@ -151,7 +154,30 @@ class AttentionGroup:
         return self.masks[window]
 
 
-# ------------------------------------------------------------------------------------------------------------
+def micro_batches(rollout, rows, budget):
+    """Cut rows (indices into a Rollout) into lists of at most `budget` tokens.
+
+    Tokens are counted as attention computes them without flash-attn: padded. The rows of a question stay
+    together, short responses first, so that little is padding. A single row may exceed the budget."""
+    batches = []
+    for row in sorted(rows, key=lambda r: (int(rollout.question[r]), int(rollout.response_length[r]))):
+        if not batches or padded_tokens(rollout, [*batches[-1], row]) > budget:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def padded_tokens(rollout, rows):
+    """Tokens of a micro-batch.
+
+    Prompts, one per question, and responses, each padded to the longest of its kind.
+    """
+    questions = len(set(rollout.question[rows].tolist()))
+    prompts = questions * int(rollout.prompt_length[rows].max())
+    return prompts + len(rows) * int(rollout.response_length[rows].max())
+
+
+# ----------------------------------------------------------------------------------------------------------
 # indices
 
 

@@ -98,7 +98,7 @@ def _digits(number):
     return (int(MP.sign(number)), *map(int, number.man_exp))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # arithmetic on Fraction, mpf and mpc: exact as long as it can be, and what is 0 is exactly 0
 
 

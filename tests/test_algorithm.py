@@ -6,9 +6,9 @@ import json
 import math
 
 import pytest
+import report
 import torch
 
-import report
 import ttrl
 from model import ModelConfig
 from rollout import Rollout

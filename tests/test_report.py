@@ -4,14 +4,13 @@ import json
 import random
 
 import pytest
-from conftest import SMALL, program
-
 import report
+from conftest import SMALL, program
 
 
 def record(answers, truth="7", **fields):
     right = [float(answer == truth) for answer in answers]
-    counts = sorted({a for a in answers if a}, key=answers.count, reverse=True)
+    counts = sorted(dict.fromkeys(a for a in answers if a), key=answers.count, reverse=True)
     majority = counts[0] if counts else None
     return {"id": "0", "kind": "math", "truth": truth, "answers": answers, "right": right, "pass@1": report.mean(right),
             "majority": majority, "majority_right": majority == truth, "any_right": any(right), **fields}  # fmt: skip
@@ -58,7 +57,7 @@ def test_false_alarms_by_hand():
     [
         (["5"] * 9 + ["7"], ["7"] * 9 + ["5"], "learned"),
         (["7"] * 9 + ["5"], ["5"] * 9 + ["7"], "corrupted"),
-        (["7"] * 6 + ["5"] * 4, ["7"] * 5 + ["5"] * 5 + ["5"], "unsure"),  # one sample tipped the vote
+        (["7"] * 6 + ["5"] * 4, ["7"] * 4 + ["5"] * 6, "unsure"),  # two samples tipped the vote
         (
             ["7"] * 3 + [str(i) for i in range(10, 20)],
             ["7"] * 3 + ["5"] * 10,

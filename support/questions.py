@@ -13,7 +13,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Question:
-    """One question; `answer` is only ever read for reports, `kind` ("math" or "choice") says how answers look."""
+    """One question.
+
+    `answer` is only ever read for reports, `kind` ("math" or "choice") says how answers look.
+    """
 
     prompt: str
     answer: str | None = None
@@ -52,16 +55,18 @@ SOURCE = "https://raw.githubusercontent.com/PRIME-RL/TTRL/3e2cc9376dc7486256f602
 
 
 def load(name_or_file: str) -> list[Question]:
-    """Questions of a benchmark ("aime", "amc", "math", "math-l1".."math-l5", "gpqa"), of "tiny", or of a local file.
+    """The questions of a benchmark (a name in BENCHMARKS), of "tiny", or of a local file.
 
-    A file is a .json array or .jsonl lines of {"prompt", optional "answer", "id", "kind" ("math" or "choice")}.
-    Raises ValueError or FileNotFoundError, one sentence that names the file, the place and what would be right.
-    """
+    A file is a .json array or .jsonl lines of {"prompt", optional "answer", "id", "kind" ("math" or
+    "choice")}. Raises ValueError or FileNotFoundError, one sentence that names the file, the place and what
+    would be right."""
     benchmark = BENCHMARKS.get(name_or_file)
     if benchmark:
         return _read(_download(name_or_file, benchmark), f"{benchmark.folder}/train.json", benchmark.kind)
     path = (
-        Path(__file__).parent / "tiny" / "questions.json" if name_or_file == "tiny" else _local(name_or_file)
+        Path(__file__).parents[1] / "tiny" / "questions.json"
+        if name_or_file == "tiny"
+        else _local(name_or_file)
     )
     if path.suffix.lower() not in (".json", ".jsonl"):
         raise ValueError(
@@ -119,7 +124,7 @@ def _download(name: str, benchmark: Benchmark) -> bytes:
         return data
     except OSError as error:
         raise ValueError(
-            f"{name}: cannot write to {cached.parent} ({error}); set XDG_CACHE_HOME to a folder that can be written"
+            f"{name}: cannot write to {cached.parent} ({error}); set XDG_CACHE_HOME to a writable folder"
         ) from None
 
 

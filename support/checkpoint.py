@@ -1,8 +1,10 @@
-"""Files of a run that survive a crash: lines are appended and synced, files and folders appear whole or not at all.
+"""Files of a run that survive a crash.
 
-A checkpoint is a folder out/checkpoint/step-000010 with weights.safetensors, optimizer.safetensors (fp32) and state.json.
-It is written beside its place, brought to disk and then renamed, so the newest one that bears a final name is complete.
-"""
+Lines are appended and synced, files and folders appear whole or not at all.
+
+A checkpoint is a folder out/checkpoint/step-000010 with weights.safetensors, optimizer.safetensors (fp32) and
+state.json. It is written beside its place, brought to disk and then renamed, so the newest one that bears a
+final name is complete."""
 
 import contextlib
 import json
@@ -24,7 +26,7 @@ def append(path, lines):
 
 
 def forget_after(path, step):
-    """Drop the lines of steps that a resumed run is going to make again, and a line that a crash cut in two."""
+    """Drop the lines of steps that a resumed run makes again, and a line that a crash cut in two."""
     kept = []
     for line in (
         path.read_text(encoding="utf-8").split("\n") if path.exists() else []
@@ -67,7 +69,10 @@ def sync(path):
 
 
 def save(root, policy, optimizer, state):
-    """Write root/step-NNNNNN from the fp32 policy, its AdamW and `state` (JSON, with the key "step"); older ones go."""
+    """Write root/step-NNNNNN from the fp32 policy, its AdamW and `state` (JSON, with the key "step").
+
+    Older ones go.
+    """
     names = [name for name, _ in policy.named_parameters()]
     moments = optimizer.state_dict()["state"]  # {index of the parameter: {step, exp_avg, exp_avg_sq}}
     flat = {
@@ -91,7 +96,10 @@ def save(root, policy, optimizer, state):
 
 
 def folders(root):
-    """The checkpoints in `root`, oldest first, half-written ones (.tmp) among them. Whatever else lies there is not ours."""
+    """The checkpoints in `root`, oldest first, half-written ones (.tmp) among them.
+
+    Whatever else lies there is not ours.
+    """
     named = [
         (re.fullmatch(r"step-(\d+)(\.tmp)?", path.name), path)
         for path in root.glob("step-*")
@@ -112,12 +120,13 @@ def read_state(folder):
 
 @torch.no_grad()
 def restore(folder, policy, optimizer):
-    """Load a checkpoint's weights and moments in place. Raises ValueError if they are those of another model."""
+    """Load a checkpoint's weights and moments in place.
+
+    Raises ValueError if they are those of another model.
+    """
     parameters, weights = dict(policy.named_parameters()), load_file(folder / "weights.safetensors")
     if weights.keys() != parameters.keys():
-        raise ValueError(
-            f"{folder}: holds the parameters of another model or version of this program; choose another --out"
-        )
+        raise ValueError(f"{folder}: holds the parameters of another model; choose another --out")
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
     moments, index_of = defaultdict(dict), {name: index for index, name in enumerate(parameters)}

@@ -1,0 +1,339 @@
+"""A run: what its steps share, how it is opened from the flags, resumed from a checkpoint, and saved.
+
+    policy      fp32 master weights, the ones that learn
+    learner     the policy as DDP wraps it: its gradients are averaged over the ranks
+    sampler     the policy itself on a CPU; on a GPU a copy in bf16, refreshed in place after every step
+    reference   the initial policy, frozen, where --kl is above 0
+
+Every rank holds all of them. What the ranks share out is the rows: responses to sample and to learn from.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch.nn.parallel import DistributedDataParallel
+
+from engine import Engine
+from model import ModelConfig, Transformer
+from plan import budgets, print_plan
+from support import checkpoint, questions, report
+from support.config import RESUME_MAY_CHANGE, Config, flag_name
+from support.curves import draw_curves
+from support.hub import TOKENIZER_FILES, fetch_config, fetch_weights
+from support.ledger import summarize
+from support.pretrained import check_vocabulary
+from support.prompts import encode_prompt, load_tokenizer, show_prompt
+from support.ranks import first_on_node, is_rank0, on_every_rank, print0, world_size
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Run:
+    config: Config
+    folder: Path  # of the model
+    tokenizer: object
+    eos_ids: list
+    train_set: list  # of Question
+    train_prompts: list  # of token ids
+    eval_set: list
+    eval_prompts: list
+    longest: int  # tokens of the longest prompt and response
+    rollout_tokens: int  # --rollout-tokens, or what memory allows
+    micro_batch_tokens: int  # --micro-batch-tokens, or what memory allows
+    policy: Transformer | None = None
+    learner: DistributedDataParallel | None = None
+    sampler: Transformer | None = None
+    reference: Transformer | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    engine: Engine | None = (
+        None  # kept on a GPU for its CUDA graphs; a CPU gives the memory back to the learner
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# opened
+
+
+def open_run(c, device, given):
+    """Questions, tokenizer, the printed plan, and then the models.
+
+    Raises ValueError for whatever cannot work.
+
+    given: the flags that the user set. The weights are fetched last, when all else is known to work.
+    """
+    folder = HERE / "tiny" / "model" if c.model == "tiny" else first_on_node(lambda: fetch_config(c.model))
+    train_set = first_on_node(lambda: questions.load(c.data))
+    eval_set = train_set
+    if c.eval_data != c.data:
+        eval_set = first_on_node(lambda: questions.load(c.eval_data))
+    run = on_every_rank(lambda: prepare(c, device, given, folder, train_set, eval_set))
+    if not c.dry_run:
+        if c.model != "tiny":
+            run.folder = first_on_node(lambda: fetch_weights(c.model))
+        build_models(run, device)
+    return run
+
+
+def prepare(c, device, given, folder, train_set, eval_set):
+    """The run without its models: tokenizer, prompts and memory budgets. Prints the plan."""
+    model_config = ModelConfig.from_pretrained(folder)
+    tokenizer, eos_ids = load_tokenizer(folder)
+    check_vocabulary(model_config, tokenizer)
+    train = load_prompts(c, tokenizer, c.data, train_set)
+    evaluation = train if eval_set is train_set else load_prompts(c, tokenizer, c.eval_data, eval_set)
+    longest = max(map(len, train[1] + evaluation[1])) + c.max_new_tokens
+    check_against_data(c, model_config, train[0], longest)
+    tokens = budgets(c, model_config, device, longest)
+    run = Run(c, folder, tokenizer, eos_ids, *train, *evaluation, longest, *tokens)
+    print_plan(run, model_config, device, given, show_prompt(tokenizer, run.train_prompts[0]))
+    return run
+
+
+def load_prompts(c, tokenizer, name, loaded):
+    """(questions, prompts) of a question set. Prompts that are too long are named and left out, never cut."""
+    kept, prompts, dropped = [], [], []
+    options = dict(template=c.template, suffix=c.prompt_suffix, thinking=c.thinking)
+    for question in loaded:
+        ids = encode_prompt(tokenizer, question.prompt, kind=question.kind, **options)
+        if len(ids) > c.max_prompt_tokens:
+            dropped.append(question.id)
+        else:
+            kept.append(question)
+            prompts.append(ids)
+    limit = f"--max-prompt-tokens {c.max_prompt_tokens}"
+    if dropped:
+        print0(f"left out of {name}: {len(dropped)} prompts over {limit}: {', '.join(dropped)}")
+    if not kept:
+        raise ValueError(f"{name}: every prompt is longer than {limit}")
+    return kept, prompts
+
+
+def check_against_data(c, model_config, train_set, longest):
+    """Raise ValueError for settings that do not go with these questions, this model or this many ranks."""
+    if c.reward == "gold" and any(question.answer is None for question in train_set):
+        raise ValueError(f"--reward gold: {c.data} has questions without an answer")
+    if longest > model_config.max_positions:
+        raise ValueError(
+            f"--max-new-tokens {c.max_new_tokens}: with the longest prompt that is {longest} tokens, "
+            f"but {c.model} takes {model_config.max_positions} (max_position_embeddings)"
+        )
+    if world_size() > c.votes:
+        raise ValueError(
+            f"--votes {c.votes}: fewer than the {world_size()} processes, each needs a response to learn from"
+        )
+
+
+def build_models(run, device):
+    """Fill in policy, sampler, learner, reference and optimizer."""
+    c = run.config
+    on_every_rank(lambda: load_models(run, device))
+    if device.type == "cuda":
+        most_rows = max(c.questions_per_step * c.votes, len(run.eval_set) * c.eval_samples)
+        slots = min(run.rollout_tokens // run.longest, math.ceil(most_rows / world_size()))
+        run.engine = Engine(run.sampler, slots, run.longest, c.max_new_tokens, run.eos_ids)
+    if c.eval_only:
+        return
+    run.policy.checkpointing = c.checkpointing
+    run.learner = DistributedDataParallel(run.policy, gradient_as_bucket_view=True)
+    run.optimizer = torch.optim.AdamW(
+        run.policy.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True
+    )
+
+
+def load_models(run, device):
+    """Read the weights: the policy's, on a GPU the sampler's copy in bf16, and with --kl the reference's."""
+    c, cuda = run.config, device.type == "cuda"
+    half = torch.bfloat16 if cuda else torch.float32
+    precision = half if c.eval_only else torch.float32
+    run.policy = run.sampler = Transformer.from_pretrained(run.folder, precision, device)
+    if cuda and not c.eval_only:
+        run.sampler = Transformer.from_pretrained(run.folder, half, device)
+    if c.kl > 0 and not c.eval_only:
+        run.reference = Transformer.from_pretrained(run.folder, half, device).requires_grad_(False)
+
+
+def refresh_sampler(run):
+    """Bring the sampler's weights up to date with the policy's, in place."""
+    if run.sampler is not run.policy:
+        run.sampler.copy_from(run.policy)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# resumed
+
+
+def open_out(run):
+    """Make the run's folder, or find a run in it and resume it: the state that `train` starts from."""
+    c, out = run.config, Path(run.config.out)
+    state = {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0}
+    if is_rank0():
+        out.mkdir(parents=True, exist_ok=True)
+    if c.eval_only:
+        return state
+    folder = checkpoint.newest(out / "checkpoint")
+    if folder:
+        state = checkpoint.read_state(folder)
+        compare_with_checkpoint(run, state.pop("made_with", None))
+        checkpoint.restore(folder, run.policy, run.optimizer)
+        refresh_sampler(run)
+        print0(f"resume   from step {state['step']}")
+    if is_rank0():
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            checkpoint.forget_after(out / name, state["step"] if folder else -1)
+        checkpoint.write_whole(out / "config.json", json.dumps(dataclasses.asdict(c), indent=1))
+        if c.wandb:
+            import wandb
+
+            wandb.init(
+                project="ttrl", name=out.name, config=dataclasses.asdict(c), resume="allow", id=out.name
+            )
+    return state
+
+
+def made_with(run):
+    """What has to be the same for a resumed run to be the run that was stopped."""
+    return {
+        "config": dataclasses.asdict(run.config),
+        "questions": fingerprint(run),
+        "sources": SOURCES,
+        "environment": environment(run.config),
+    }
+
+
+def fingerprint(run):
+    """SHA-256 of what is asked, in training and evaluation, and of the answers that reports compare with."""
+    train = [[q.id, ids] for q, ids in zip(run.train_set, run.train_prompts, strict=True)]
+    evaluation = [[q.id, ids, q.answer] for q, ids in zip(run.eval_set, run.eval_prompts, strict=True)]
+    return hashlib.sha256(json.dumps([train, evaluation]).encode()).hexdigest()
+
+
+def source_hashes():
+    """{file of this program: SHA-256 of its content}."""
+    files = [*HERE.glob("*.py"), *HERE.glob("kernels/*.py"), *HERE.glob("support/*.py")]
+    return {
+        path.relative_to(HERE).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(files)
+    }
+
+
+SOURCES = source_hashes()  # at the start: what runs is what was read then, not what is edited meanwhile
+
+
+def environment(c):
+    """Where a run is made: a run that goes on elsewhere is not bitwise the same."""
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores"
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": torch.cuda.get_device_name() if c.device == "cuda" else cpu,
+        "ranks": world_size(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def compare_with_checkpoint(run, then):
+    """Raise ValueError if questions, flags or sources changed since the checkpoint.
+
+    Name a changed environment.
+    """
+    c, now = run.config, made_with(run)
+    if then is None:
+        raise ValueError(f"{c.out} holds a run of an older version of this program; choose another --out")
+    if then["questions"] != now["questions"]:
+        raise ValueError(
+            f"{c.out} holds a run on other questions: ids, prompts or answers of {c.data} or {c.eval_data} "
+            "changed since its checkpoint; restore them, or choose another --out"
+        )
+    changed = [
+        f"{flag_name(name)} was {then['config'].get(name)} and is {value}"
+        for name, value in now["config"].items()
+        if value != then["config"].get(name) and name not in RESUME_MAY_CHANGE
+    ]
+    names = sorted(now["sources"].keys() | then["sources"].keys())
+    edited = [name for name in names if now["sources"].get(name) != then["sources"].get(name)]
+    for what, which in (("flags", changed), ("sources", edited)):
+        if which and not c.allow_changed_flags:
+            raise ValueError(
+                f"{c.out} holds a run with other {what} ({', '.join(which)}): choose another --out, "
+                "or add --allow-changed-flags to go on"
+            )
+    for name, value in now["environment"].items():
+        before = then["environment"].get(name)
+        if before != value:
+            print0(f"note     {name} was {before} and is {value}: the run goes on, but not bitwise the same")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# saved
+
+
+def save_checkpoint(run, state):
+    """Write out/checkpoint: weights, moments, and the state that `open_out` reads."""
+    whole = {**state, "made_with": made_with(run)}
+    checkpoint.save(Path(run.config.out) / "checkpoint", run.policy, run.optimizer, whole)
+
+
+def save_model(run):
+    """Write out/model: the policy in Hugging Face format with its tokenizer.
+
+    Transformers and vLLM load it.
+    """
+
+    def fill(folder):
+        run.policy.save_pretrained(folder)
+        for pattern in TOKENIZER_FILES:
+            for path in run.folder.glob(pattern):
+                copy = shutil.copytree if path.is_dir() else shutil.copyfile
+                copy(path, folder / path.name)
+
+    checkpoint.replace_folder(Path(run.config.out) / "model", fill)
+
+
+def log(run, line, shown):
+    """Append a step to metrics.jsonl and some responses to rollouts.jsonl.
+
+    Redraw the curves if it evaluated.
+    """
+    if not is_rank0():
+        return
+    out = Path(run.config.out)
+    finite = {name: value for name, value in line.items() if math.isfinite(value)}  # JSON has no nan
+    checkpoint.append(out / "metrics.jsonl", [finite])
+    checkpoint.append(out / "rollouts.jsonl", shown)
+    if any(name.startswith("eval/") for name in line):
+        draw_curves(out, run.config.eval_samples)
+    if run.config.wandb:
+        import wandb
+
+        wandb.log(line, step=line["step"])
+
+
+def finish(run, state):
+    """The model, summary.json, and on the screen the before/after table, the ledger and a few responses."""
+    save_model(run)
+    c = run.config
+    summary = {**summarize(state), "seconds": state["seconds"], **report.speeds(Path(c.out))}
+    summary.update(environment=environment(c), config=dataclasses.asdict(c))
+    checkpoint.write_whole(Path(c.out) / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    print(report.render(summary, state))
+    minutes = f"{state['seconds'] / 60:.1f} minutes"
+    print(f"\n{c.out}: curves.png, summary.json, metrics.jsonl, rollouts.jsonl, model/ ({minutes})")
+
+
+def save_evaluation(run, metrics):
+    """What --eval-only leaves: evaluation.json, and a table on the screen."""
+    c = run.config
+    whole = {"evaluation": metrics, "environment": environment(c), "config": dataclasses.asdict(c)}
+    checkpoint.write_whole(Path(c.out) / "evaluation.json", json.dumps(whole, indent=1))
+    print(report.table({"evaluation": metrics}))

@@ -1,0 +1,162 @@
+"""Before and after: what became of each question, claimed only beyond chance; differences of pairs.
+
+The best step.
+"""
+
+import math
+from collections import Counter
+
+from support import grading
+from support.metrics import mean, standard_error
+
+# What became of a question, by whether its majority was right before and after. Sharpening is the cheap part
+# of TTRL, learning the real one, corruption its price (TTRL-Guard, arXiv 2605.19444, asks for this).
+FATES = {
+    "learned": "majority wrong, then right",
+    "sharpened": "right before and after, with a larger lead",
+    "held": "right before and after, no change beyond chance",
+    "weakened": "right before and after, with a smaller lead",
+    "missed": "majority wrong before and after",
+    "corrupted": "majority right, then wrong",
+    "unsure": "majority changed, but within chance",
+}
+SIGNIFICANCE = 0.05  # of the sign test, both directions together
+
+
+def lead_changes(before, after):
+    """(rises, falls).
+
+    In how many samples the lead of the true answer rose or fell, from two records of a question.
+
+    A sample counts 1 for the true answer, -1 for the most frequent wrong answer of both evaluations, 0 for
+    any other or none. Sample i of both evaluations was drawn with the same random numbers, so they are
+    compared in pairs."""
+    right, answers = [*before["right"], *after["right"]], [*before["answers"], *after["answers"]]
+    wrong = [None if r else answer for r, answer in zip(right, answers, strict=True)]
+    rival = max(grading.classes(wrong, before["kind"]), key=len, default=[])
+    score = [int(r) for r in right]
+    for index in rival:
+        score[index] = -1
+    pairs = list(zip(score[: len(before["right"])], score[len(before["right"]) :], strict=True))
+    return sum(a > b for b, a in pairs), sum(a < b for b, a in pairs)
+
+
+def tail(count, total):
+    """Probability of at least `count` heads in `total` throws of a fair coin.
+
+    >>> tail(9, 10)  # 11 of 1,024
+    0.0107421875
+    """
+    return sum(math.comb(total, heads) for heads in range(count, total + 1)) / 2**total
+
+
+def direction(rises, falls):
+    """1 or -1 where the lead rose or fell beyond chance, else 0.
+
+    The sign test over the samples whose score changed.
+    """
+    if tail(max(rises, falls), rises + falls) > SIGNIFICANCE / 2:
+        return 0
+    return 1 if rises > falls else -1
+
+
+def false_alarms(changes):
+    """Probability that so many changes, up or down by a fair coin, are taken for a rise (or for a fall)."""
+    return next(
+        (p for p in (tail(count, changes) for count in range(changes + 1)) if p <= SIGNIFICANCE / 2), 0.0
+    )
+
+
+def fate(before, after):
+    """What became of a question, one of FATES, from its two evaluation records.
+
+    No change is claimed within chance.
+
+    >>> sure = {"kind": "math", "right": [1.0] * 8, "answers": ["7"] * 8, "majority_right": True}
+    >>> wrong = {"kind": "math", "right": [0.0] * 8, "answers": ["5"] * 8, "majority_right": False}
+    >>> fate(wrong, sure), fate(sure, wrong), fate(sure, sure)
+    ('learned', 'corrupted', 'held')
+    """
+    change = direction(*lead_changes(before, after))
+    if not before["majority_right"] and not after["majority_right"]:
+        return "missed"
+    if before["majority_right"] and after["majority_right"]:
+        return {1: "sharpened", 0: "held", -1: "weakened"}[change]
+    if change == (1 if after["majority_right"] else -1):
+        return "learned" if after["majority_right"] else "corrupted"
+    return "unsure"
+
+
+def ledger(before, after):
+    """A row for each question whose answer is known: its fate, pass@1 and majority before and after."""
+    return [
+        {
+            "id": b["id"],
+            "truth": b["truth"],
+            "fate": fate(b, a),
+            "false_alarms": false_alarms(sum(lead_changes(b, a))),
+            "pass@1": [b["pass@1"], a["pass@1"]],
+            "majority": [b["majority"], a["majority"]],
+        }
+        for b, a in zip(before, after, strict=True)
+        if b["truth"] is not None
+    ]
+
+
+def paired_changes(before, after, names):
+    """Mean difference of each metric that has a value per question, and its standard error.
+
+    The questions are paired.
+
+    names: {metric: field of the records}. The standard error of a difference of pairs leaves out what the
+    questions have in common, so it is smaller than those of `before` and `after` suggest."""
+    changes = {}
+    for name, field in names.items():
+        pairs = [
+            (b[field], a[field]) for b, a in zip(before, after, strict=True) if field in b and field in a
+        ]
+        if pairs:
+            differences = [float(a) - float(b) for b, a in pairs]
+            changes.update({name: mean(differences), f"{name}_se": standard_error(differences)})
+    return changes
+
+
+def better(best, step, records):
+    """The best evaluation so far: `best`, or this one. None without true answers, or with a single sample.
+
+    The largest of many noisy evaluations is too large. So the even samples choose, and the odd ones, which
+    had no part in the choice, are reported."""
+    known = [row["right"] for row in records if row["truth"] is not None and len(row["right"]) > 1]
+    chosen_by = mean(mean(right[::2]) for right in known) if known else None
+    if chosen_by is None or (best and chosen_by <= best["chosen_by"]):
+        return best
+    reported = [mean(right[1::2]) for right in known]
+    return {
+        "step": step,
+        "pass@1": mean(reported),
+        "pass@1_se": standard_error(reported),
+        "chosen_by": chosen_by,
+    }
+
+
+def summarize(state):
+    """The numbers of a finished run for summary.json.
+
+    Metrics before and after, their change, the best, the ledger.
+    """
+    before, after = state["before"], state["after"]
+    rows = ledger(before["records"], after["records"])
+    counts = Counter(row["fate"] for row in rows)
+    samples = len(before["records"][0]["answers"])
+    names = {name: name for name in before["metrics"] if name in before["records"][0]}  # a value per question
+    names.update({f"maj@{samples}": "majority_right", f"pass@{samples}": "any_right"} if samples > 1 else {})
+    return {
+        "steps": state["step"],
+        "before": before["metrics"],
+        "after": after["metrics"],
+        "change": paired_changes(before["records"], after["records"], names),
+        "best": state["best"],
+        "ledger": {name: counts[name] for name in FATES},
+        "expected_by_chance": sum(row["false_alarms"] for row in rows),
+        "questions": rows,
+    }

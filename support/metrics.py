@@ -1,0 +1,154 @@
+"""What is measured: of responses, of votes and their truth, and of learning.
+
+True answers are read here and nowhere else (but for --reward gold): training cannot look at them by accident.
+"""
+
+import math
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+
+from support import grading
+from support.ranks import all_reduce
+
+# -----------------------------------------------------------------------------------------------------------
+# responses and votes
+
+
+def standard_error(values):
+    """Of the mean of independent values: sqrt(variance / n), the variance with ddof 1; 0 for a single one.
+
+    >>> round(standard_error([0.0, 1.0, 1.0, 0.0]), 4)
+    0.2887
+    """
+    if len(values) < 2:
+        return 0.0
+    center = mean(values)
+    return math.sqrt(sum((v - center) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def describe(groups):
+    """Metrics of responses that need neither a vote nor a true answer."""
+    flat = [response for group in groups for response in group]
+    return {
+        "response_tokens": mean(r.tokens for r in flat),
+        "truncated": mean(not r.finished for r in flat),
+        "no_answer": mean(r.answer is None for r in flat),
+    }
+
+
+def is_right(question, answer):
+    """Whether an answer equals the true one; None never does."""
+    return answer is not None and grading.same_answer(question.answer, answer, question.kind)
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def grade(question, responses, voted):
+    """The record of one question.
+
+    What its responses and their vote (label, classes) have to do with the truth.
+
+    A response is "right" if it equals the true answer. Metrics describe the vote, whatever the reward is.
+    """
+    label, classes = voted
+    agreeing = max(classes, key=len, default=[])
+    typical = responses[agreeing[0] if agreeing else 0]
+    record = {"id": question.id, "prompt": question.prompt, "kind": question.kind, "truth": question.answer}
+    record.update(response=typical.text, answers=[response.answer for response in responses])
+    record.update(majority=label, majority_ratio=len(agreeing) / len(responses))
+    if question.answer is not None:
+        right = [float(is_right(question, response.answer)) for response in responses]
+        record.update({"right": right, "pass@1": mean(right), "any_right": any(right)})
+        record["majority_right"] = is_right(question, label)
+        record["reward_accuracy"] = mean((index in agreeing) == bool(r) for index, r in enumerate(right))
+    return record
+
+
+def training_metrics(records, votes):
+    """Metrics of a step's vote from its records, by their names in training; see `evaluation_metrics`."""
+    metrics = {"majority_ratio": mean(record["majority_ratio"] for record in records)}
+    known = [record for record in records if record["truth"] is not None]
+    names = {"ground_truth_ratio": "pass@1", "label_accuracy": "majority_right",
+             "reward_accuracy": "reward_accuracy", f"pass@{votes}": "any_right"}  # fmt: skip
+    return {
+        **metrics,
+        **{name: mean(record[field] for record in known) for name, field in names.items() if known},
+    }
+
+
+def evaluation_metrics(records, samples):
+    """Metrics of an evaluation from its records.
+
+    Those that need the truth over the questions where it is known.
+
+    pass@1 is the mean over samples (the paper's avg@16), its standard error is clustered by question: the
+    questions vary, not the samples of one question. maj@N is the plain vote over the N samples, pass@N
+    whether any is right."""
+    metrics = {"majority_ratio": mean(record["majority_ratio"] for record in records)}
+    known = [record for record in records if record["truth"] is not None]
+    if known:
+        each = [record["pass@1"] for record in known]
+        metrics.update({"pass@1": mean(each), "pass@1_se": standard_error(each)})
+    if known and samples > 1:
+        metrics[f"maj@{samples}"] = mean(record["majority_right"] for record in known)
+        metrics[f"pass@{samples}"] = mean(record["any_right"] for record in known)
+    return metrics
+
+
+# ----------------------------------------------------------------------------------------------------------
+# learning
+
+
+class Tally:
+    """What the updates of a step report.
+
+    Sums over this rank's tokens, which stay on the device until `metrics`.
+    """
+
+    def __init__(self, device):
+        self.sums = Counter()  # over all micro-batches
+        self.gaps = (
+            Counter()
+        )  # sampler against learner: over those before the first update, while both are one
+        self.gap_max = torch.zeros((), device=device)
+        self.norms, self.skipped = [], 0
+
+    def add(self, sums, difference, entropy, mask):
+        """Note a micro-batch: sums by grpo_loss, difference of log-probabilities and entropy [B, R]."""
+        tokens = mask.sum()
+        self.sums.update({**sums, "tokens": tokens, "entropy": torch.where(mask, entropy, 0.0).sum()})
+        if not self.norms:
+            gap = torch.where(mask, difference, 0.0).abs()
+            self.gaps.update(gap=gap.sum(), tokens=tokens)
+            self.gap_max = torch.maximum(self.gap_max, gap.max())
+
+    def metrics(self):
+        """Means over the tokens of all ranks.
+
+        Only the counts of updates if no mini-batch had anything to learn.
+        """
+        counts = {"updates": len(self.norms), "skipped_updates": self.skipped}
+        if not self.sums:
+            return counts
+        gap_max, gap, gap_tokens, *values = to_host(
+            self.gap_max, self.gaps["gap"], self.gaps["tokens"], *self.sums.values()
+        )
+        sums = dict(zip(self.sums, values, strict=True))
+        sums = all_reduce({**sums, "gap": gap, "gap_tokens": gap_tokens})
+        tokens, gap_tokens = sums.pop("tokens"), sums.pop("gap_tokens")
+        metrics = {"logprob_gap": sums.pop("gap") / gap_tokens}
+        metrics["logprob_gap_max"] = all_reduce({"max": gap_max}, dist.ReduceOp.MAX)["max"]
+        metrics.update({name: value / tokens for name, value in sums.items()})  # entropy, clip_fraction, ...
+        if self.norms:
+            metrics.update(grad_norm=mean(self.norms), grad_norm_max=max(self.norms))
+        return {**metrics, **counts, "trained_tokens": tokens}
+
+
+def to_host(*numbers):
+    """Numbers on the device as floats: one wait for all of them."""
+    return torch.stack([number.double() for number in numbers]).tolist()

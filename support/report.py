@@ -1,0 +1,140 @@
+"""What a run shows: the progress line, the before/after table, the ledger, a few responses.
+
+Speeds for its summary.
+"""
+
+import json
+from pathlib import Path
+
+from support.ledger import FATES, fate
+
+# -----------------------------------------------------------------------------------------------------------
+# on the screen
+
+
+def progress(line, evaluation):
+    """The end of the progress bar: newest pass@1, and majority ratio, reward and speed of this step."""
+    parts = [f"pass@1 {evaluation['pass@1']:.3f}"] if "pass@1" in evaluation else []
+    parts.append(f"majority {line['train/majority_ratio']:.2f}" if "train/majority_ratio" in line else "")
+    parts.append(f"reward {line['train/reward']:.2f}" if "train/reward" in line else "")
+    parts.append(
+        f"{line['train/rollout_tokens_per_s']:,.0f} tok/s" if "train/rollout_tokens_per_s" in line else ""
+    )
+    return ", ".join(part for part in parts if part)
+
+
+def table(columns):
+    """Metrics side by side as text: columns is {heading: metrics}.
+
+    A metric's `name_se` is its standard error.
+
+    The column "change" holds differences, which are shown with their sign.
+
+    >>> after, change = {"pass@1": 0.5, "pass@1_se": 0.04}, {"pass@1": 0.25, "pass@1_se": 0.03}
+    >>> print(table({"after": after, "change": change}))
+                                  after           change
+    pass@1                0.500 ± 0.040   +0.250 ± 0.030
+    """
+    names = dict.fromkeys(
+        name for metrics in columns.values() for name in metrics if not name.endswith("_se")
+    )
+    lines = [" " * 18 + "".join(f"{heading:>17}" for heading in columns)]
+    for name in sorted(
+        names, key=lambda n: (not n.startswith(("pass@1", "maj", "pass", "greedy")), n != "pass@1")
+    ):
+        cells = []
+        for heading, metrics in columns.items():
+            error = f" ± {metrics[name + '_se']:.3f}" if name + "_se" in metrics else ""
+            digits = 1 if name == "response_tokens" else 3
+            sign = "+" if heading == "change" else ""
+            cells.append(f"{metrics[name]:{sign}.{digits}f}{error}" if name in metrics else "")
+        lines.append(f"{name:<18}" + "".join(f"{cell:>17}" for cell in cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+CHANCE = """A change counts if the true answer's lead over the most frequent wrong one changed beyond chance
+(sign test over paired samples, 5 %). If nothing had changed, chance would be expected to show up to {:.1f}
+questions as learned or sharpened, and as many as corrupted or weakened."""
+
+
+def render(summary, state):
+    """All that is printed at the end of a run: table, ledger, three responses before and after."""
+    parts = ["", table({heading: summary[heading] for heading in ("before", "after", "change")})]
+    if summary["best"]:
+        best = summary["best"]
+        parts.append(
+            f"\nBest evaluation: step {best['step']}, pass@1 {best['pass@1']:.3f} ± {best['pass@1_se']:.3f} "
+            "(chosen by the even samples, measured on the odd ones)"
+        )
+    if summary["questions"]:
+        parts += ["", f"What became of the {len(summary['questions'])} questions:"]
+        parts += [f"  {count:4d} {name:<10} {FATES[name]}" for name, count in summary["ledger"].items()]
+        parts.append(CHANCE.format(summary["expected_by_chance"]))
+    parts.append(responses(state["before"]["records"], state["after"]["records"]))
+    return "\n".join(parts)
+
+
+def responses(before, after, how_many=3):
+    """A response of the majority to a few questions, before and after.
+
+    A learned and a corrupted one if there are any.
+    """
+
+    def interest(pair):
+        order = ["learned", "corrupted", "sharpened"]
+        what = fate(*pair) if pair[0]["truth"] is not None else ""
+        return order.index(what) if what in order else len(order)
+
+    pairs = sorted(zip(before, after, strict=True), key=interest)
+    firsts = {interest(pair): pair for pair in reversed(pairs)}  # one of each kind, then whatever is left
+    chosen = (list(firsts.values())[::-1] + [pair for pair in pairs if pair not in firsts.values()])[
+        :how_many
+    ]
+    blocks = []
+    for b, a in chosen:
+        truth = f", truth {b['truth']}" if b["truth"] is not None else ""
+        what = f" ({fate(b, a)})" if b["truth"] is not None else ""
+        blocks.append(f"\n{shorten(b['prompt'])}{truth}{what}")
+        blocks += [
+            f"  {when} (majority {r['majority']}): {shorten(r['response'])}"
+            for when, r in (("before", b), ("after", a))
+        ]
+    return "\n".join(blocks)
+
+
+def shorten(text, length=160):
+    """One line of a text: its start and, since the answer stands there, its end."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# from a run's files
+
+
+def read_metrics(out):
+    return [
+        json.loads(line)
+        for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+        if line
+    ]
+
+
+def speeds(out):
+    """Means over the steps of a run for summary.json; {} if it made none."""
+    lines = [line for line in read_metrics(out) if "train/rollout_tokens_per_s" in line]
+    names = ("rollout_tokens_per_s", "train_tokens_per_s")
+    means = {name: sum(line[f"train/{name}"] for line in lines) / len(lines) for name in names if lines}
+    return {
+        **means,
+        **({"peak_memory_gb": max(line["train/peak_memory_gb"] for line in lines)} if lines else {}),
+    }
+
+
+def shown_responses(step, asked, responses, labels, rewards, how_many=4):
+    """A response to each of a few questions, for rollouts.jsonl."""
+    shown = []
+    for question, group, label, row in list(zip(asked, responses, labels, rewards, strict=True))[:how_many]:
+        line = {"step": step, "id": question.id, "prompt": question.prompt, "response": group[0].text}
+        shown.append({**line, "answer": group[0].answer, "label": label, "reward": row[0]})
+    return shown
