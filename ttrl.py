@@ -275,11 +275,10 @@ def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0,
 
 def start_processes(device):
     """Join the process group of torchrun, or found one of a single process. Returns this rank's device."""
-    if "RANK" in os.environ:
-        where = {}
-    else:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", socket.if_nameindex()[0][1])  # loopback: needs no network
-        where = dict(store=dist.HashStore(), rank=0, world_size=1)
+    torchrun = "RANK" in os.environ
+    where = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
+    if not torchrun or os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # a single machine
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", socket.if_nameindex()[0][1])  # loopback: no network, no host name
     # A rank may have to wait for the slowest one's rollout, or for rank 0's checkpoint: hours for a large model.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=4), **where)
     if device == "cuda":
