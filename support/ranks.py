@@ -20,11 +20,11 @@ TIMEOUT = datetime.timedelta(hours=4)
 
 def start_processes(device):
     """Join the process group of torchrun, or found one of a single process. Returns this rank's device."""
-    if "RANK" in os.environ:
-        where = {}
-    else:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", socket.if_nameindex()[0][1])  # loopback: needs no network
-        where = dict(store=dist.HashStore(), rank=0, world_size=1)
+    by_torchrun = "RANK" in os.environ
+    where = {} if by_torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
+    if not by_torchrun or os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # a single machine
+        loopback = socket.if_nameindex()[0][1]  # needs no network and no host name
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, **where)
     if device == "cuda":

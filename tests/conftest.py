@@ -50,11 +50,8 @@ SMALL = """--votes 8 --samples 6 --questions-per-step 3 --questions-per-update 2
 
 def command(*arguments, ranks=None, script="ttrl.py"):
     """The command line of the real program, under torchrun if `ranks` is given."""
-    launcher = (
-        []
-        if ranks is None
-        else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    )
+    torchrun = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node"  # as train.sh
+    launcher = [] if ranks is None else [*torchrun.split(), str(ranks)]
     return [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)]
 
 

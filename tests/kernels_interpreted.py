@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Builder = interpreter.InterpreterBuilder
 
 # ----------------------------------------------------------------------------------------------------------------------
-# triton 3.9.0's interpreter holds bf16 as its bits in uint16, and multiplies those as if they were integers
+# triton's interpreter (3.7.1 and 3.9.0) holds bf16 as its bits in uint16, and multiplies those as if they were integers
 
 
 def is_bf16(x):

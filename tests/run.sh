@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tier=(-m "not long")
 if [ "${1:-}" = --all ]; then tier=(); shift; fi
 
-source setup.sh test
+source ./setup.sh test
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 "$PYTHON" -m ruff check --quiet .
 "$PYTHON" -m ruff format --check --quiet .

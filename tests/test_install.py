@@ -1,0 +1,374 @@
+"""Installing elsewhere: the pinned versions exist for other machines, and setup.sh and train.sh work on them.
+
+The scripts run for real, in a copy of the checkout. Stubs of pip, ensurepip and uv note how they are called.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+from conftest import ROOT, command, environment
+
+# ------------------------------------------------------------------------------------------------------------
+# the versions, as resolved on another machine
+
+PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
+PLATFORMS = ["x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu", "aarch64-apple-darwin"]
+EXTRAS = ["test", "wandb", "bench"]
+INDEX = "https://pypi.org/simple"
+
+
+def elsewhere():
+    """The environment of a machine that has PyPI and nothing else: wheels on this disk are not found."""
+    ours = [name for name in os.environ if name.startswith(("PIP_", "UV_")) and name != "PIP_CERT"]
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return {**kept, "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": INDEX, "MACOSX_DEPLOYMENT_TARGET": "14.0"}
+
+
+def uv(*arguments):
+    command = [sys.executable, "-m", "uv", "--no-config", "--quiet", *map(str, arguments)]
+    return subprocess.run(command, env=elsewhere(), capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    try:
+        urllib.request.urlopen(f"{INDEX}/pip/", timeout=20).close()
+    except urllib.error.HTTPError:
+        raise
+    except OSError as error:
+        pytest.skip(f"no network: {INDEX} answers {error}")
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_machine_finds_a_wheel_of_everything(python, platform, cache):
+    """All extras at once: versions that suit all of them suit each of them."""
+    extras = [word for extra in EXTRAS for word in ("--extra", extra)]
+    found = uv("pip", "compile", "pyproject.toml", *extras, "--constraint", "constraints.txt",
+               "--only-binary", ":all:", "--python-version", python, "--python-platform", platform,
+               "--python", sys.executable,
+               "--default-index", INDEX, "--cache-dir", cache)  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert "torch==2.13.0\n" in found.stdout
+    assert "triton==3.7.1\n" in found.stdout or "linux" not in platform
+
+
+@pytest.fixture(scope="module")
+def empty(cache, tmp_path_factory):
+    """The python of an empty environment with the newest pip, whose dry run downloads metadata only."""
+    folder = tmp_path_factory.mktemp("empty") / "venv"
+    index = ["--default-index", INDEX, "--cache-dir", cache]
+    made = uv("venv", "--seed", "--python", sys.executable, *index, folder)
+    assert made.returncode == 0, made.stderr
+    return folder / "bin" / "python"
+
+
+@pytest.mark.parametrize("extra", ["", *EXTRAS])
+def test_pip_resolves_this_machine_and_builds_the_project(extra, empty):
+    arguments = "-m pip install --dry-run --quiet --use-feature=fast-deps -c constraints.txt --report -"
+    what = f".[{extra}]" if extra else "."
+    done = subprocess.run(
+        [empty, *arguments.split(), what],
+        env=elsewhere(),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [item["metadata"] for item in json.loads(done.stdout)["install"]]
+    versions = {metadata["name"]: metadata["version"] for metadata in found}
+    assert {"ttrl", "transformers"} <= versions.keys() and versions["torch"] == "2.13.0"
+
+
+def test_every_extra_is_resolved_above():
+    project = (ROOT / "pyproject.toml").read_text()
+    extras = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    assert re.findall(r"^(\w+) = \[", extras, re.M) == EXTRAS
+    assert "flash-attn" not in extras  # its build imports torch, which pip hides from it
+
+
+# ------------------------------------------------------------------------------------------------------------
+# setup.sh
+
+TOOLS = "bash basename cat cksum cut dirname mount touch".split()
+NOTE = "import os, sys; open(os.environ['NOTES'], 'a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+ENSUREPIP = f"""import pathlib, sysconfig
+folder = pathlib.Path(sysconfig.get_path("purelib"), "pip")
+folder.mkdir()
+(folder / "__main__.py").write_text({NOTE!r})
+"""
+
+
+def executable(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+class Machine:
+    """A copy of the checkout in a folder with spaces, and a PATH with a Python without packages only."""
+
+    def __init__(self, folder):
+        self.folder, self.bin, self.checkout = (
+            folder,
+            folder / "bin",
+            folder / "a folder with spaces" / "check out",
+        )
+        junk = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis")
+        shutil.copytree(ROOT, self.checkout, ignore=junk)
+        for name in ("python", "python3"):  # -S: without its packages
+            executable(self.bin / name, f'exec "{os.path.realpath(sys.executable)}" -S "$@"')
+        for name in TOOLS:
+            (self.bin / name).symlink_to(shutil.which(name))
+        self.notes = folder / "notes"
+        self.ensurepip(ENSUREPIP)
+        self.path = [self.bin]
+
+    def ensurepip(self, text):
+        """Put a module in place of the standard library's."""
+        (self.folder / "modules").mkdir(exist_ok=True)
+        (self.folder / "modules" / "ensurepip.py").write_text(text)
+
+    def venv(self, folder, torch=None, pip=True):
+        """A virtual environment with a torch of that version, as far as its metadata says."""
+        subprocess.run([self.bin / "python", "-m", "venv", "--without-pip", folder], check=True)
+        (packages,) = folder.glob("lib/python*/site-packages")
+        if torch:
+            (packages / f"torch-{torch}.dist-info").mkdir()
+            (packages / f"torch-{torch}.dist-info" / "METADATA").write_text(
+                f"Metadata-Version: 2.1\nName: torch\nVersion: {torch}\n"
+            )
+        if pip:
+            (packages / "pip").mkdir()
+            (packages / "pip" / "__main__.py").write_text(NOTE)
+        return folder
+
+    def bash(self, *arguments, prefix=(), code=0, **options):
+        kept = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
+        path = ":".join(map(str, self.path))
+        inside = {**kept, "PATH": path, "PYTHONPATH": str(self.folder / "modules"), "NOTES": str(self.notes)}
+        command = [*prefix, shutil.which("bash"), *map(str, arguments)]
+        options = {"cwd": self.folder, "capture_output": True, "text": True, "timeout": 300, **options}
+        done = subprocess.run(command, env=inside, **options)
+        assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def setup(self, extra="", **options):
+        """Source setup.sh: (the interpreter that it chose, stderr)."""
+        script = 'set -euo pipefail; source "$1/setup.sh" "$2"; echo "$PYTHON"'
+        done = self.bash("-c", script, "setup", self.checkout, extra, **options)
+        return done.stdout.strip(), done.stderr
+
+    def installed(self):
+        """What pip or uv were asked to install, a line a call."""
+        lines = self.notes.read_text().splitlines() if self.notes.exists() else []
+        return [line for line in lines if line != "--version"]
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+PINNED = "--constraint constraints.txt ."
+PIP = "install --quiet --disable-pip-version-check"
+
+
+def test_a_new_machine_gets_the_pinned_versions_once(machine):
+    own = str(machine.checkout / ".venv" / "bin" / "python")
+    assert machine.setup("test")[0] == own and machine.installed() == [f"{PIP} {PINNED}[test]"]
+    assert machine.setup("test") == (own, "") and len(machine.installed()) == 1
+    assert machine.setup()[0] == own and machine.installed()[1:] == [f"{PIP} {PINNED}"]
+
+
+@pytest.mark.parametrize("left", ["no pip", "no python", "nothing"])
+def test_a_half_made_venv_does_not_block(machine, left):
+    venv = machine.checkout / ".venv"
+    venv.mkdir()
+    if left == "no pip":  # what Debian's python3 -m venv leaves behind without python3-venv
+        machine.venv(venv, pip=False)
+    elif left == "no python":  # its Python was updated away
+        (venv / "bin").mkdir()
+        (venv / "bin" / "python").symlink_to("/nowhere/python3.9")
+    assert machine.setup()[0] == str(venv / "bin" / "python") and machine.installed() == [f"{PIP} {PINNED}"]
+
+
+def test_without_pip_and_ensurepip_it_says_what_to_do_until_it_is_done(machine):
+    machine.ensurepip("raise SystemExit(1)")
+    for _ in range(2):
+        said = machine.setup(code=2)[1].splitlines()[-1]
+        assert said.startswith("setup: ") and "has no pip" in said and "apt install python3-venv" in said
+    machine.ensurepip(ENSUREPIP)
+    machine.setup()
+    assert machine.installed() == [f"{PIP} {PINNED}"]
+
+
+def test_uv_installs_where_pip_is_not_to_be_had(machine):
+    machine.ensurepip("raise SystemExit(1)")
+    executable(machine.bin / "uv", 'echo "uv $*" >> "$NOTES"')
+    own, _ = machine.setup()
+    assert machine.installed() == [f"uv pip install --quiet --python {own} {PINNED}"]
+
+
+@pytest.mark.parametrize("old", ["none at all", "3.9"])
+def test_without_a_suitable_python_it_says_so(machine, old):
+    for name in ("python", "python3"):
+        (machine.bin / name).unlink()
+        if old == "3.9":
+            executable(machine.bin / name, "exit 1")
+    assert "Python 3.10 to 3.14 is needed" in machine.setup(code=2)[1]
+    assert not (machine.checkout / ".venv").exists()
+
+
+def test_a_suitable_python_of_another_name_is_found(machine):
+    (machine.bin / "python3").rename(machine.bin / "python3.12")
+    (machine.bin / "python").unlink()
+    machine.setup()
+    assert machine.installed() == [f"{PIP} {PINNED}"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# active environments
+
+
+@pytest.mark.parametrize("kind", ["virtual or conda environment", "pyenv"])
+@pytest.mark.parametrize("torch", ["2.8.0", "2.13.0+cpu", "2.9.0a0+145a3a7.nv25.10"])
+def test_an_active_environment_with_torch_is_used(machine, kind, torch):
+    venv = machine.venv(machine.folder / "my env", torch)
+    active = venv / "bin"
+    if kind == "pyenv":  # on PATH lies a script that looks for the real one
+        active = machine.folder / "shims"
+        executable(active / "python", f'exec "{venv}/bin/python" "$@"')
+    machine.path = [active, machine.bin]
+    assert machine.setup("test")[0] == str(venv / "bin" / "python")
+    assert machine.installed() == [f"{PIP} .[test]"] and not (machine.checkout / ".venv").exists()
+
+
+SYSTEM = """import sys, sysconfig
+sys.base_prefix = sys.prefix
+get_path = sysconfig.get_path
+sysconfig.get_path = lambda name, *args, **kw: sys.prefix if name == "stdlib" else get_path(name, *args, **kw)
+"""
+
+
+@pytest.mark.parametrize("why", ["an old torch", "no torch", "the system's"])
+def test_another_python_is_left_alone(machine, why):
+    torch = {"an old torch": "2.7.1", "no torch": None, "the system's": "2.13.0"}[why]
+    venv = machine.venv(machine.folder / "env", torch)
+    if why == "the system's":  # a Python that is no virtual environment, and marked as PEP 668 has it
+        (packages,) = venv.glob("lib/python*/site-packages")
+        (packages / "sitecustomize.py").write_text(SYSTEM)
+        machine.path = [venv / "bin", machine.bin]
+        assert machine.setup()[0] == str(venv / "bin" / "python")  # without the mark
+        (venv / "EXTERNALLY-MANAGED").touch()
+        machine.notes.unlink()
+    machine.path = [venv / "bin", machine.bin]
+    assert machine.setup()[0] == str(machine.checkout / ".venv" / "bin" / "python")
+    assert machine.installed() == [f"{PIP} {PINNED}"]
+
+
+def test_its_own_venv_stays_pinned_when_it_is_active(machine):
+    venv = machine.venv(machine.checkout / ".venv", "2.13.0")
+    machine.path = [venv / "bin", machine.bin]
+    assert machine.setup()[0] == str(venv / "bin" / "python") and machine.installed() == [f"{PIP} {PINNED}"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the file system, the network, the shell
+
+
+def isolated(*spaces, first="pass"):
+    """A command prefix: run the command in new Linux namespaces, after some Python. Skips if not allowed."""
+    unshare = ["unshare", "--user", "--map-root-user", *spaces]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip(f"{' '.join(unshare)} is not allowed here")
+    code = f"import os, sys\n{first}\nos.execv(sys.argv[1], sys.argv[1:])"
+    return [*map(shutil.which, unshare[:1]), *unshare[1:], os.path.realpath(sys.executable), "-c", code]
+
+
+READ_ONLY = """for how in ("--bind", "-oremount,ro,bind"):
+    assert os.system(f"mount {{how}} '{0}' '{0}'") == 0"""
+
+
+@pytest.mark.parametrize("active", [False, True], ids=["", "active environment"])
+def test_a_read_only_checkout(machine, active):
+    """One sentence, unless there is another place to install into. A mount is read-only for root too."""
+    prefix = isolated("--mount", first=READ_ONLY.format(str(machine.checkout)))
+    if active:
+        machine.path = [machine.venv(machine.folder / "env", "2.13.0") / "bin", machine.bin]
+        machine.setup(prefix=prefix)
+        assert machine.installed() == [f"{PIP} ."]
+    else:
+        said = machine.setup(prefix=prefix, code=2)[1]
+        assert said.startswith(f"setup: cannot write in {machine.checkout}: ") and len(said.splitlines()) == 1
+    assert not (machine.checkout / ".venv").exists()
+
+
+def with_everything(machine):
+    """Activate an environment that finds the packages of this Python."""
+    venv = machine.venv(machine.folder / "env", "2.13.0")
+    (packages,) = venv.glob("lib/python*/site-packages")
+    (packages / "these.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    machine.path = [venv / "bin", machine.bin]
+    return machine
+
+
+def from_elsewhere(machine, ranks, few_questions, prefix=()):
+    """Evaluate with relative paths, from a folder with modules of the names that torch and ttrl.py import."""
+    here = with_everything(machine).folder / "here"
+    here.mkdir()
+    shutil.copy(few_questions, here / "mine.json")
+    for module in ("questions", "random", "torch"):
+        (here / f"{module}.py").write_text("raise SystemExit('a module of the caller')")
+    flags = "--data mine.json --out out --eval-only --eval-samples 2 --max-new-tokens 4".split()
+    done = machine.bash(machine.checkout / "train.sh", "--nproc", ranks, *flags, prefix=prefix, cwd=here)
+    assert "6 questions" in done.stdout and (here / "out" / "evaluation.json").exists()
+    assert not (machine.checkout / "out").exists() and f"ranks    {ranks} " in done.stdout
+    return done.stderr
+
+
+def test_relative_paths_are_those_of_the_caller(machine, few_questions):
+    from_elsewhere(machine, 1, few_questions)
+
+
+@pytest.mark.parametrize("given", ["--nproc=0", "--nproc=two", "--nproc -1", "--nproc"])
+def test_a_wrong_number_of_processes_is_refused(machine, given):
+    done = machine.bash(machine.checkout / "train.sh", "--dry-run", *given.split(), code=2)
+    assert "train.sh: --nproc is the number of processes, 1 or more, not " in done.stderr
+
+
+OFFLINE = """import fcntl, socket, struct
+fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh", b"lo", 0x49))  # SIOCSIFFLAGS: up, loopback, running
+socket.sethostname("nowhere-xyz")"""
+
+
+@pytest.mark.parametrize("start", ["train.sh", "tests"])
+def test_processes_meet_where_the_host_name_does_not_resolve(machine, start, few_questions):
+    """They would wait for each other without end. The name is not even looked up."""
+    prefix = isolated("--uts", "--net", first=OFFLINE)
+    if start == "train.sh":
+        said = from_elsewhere(machine, 2, few_questions, prefix)
+    else:
+        dry = [*prefix, *command("--data", few_questions, "--dry-run", ranks=2)]
+        done = subprocess.run(dry, env=environment(), capture_output=True, text=True, timeout=300, cwd="/")
+        assert done.returncode == 0, done.stderr
+        said = done.stderr
+    assert "Unable to resolve hostname" not in said
+
+
+@pytest.mark.parametrize("script", ["train.sh", "setup.sh", "tests/run.sh", ".ci/run"])
+def test_an_array_may_be_empty_in_bash_3_2(script):
+    """Under set -u its "${array[@]}" is an unbound variable there; ${array[@]+"${array[@]}"} is not."""
+    code = "\n".join(line.partition("# ")[0] for line in (ROOT / script).read_text().splitlines())
+    unguarded = re.sub(r'\$\{(\w+)\[@\]\+"\$\{\1\[@\]\}"\}', "", code)
+    filled = set(re.findall(r"\b(\w+)=\([^)]", code)) - set(re.findall(r"\b(\w+)=\(\)", code))
+    assert set(re.findall(r"\$\{(\w+)\[[@*]\][^-]", unguarded)) <= filled
