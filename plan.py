@@ -175,11 +175,11 @@ def print_plan(run, model_config, device, given, shown_prompt):
         f"({listed(parts)})",
         f"ranks    {world_size()} on {device.type}, {torch.get_num_threads()} threads each",
         f"data     {c.data}: {questions} questions, prompts up to {run.longest - c.max_new_tokens} tokens",
-        f"prompt   {shown_prompt}",
         f"plan     {c.epochs} epochs, {steps} steps of {c.questions_per_step} questions x {c.votes} votes at "
         f"temperature {c.temperature}; {c.samples} are trained on, rewarded by {c.reward}",
         f"sampling {sum(responses.values()):,} responses, {share:.0%} of them for evaluation "
         f"(--eval-every {c.eval_every}, --eval-samples {c.eval_samples})",
+        f"prompt   {shown_prompt}",
         f"memory   sampler up to {run.rollout_tokens:,} tokens, micro-batches {run.micro_batch_tokens:,}",
         *(f"differs  {line}" for line in differences(c, given)),
         f"out      {c.out}",

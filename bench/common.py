@@ -1,4 +1,7 @@
-"""What the benches share: the machine, the model, clocks, peaks of memory and of arithmetic, tables, the last line of JSON."""
+"""What the benches share.
+
+The machine, the model, clocks, peaks of memory and of arithmetic, tables, the last line of JSON.
+"""
 
 import contextlib
 import importlib
@@ -19,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder, which has a rollout.py of its own
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # what is measured, and on what
 
 
@@ -74,7 +77,7 @@ def environment():
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # clocks
 
 
@@ -103,8 +106,9 @@ def in_turn(sides, repeats):
     return results
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# memory: /proc has a high-water mark that can be set back; ru_maxrss cannot, and a child begins with its parent's
+# ----------------------------------------------------------------------------------------------------------
+# memory: /proc has a high-water mark that can be set back; ru_maxrss cannot, and a child begins with its
+# parent's
 
 
 def status(field):
@@ -126,12 +130,15 @@ def peak_memory():
 
 
 def forget_peak():
-    """From here on `peak_memory` counts anew; where the kernel does not allow it, it goes on from the start of the process."""
+    """From here on `peak_memory` counts anew.
+
+    Where the kernel does not allow it, it goes on from the start of the process.
+    """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # what the machine can do, with the threads that torch has now
 
 
@@ -156,7 +163,7 @@ def memory_bandwidth(size=1 << 30):
     return size / seconds_of(source.sum, 1.0), 2 * size / seconds_of(lambda: target.copy_(source), 1.0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # what is printed
 
 

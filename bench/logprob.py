@@ -1,6 +1,7 @@
 r"""Time and memory of linear_logprob beside the plain way, forward and backward, the loss of log-probabilities alone.
 
-    python bench/logprob.py                                             # SmolLM2-135M's head, 2,048 tokens; 3 minutes
+    # SmolLM2-135M's head, 2,048 tokens; 3 minutes
+    python bench/logprob.py
     python bench/logprob.py --tokens 8192 --width 3584 --vocabulary 151936   # a 7B model's head, for a GPU
 
 naive     log_softmax of all logits, which also returns the entropy, for the metrics, as linear_logprob does
@@ -8,13 +9,13 @@ logprob   the same without the entropy
 chunked   linear_logprob in torch
 fused     linear_logprob with its Triton kernels (on a GPU)
 
-Every measurement is a process of its own, and the variants take turns, so that a busy machine slows all of them. The first
-step gives the memory, the second the time; of the rounds the least is shown, the one least disturbed; beside the time on the
-clock there is the processor's, which leaves out waiting for other programs. Peak is the most memory held above what was
-there before the step (the inputs), with the gradients that the step returns; above is the peak without these. On a GPU it
-comes from torch's allocator; on a CPU it is the high-water mark of the resident set, which Linux resets on request, so that
-whatever the libraries allocate is in it. At the end a table, and one line of JSON.
-"""
+Every measurement is a process of its own, and the variants take turns, so that a busy machine slows all of
+them. The first step gives the memory, the second the time; of the rounds the least is shown, the one least
+disturbed; beside the time on the clock there is the processor's, which leaves out waiting for other programs.
+Peak is the most memory held above what was there before the step (the inputs), with the gradients that the
+step returns; above is the peak without these. On a GPU it comes from torch's allocator; on a CPU it is the
+high-water mark of the resident set, which Linux resets on request, so that whatever the libraries allocate is
+in it. At the end a table, and one line of JSON."""
 
 import argparse
 import json

@@ -1,19 +1,21 @@
-"""Tokens a second: our sampler against transformers' generate, the same model, prompts and threads, in turn in one run.
+"""Tokens a second.
+
+Our sampler against transformers' generate, the same model, prompts and threads, in turn in one run.
 
     python bench/rollout.py                          # SmolLM2-135M-Instruct, all cases; an hour on one core
     python bench/rollout.py --cases a b --threads 1  # minutes
     python bench/rollout.py --model tiny/model       # the embedded model
 
-    (a) 1 row, a prompt of 64 tokens and 64 new ones
-    (b) 4 questions x 16 samples, prompts of 64 tokens, 64 new ones, every row to its full length
-    (c) 8 questions x 64 samples in the chat template, up to 128 tokens, as long as the model's own end makes them
+    (a) 1 row, a prompt of 64 tokens and 64 new ones (b) 4 questions x 16 samples, prompts of 64 tokens, 64
+    new ones, every row to its full length (c) 8 questions x 64 samples in the chat template, up to 128
+    tokens, as long as the model's own end makes them
 
-The peer is first screened: attention, cache, the way rows are repeated, rows a call, threads. Of what was tried the best
-takes part, twice: as `generate` alone, and as `generate` behind a prompt cache filled by hand (transformers' recipe for
-shared prompts), for which the caller has to write what we call prefill. Threads are those that suit the peer best.
-Only tokens up to and including a row's end count, on both sides. Then, with the same threads, what bounds us: the
-machine's largest product and its memory bandwidth, and what the model's own matrices reach at 64 rows and at 1.
-"""
+The peer is first screened: attention, cache, the way rows are repeated, rows a call, threads. Of what was
+tried the best takes part, twice: as `generate` alone, and as `generate` behind a prompt cache filled by hand
+(transformers' recipe for shared prompts), for which the caller has to write what we call prefill. Threads are
+those that suit the peer best. Only tokens up to and including a row's end count, on both sides. Then, with
+the same threads, what bounds us: the machine's largest product and its memory bandwidth, and what the model's
+own matrices reach at 64 rows and at 1."""
 
 import argparse
 import os
@@ -102,7 +104,7 @@ class Sample:
         return sum(self.lengths) / self.wall
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # our side
 
 
@@ -114,7 +116,7 @@ def ours(model, case, step=1):
     return Sample(wall, cpu, rollout.response_length.tolist())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the peer
 
 
@@ -124,7 +126,8 @@ class Setting:
 
     attention: str = "sdpa"  # or eager
     cache: str = "dynamic"  # or static; paged is generate_batch, transformers' continuous batching
-    repeat: str = "num_return_sequences"  # or rows: prompts repeated by us; or prefix: a prompt cache filled once, then repeated
+    # or rows: prompts repeated by us; or prefix: a prompt cache filled once, then repeated
+    repeat: str = "num_return_sequences"
     rows: int | None = None  # a call; None: all
     threads: int = 1
 
@@ -159,7 +162,10 @@ class Peer:
         return [(case.prompts[i : i + count], case.samples) for i in range(0, len(case.prompts), count)]
 
     def call(self, case, setting, prompts, samples):
-        """The response lengths of one call; self.stamps has the time after each token (none if the cache is paged)."""
+        """The response lengths of one call.
+
+        Self.stamps has the time after each token (none if the cache is paged).
+        """
         self.stamps = []
         options = dict(
             max_new_tokens=case.new_tokens,
@@ -231,7 +237,9 @@ class Peer:
         return Sample(wall, cpu, lengths)
 
     def estimate(self, case, setting, longest, tokens):
-        """Seconds of the case, from a few tokens of its first call: the first token's time, and the median of the others'.
+        """Seconds of the case, from a few tokens of its first call.
+
+        The first token's time, and the median of the others'.
 
         longest(n): the longest response of n samples, which is when a call ends; one number a call.
         """
@@ -255,7 +263,8 @@ class Peer:
         return sum(first + pace * (longest(prompts) - 1) for prompts, _ in calls)
 
 
-CANDIDATES = {  # the first of a case is tried with every number of threads, the others with the number that was best
+# the first of a case is tried with every number of threads, the others with the number that was best
+CANDIDATES = {
     "a": [Setting(), Setting(attention="eager"), Setting(cache="static")],
     "b": [Setting(), Setting(attention="eager"), Setting(cache="static"), Setting(repeat="rows"), Setting(cache="paged"),
           Setting(repeat="prefix"), Setting(repeat="prefix", attention="eager")],
@@ -266,7 +275,10 @@ CANDIDATES = {  # the first of a case is tried with every number of threads, the
 
 
 def screen(peer, case, threads, longest):
-    """Try the settings of a case on a few tokens, all of them shown: [(setting, expected seconds of the case)]."""
+    """Try the settings of a case on a few tokens, all of them shown.
+
+    [(setting, expected seconds of the case)].
+    """
 
     def attempt(setting):
         seconds = peer.estimate(case, setting, longest, tokens=13 if case.name == "a" else 7)
@@ -283,7 +295,7 @@ def expected(attempt):
     return attempt[1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the comparison
 
 
@@ -332,7 +344,10 @@ def compare(case, model, peer, threads, repeats):
 
 
 def longest_responses(model, case, threads):
-    """A function: prompts -> the longest response to expect of them; where the model ends them, from a quarter of the work."""
+    """A function: prompts -> the longest response to expect of them.
+
+    Where the model ends them, from a quarter of the work.
+    """
     if not case.eos_ids:
         return lambda prompts: case.new_tokens
     torch.set_num_threads(threads[0])
@@ -355,7 +370,7 @@ def summary(samples):
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # what bounds us
 
 
@@ -406,7 +421,10 @@ def bounds(model, cases, threads, repeats):
 
 
 def decode_seconds(model, case, repeats):
-    """Seconds of one decode step: a run to the end less a run of an eighth of it, prefill and all, by the tokens between."""
+    """Seconds of one decode step.
+
+    A run to the end less a run of an eighth of it, prefill and all, by the tokens between.
+    """
     short = replace(case, new_tokens=case.new_tokens // 8)
     runs = in_turn(
         {"long": lambda: ours(model, case).wall, "short": lambda: ours(model, short).wall}, repeats or 3

@@ -3,15 +3,15 @@
     python bench/scaling.py                     # all three; ten CPU-minutes at most
     python bench/scaling.py --axes vocabulary
 
-A random Qwen2 of 4 layers and width 128 (heads of width 256 for the vocabulary), fp32, one value of one axis in a process
-of its own. Sampling is `rollout.generate` to the full length, all rows at once; learning is forward, loss and backward over
-all these rows as a single micro-batch, which nothing but this bench wants: ttrl.py cuts them to --micro-batch-tokens, and
-its bytes stop growing there. Seconds are CPU-seconds, the lower of two runs; bytes are what was resident at most, less what
-was before.
+A random Qwen2 of 4 layers and width 128 (heads of width 256 for the vocabulary), fp32, one value of one axis
+in a process of its own. Sampling is `rollout.generate` to the full length, all rows at once; learning is
+forward, loss and backward over all these rows as a single micro-batch, which nothing but this bench wants:
+ttrl.py cuts them to --micro-batch-tokens, and its bytes stop growing there. Seconds are CPU-seconds, the
+lower of two runs; bytes are what was resident at most, less what was before.
 
-Beside each number stands the exponent between it and the one above, log(cost ratio) / log(size ratio): 1 is linear. Beside
-the axis stands what the arithmetic says: the exponent of the floating-point operations of sampling, attention included.
-"""
+Beside each number stands the exponent between it and the one above, log(cost ratio) / log(size ratio): 1 is
+linear. Beside the axis stands what the arithmetic says: the exponent of the floating-point operations of
+sampling, attention included."""
 
 import argparse
 import json
@@ -57,7 +57,10 @@ def random_model(vocabulary, width, folder):
 
 
 def operations(model, size):
-    """Floating-point operations of sampling: 2 a weight of the matrices, and attention to what lies before, for each token."""
+    """Floating-point operations of sampling.
+
+    2 a weight of the matrices, and attention to what lies before, for each token.
+    """
     config, weights = (
         model.config,
         sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)),
@@ -112,7 +115,7 @@ def learn(model, rollout):
     return logprob.detach()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the tables
 
 
@@ -158,7 +161,10 @@ WHY = {
 
 
 def why(axis, points):
-    """A sentence on what keeps an axis from being linear, and how large that is: a line through the two largest points."""
+    """A sentence on what keeps an axis from being linear, and how large that is.
+
+    A line through the two largest points.
+    """
     before, last = points[-2:]
     lines = [WHY[axis].format(prompt=PROMPT)]
     if axis == "length":

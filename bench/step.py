@@ -1,15 +1,15 @@
 r"""Seconds and peak memory of one whole step (sample, vote, learn): ours against TRL's GRPOTrainer, in turn.
 
-    python bench/step.py                # SmolLM2-135M-Instruct, 4 questions x 16 samples x 32 tokens; half an hour on one core
+    # SmolLM2-135M-Instruct, 4 questions x 16 samples x 32 tokens; half an hour on one core
+    python bench/step.py
     python bench/step.py --samples 4    # 4 x 4 x 32
     python bench/step.py --model tiny/model --repeats 1 --no-screen  # does it run?
 
-The same work on both sides: the same prompts, temperature 1, every response to its full length, rewards by majority vote
-over the answers in them, no KL, one AdamW update of fp32 weights. Ours is what ttrl.py does (`ttrl.train_step`), with its
-own budgets; TRL is first screened, a run of each setting, and its fastest and its leanest setting take part.
-Every run is a process of its own. Measured is its first step, without imports and loading; peak memory is the most that
-was resident during the step, weights included.
-"""
+The same work on both sides: the same prompts, temperature 1, every response to its full length, rewards by
+majority vote over the answers in them, no KL, one AdamW update of fp32 weights. Ours is what ttrl.py does
+(`ttrl.train_step`), with its own budgets; TRL is first screened, a run of each setting, and its fastest and
+its leanest setting take part. Every run is a process of its own. Measured is its first step, without imports
+and loading; peak memory is the most that was resident during the step, weights included."""
 
 import argparse
 import json
@@ -59,7 +59,7 @@ def prompts():
     return [f"{examples}The opposite of {word} is" for word in WORDS[:QUESTIONS]]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # one step, each side in a process of its own; both return the same fields
 
 
@@ -67,6 +67,9 @@ def our_step(folder, samples, flags):
     import torch
 
     import ttrl
+    from run import open_run
+    from support.config import configure
+    from support.ranks import start_processes
 
     torch.use_deterministic_algorithms(True)  # as ttrl.py does
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -76,8 +79,7 @@ def our_step(folder, samples, flags):
         given = dict(model=str(folder), data=str(data), out=out, device="cpu", template="none", votes=samples, samples=samples,
                      questions_per_step=QUESTIONS, questions_per_update=QUESTIONS, epochs=1, max_new_tokens=NEW_TOKENS,
                      temperature=1.0, kl=0.0, lr=LR, **flags)  # fmt: skip
-        config = ttrl.configure(given)
-        run = ttrl.open_run(config, ttrl.start_processes("cpu"))
+        run = open_run(configure(given), start_processes("cpu"), given)
         run.eos_ids = [-1]  # never comes
         before = memory()
         forget_peak()
@@ -109,7 +111,8 @@ def trl_step(folder, samples, setting):
         for start in range(0, len(completions), samples):
             group = completions[start : start + samples]
             assert len(set(prompts[start : start + samples])) == 1
-            rewards += ttrl.vote([grading.extract_answer(text, truncated=True) for text in group])[1]
+            answers = [grading.extract_answer(text, truncated=True) for text in group]
+            rewards += ttrl.vote_reward(None, answers, ttrl.vote(answers)[1])
         seconds["voting"] += time.perf_counter() - began
         return rewards
 
@@ -181,7 +184,7 @@ def child(spec):
     print(json.dumps(step(Path(spec["model"]), spec["samples"], spec["setting"])))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the comparison
 
 

@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import ttrl
+from support import questions
 
 if __name__ == "__main__":
     failing = os.environ.get("RANKS_THAT_CANNOT_READ", "").split()
@@ -19,7 +20,7 @@ if __name__ == "__main__":
         def load(name):
             raise OSError("the disk is gone")
 
-        ttrl.questions.load = load
+        questions.load = load
     elif not failing:
         torch.nn.utils.clip_grad_norm_ = lambda parameters, norm: torch.tensor(float("nan"))
     try:

@@ -1,4 +1,7 @@
-"""What several test files share: a small random model, a few real questions, and the real program as a subprocess."""
+"""What several test files share.
+
+A small random model, a few real questions, and the real program as a subprocess.
+"""
 
 import json
 import os

@@ -1,7 +1,9 @@
-"""Run by test_kernels.py: the kernels compiled ahead of time for GPUs that are not there, and what the machine code uses.
+"""Run by test_kernels.py.
 
-On A100 (sm_80), H100 (sm_90) and B200 (sm_100) nothing may spill, shared memory must fit (only a launch would refuse it)
-and the products must run on tensor cores. For AMD's MI300 (gfx942) the kernels have to compile.
+The kernels compiled ahead of time for GPUs that are not there, and what the machine code uses.
+
+On A100 (sm_80), H100 (sm_90) and B200 (sm_100) nothing may spill, shared memory must fit (only a launch would
+refuse it) and the products must run on tensor cores. For AMD's MI300 (gfx942) the kernels have to compile.
 """
 
 import re
@@ -27,7 +29,10 @@ SCALARS = {"temperature": "fp32"}  # by the end of the name; any other scalar is
 
 
 def compiled(kernel, target, pointers, constants, aligned, **options):
-    """Compile a kernel as a launch would: pointers name -> dtype; `aligned` are the scalars that divide by 16."""
+    """Compile a kernel as a launch would: pointers name -> dtype.
+
+    `aligned` are the scalars that divide by 16.
+    """
     names = [parameter.name for parameter in kernel.params]
     scalar = {name: next((t for end, t in SCALARS.items() if name.endswith(end)), "i32") for name in names}
     types = {
@@ -42,7 +47,10 @@ def compiled(kernel, target, pointers, constants, aligned, **options):
 
 
 def resources(machine, arch, tmp_path):
-    """(registers, bytes spilled) by ptxas, called as triton/backends/nvidia/compiler.py does: the same cubin comes out."""
+    """(registers, bytes spilled) by ptxas, called as triton/backends/nvidia/compiler.py does.
+
+    The same cubin comes out.
+    """
     gpu = re.search(r"^\.target\s+(sm_\w+)", machine.asm["ptx"], re.M).group(1)
     ptx, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
     ptx.write_text(machine.asm["ptx"])
@@ -65,7 +73,10 @@ def resources(machine, arch, tmp_path):
 
 
 def assert_offsets_of_64_bits(machine):
-    """V x D passes 2^31: what is added to a pointer argument itself (later steps stay inside a row) must be an i64."""
+    """V x D passes 2^31.
+
+    What is added to a pointer argument itself (later steps stay inside a row) must be an i64.
+    """
     code = machine.asm["ttir"]
     arguments = set(re.findall(r"(%\w+): !tt.ptr", code))
     arguments |= {

@@ -1,7 +1,7 @@
 """Run by test_kernels.py with TRITON_INTERPRET=1: the kernels against float64, and against their torch twins.
 
-A kernel may not be further from float64 than the plain formula in the same low precision, but for a tolerance.
-"""
+A kernel may not be further from float64 than the plain formula in the same low precision, but for a
+tolerance."""
 
 from unittest import mock
 
@@ -17,8 +17,9 @@ from kernels import logprob, logprob_triton, sampler, sampler_triton
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Builder = interpreter.InterpreterBuilder
 
-# ----------------------------------------------------------------------------------------------------------------------
-# triton's interpreter (3.7.1 and 3.9.0) holds bf16 as its bits in uint16, and multiplies those as if they were integers
+# -----------------------------------------------------------------------------------------------------------
+# triton's interpreter (3.7.1 and 3.9.0) holds bf16 as its bits in uint16, and multiplies those as if they
+# were integers
 
 
 def is_bf16(x):
@@ -33,7 +34,10 @@ def widened(x):
 
 
 def mended():
-    """The patches: bf16 is widened before a product and rounded to nearest even by a cast; other arithmetic on it fails."""
+    """The patches: bf16 is widened before a product and rounded to nearest even by a cast.
+
+    Other arithmetic on it fails.
+    """
     cast, dot, binary = Builder.cast_impl, Builder.create_dot, Builder.binary_op
 
     def cast_impl(self, x, dtype):
@@ -93,7 +97,7 @@ def on_gpu(monkeypatch):
     )  # what torch.mm(out_dtype=) does on a GPU
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # linear_logprob
 
 
@@ -108,7 +112,10 @@ def plain(hidden, weight, targets, temperature):
 
 
 def results(function, hidden, weight, targets, temperature, grads, dtype):
-    """[logprob, entropy, gradient of hidden, gradient of weight] in float64; a coefficient of None leaves an output unused."""
+    """[logprob, entropy, gradient of hidden, gradient of weight] in float64.
+
+    A coefficient of None leaves an output unused.
+    """
     hidden, weight = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
     outputs = function(hidden, weight, targets, temperature)
     sum((x * g.to(x.dtype)).sum() for x, g in zip(outputs, grads, strict=True) if g is not None).backward()
@@ -116,7 +123,10 @@ def results(function, hidden, weight, targets, temperature, grads, dtype):
 
 
 def inputs(tokens, width, vocabulary, dtype):
-    """Values that dtype holds exactly; targets at both ends of the vocabulary; logits of a few tokens far apart."""
+    """Values that dtype holds exactly; targets at both ends of the vocabulary.
+
+    Logits of a few tokens far apart.
+    """
     generator = torch.Generator().manual_seed(tokens + vocabulary)
     hidden = torch.randn(tokens, width, generator=generator) * torch.linspace(0.3, 6, tokens)[:, None]
     weight = torch.randn(vocabulary, width, generator=generator) / width**0.5
@@ -127,7 +137,10 @@ def inputs(tokens, width, vocabulary, dtype):
 
 
 def assert_close(exact, eager, got):
-    """The gradients are allowed more: their logits come from torch's product, which rounds otherwise than the kernel's."""
+    """The gradients are allowed more.
+
+    Their logits come from torch's product, which rounds otherwise than the kernel's.
+    """
     tolerances = {"logprob": 1e-6, "entropy": 1e-6, "grad_hidden": 2e-5, "grad_weight": 2e-5}
     for (name, tolerance), *values in zip(tolerances.items(), exact, eager, got, strict=True):
         scale = max(1.0, values[0].abs().max().item())
@@ -176,7 +189,7 @@ def test_gradient_is_written_over_the_logits():
     assert out is z
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the sampler
 
 

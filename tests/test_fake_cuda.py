@@ -5,7 +5,7 @@ it, and that what a CUDA graph records stays on the device. It cannot prove that
 tests/test_gpu.py does, on a GPU.
 
 Replaced are the device itself, launches (Triton kernels, flash-attn, graphs), DDP's exchange, and the places
-where the host reads (`Engine.poll`, `Engine.read`, `ttrl.read`): those run too, but what they return is made
+where the host reads (`Engine.poll`, `Engine.read`, `to_host`): those run too, but what they return is made
 up.
 """
 
@@ -28,16 +28,23 @@ import kernels.logprob
 import kernels.sampler
 import packing
 import rollout
+import run as run_module
 import ttrl
 from kernels import attention, cuda_graph
 from model import ModelConfig, Transformer
+from support import metrics, ranks
+from support.config import configure
 from support.prompts import load_tokenizer
+from support.questions import load
 
 logprob_triton, sampler_triton = fake.triton_halves()
 
 
 def test_the_cuda_path_without_a_gpu():
-    """Runs the functions below that are named fake_*, in a process of their own: the fake device stays for good."""
+    """Runs the functions below that are named fake_*, in a process of their own.
+
+    The fake device stays for good.
+    """
     if torch.cuda.is_available():
         pytest.skip("a real GPU is here: tests/test_gpu.py runs the CUDA path on it")
     if fake.COMPILER is None:
@@ -50,14 +57,17 @@ def test_the_cuda_path_without_a_gpu():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # what is replaced
 
 EOS = [7, 9]
 
 
 class ScriptedEngine(engine.Engine):
-    """The real engine on a device without numbers: when the host polls, a script says which rows have ended."""
+    """The real engine on a device without numbers.
+
+    When the host polls, a script says which rows have ended.
+    """
 
     mode = None
 
@@ -122,8 +132,13 @@ class NoExchange(torch.nn.Module):
         return contextlib.nullcontext()
 
 
+def patch_to_host(monkeypatch, replacement):
+    for module in (ttrl, metrics):
+        monkeypatch.setattr(module, "to_host", replacement)
+
+
 def read_on_device(*numbers):
-    """ttrl.read up to the point where the host would wait."""
+    """to_host up to the point where the host would wait."""
     assert all(n.device.type == "cuda" and n.dim() == 0 for n in numbers)
     assert torch.stack([n.double() for n in numbers]).is_cuda
     return [1.0] * len(numbers)
@@ -201,7 +216,10 @@ def flash_varlen(q, k, v, ends_q, ends_k, longest_q, longest_k, *, causal, windo
 def attention_with_a_fused_kernel(
     q, k, v, attn_mask=None, sdpa=torch.nn.functional.scaled_dot_product_attention, **options
 ):
-    """SDPA, unless torch would fall back to writing out all scores: no fused CUDA kernel takes a mask and shared heads."""
+    """SDPA, unless torch would fall back to writing out all scores.
+
+    No fused CUDA kernel takes a mask and shared heads.
+    """
     if q.is_cuda and attn_mask is not None:
         assert q.dim() == 4 and q.shape[1] == k.shape[1], (
             "a mask and shared heads: [B, H, Tq, Tk] would be written out"
@@ -212,7 +230,7 @@ def attention_with_a_fused_kernel(
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     fake.install(tmp_path_factory.mktemp("fake_cuda"))
-    ttrl.start_processes("cpu")
+    ranks.start_processes("cpu")
     yield
     torch.distributed.destroy_process_group()
 
@@ -222,7 +240,10 @@ PACKAGES = ["triton and flash-attn", "torch only"]
 
 @pytest.fixture(params=PACKAGES)
 def gpu(machine, request, monkeypatch):
-    """The fake device, with the optional packages and without them; `gpu.kernels` counts the launches of each kernel."""
+    """The fake device, with the optional packages and without them.
+
+    `gpu.kernels` counts the launches of each kernel.
+    """
     with fake.fake_cuda() as mode:
         ScriptedEngine.mode = mode
 
@@ -249,10 +270,10 @@ def gpu(machine, request, monkeypatch):
             torch.nn.functional, "scaled_dot_product_attention", attention_with_a_fused_kernel
         )
         monkeypatch.setattr(cuda_graph, "capture", capture)
-        for module in (rollout, ttrl):
+        for module in (rollout, run_module):
             monkeypatch.setattr(module, "Engine", ScriptedEngine)
-        monkeypatch.setattr(ttrl, "DistributedDataParallel", NoExchange)
-        monkeypatch.setattr(ttrl, "read", read_on_device)
+        monkeypatch.setattr(run_module, "DistributedDataParallel", NoExchange)
+        patch_to_host(monkeypatch, read_on_device)
         mode.kernels = launched if both else None
         yield mode
 
@@ -268,7 +289,10 @@ SMALL = dict(model_type="llama", hidden_size=64, num_attention_heads=4, num_key_
 
 
 def build(cls, folder, dtype=torch.float32, device="cpu"):
-    """Transformer.from_pretrained but for the weights: real widths cost nothing where there are no numbers."""
+    """Transformer.from_pretrained but for the weights.
+
+    Real widths cost nothing where there are no numbers.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -281,19 +305,17 @@ def build(cls, folder, dtype=torch.float32, device="cpu"):
 
 
 def make_run(folder, config):
-    """A Run on the device, as ttrl.open_run makes it; the models by ttrl.build_models."""
+    """A Run on the device, as run.open_run makes it; the models by run.build_models."""
     (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "rms_norm_eps": 1e-6, **config}))
-    c = ttrl.configure(dict(model=str(folder), data="amc", votes=6, samples=4, questions_per_step=3, questions_per_update=2,
+    c = configure(dict(model=str(folder), data="amc", votes=6, samples=4, questions_per_step=3, questions_per_update=2,
                             max_new_tokens=40, temperature=1.0, kl=0.01))  # fmt: skip
     assert c.checkpointing and c.device == "cuda"
     asked = [SimpleNamespace(id=str(i)) for i in range(3)]
     prompts = [[11, 12, 13, 14, 15], [21, 22], [31] * 9]
-    run = ttrl.Run(c, 5 * 49, 24, 49, folder, None, EOS, asked, prompts, asked, prompts, *[None] * 6)
-    here = mock.patch.object(
-        ttrl, "on_every_rank", lambda action: action()
-    )  # torch cannot pickle in this mode
+    run = run_module.Run(c, folder, None, EOS, asked, prompts, asked, prompts, 49, 5 * 49, 24)
+    here = mock.patch.object(run_module, "on_every_rank", lambda action: action())  # nothing pickles here
     with here, mock.patch.object(Transformer, "from_pretrained", classmethod(build)):
-        ttrl.build_models(run, torch.device("cuda", 0))
+        run_module.build_models(run, torch.device("cuda", 0))
     return run
 
 
@@ -321,7 +343,7 @@ def made_up_rollout(run):
 ADVANTAGE = torch.tensor([[1.0, -1.0, 0.5, -0.5]]).repeat(3, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the real functions
 
 
@@ -347,7 +369,10 @@ def fake_models_have_the_right_dtypes(gpu, tmp_path, config):
     (QWEN3, dict(stream="eval", temperature=0.0)),
 ], ids=["qwen2", "qwen3", "nucleus", "greedy"])  # fmt: skip
 def fake_sampling_refills_moves_and_replays(gpu, tmp_path, config, how):
-    """18 rows through 5 slots: the rollout is whole and on the CPU, and steps were recorded at several shapes."""
+    """18 rows through 5 slots.
+
+    The rollout is whole and on the CPU, and steps were recorded at several shapes.
+    """
     run = make_run(tmp_path, config)
     check_sampling(run, **how)
     if gpu.kernels:
@@ -367,19 +392,20 @@ def check_learning(run, gpu, monkeypatch):
     seen, norms, reads, uploads = [], [], [], gpu.slow_uploads
     name = "partials_triton" if gpu.kernels else "partials"
     where = logprob_triton if gpu.kernels else kernels.logprob
-    inner, clip, read = getattr(where, name), torch.nn.utils.clip_grad_norm_, ttrl.read
+    inner, clip, read = getattr(where, name), torch.nn.utils.clip_grad_norm_, ttrl.to_host
 
     def partials(hidden, *rest):
         seen.append((hidden.dtype, hidden.is_cuda))
         return inner(hidden, *rest)
 
     def clip_and_look(parameters, norm):
+        parameters = list(parameters)
         norms.append({(p.grad.dtype, p.grad.is_cuda, p.grad.shape == p.shape) for p in parameters})
         return clip(parameters, norm)
 
     monkeypatch.setattr(where, name, partials)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_look)
-    monkeypatch.setattr(ttrl, "read", lambda *numbers: reads.append(len(numbers)) or read(*numbers))
+    patch_to_host(monkeypatch, lambda *numbers: reads.append(len(numbers)) or read(*numbers))
     metrics = ttrl.learn(run, made_up_rollout(run), ADVANTAGE, 0, 10)
     assert norms == [{(torch.float32, True, True)}] * 2
     assert reads[:2] == [1] * 2 and len(reads) == 3  # the only waits: once an update, once a step
@@ -403,26 +429,29 @@ def check_learning(run, gpu, monkeypatch):
     "gpu, config", [(PACKAGES[0], QWEN3), (PACKAGES[1], QWEN2)], indirect=["gpu"], ids=["qwen3", "qwen2"]
 )
 def fake_learning(gpu, tmp_path, config, monkeypatch):
-    """Two updates of several micro-batches each: fp32 gradients and moments on the device, bf16 products, few waits."""
+    """Two updates of several micro-batches each.
+
+    Fp32 gradients and moments on the device, bf16 products, few waits.
+    """
     check_learning(make_run(tmp_path, config), gpu, monkeypatch)
 
 
 @pytest.mark.parametrize("gpu", PACKAGES[:1], indirect=True)
 def fake_a_step_of_the_loop(gpu, tmp_path, monkeypatch):
     """ttrl.train_step as it is: sampling, grading of what the script made up, voting, learning, metrics."""
-    monkeypatch.setattr(ttrl, "collect", lambda items: items)  # of one rank; torch cannot pickle in this mode
+    monkeypatch.setattr(ttrl, "gather", lambda items: items)  # of one rank; torch cannot pickle in this mode
     monkeypatch.setattr(ttrl, "broadcast", lambda value: value)
     run = make_run(tmp_path, SMALL)
     run.tokenizer, _ = load_tokenizer(ROOT / "tiny" / "model")
-    run.train_set, run.train_prompts = ttrl.ask(
-        run.config, run.tokenizer, "tiny", ttrl.questions.load("tiny")
+    run.train_set, run.train_prompts = run_module.load_prompts(
+        run.config, run.tokenizer, "tiny", load("tiny")
     )
     run.engine = ScriptedEngine(run.sampler, 5, max(map(len, run.train_prompts)) + 40, 40, EOS)
     metrics, shown = ttrl.train_step(run, 1)
     assert metrics["train/updates"] == 2 and metrics["train/kl"] == 1.0 and len(shown) == 3
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the fake device itself
 
 FORBIDDEN = {
@@ -449,7 +478,7 @@ def fake_device_refuses(machine, what):
         action(torch.ones(3, device="cuda"), torch.ones(3))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # planted mistakes: what the tests above would not notice is not tested
 
 
@@ -476,20 +505,20 @@ IN_SAMPLING = {  # what is wrong: (where, function, its text, the text planted, 
                                             "must be a multiple"),
     "prompts stay on the CPU": (rollout, "prefill", "model.config.windows).to(device)", "model.config.windows)", MIXES),
     "logits in bf16": (Transformer, "next_token_logits", "if hidden.is_cuda:", "if False:", "rounded to bf16"),
-    "the sampler on the CPU": (ttrl, "load_models", "run.sampler = Transformer.from_pretrained(run.folder, half, device)",
+    "the sampler on the CPU": (run_module, "load_models", "run.sampler = Transformer.from_pretrained(run.folder, half, device)",
                                "run.sampler = Transformer.from_pretrained(run.folder, half)", "the engine is on the CPU"),
 }  # fmt: skip
 IN_LEARNING = {
     "advantages on the CPU": (ttrl, "micro_batch_loss", "[:, None].to(device, non_blocking=True)", "[:, None]", MIXES),
     "old log-probabilities on the CPU": (ttrl, "micro_batch_loss", "mask.shape[1]].to(device, non_blocking=True)",
                                          "mask.shape[1]]", MIXES),
-    "a metric is read": (ttrl, "micro_batch_loss", "entropy.detach(), 0.0).sum()", "entropy.detach(), 0.0).sum().item()", READS),
-    "learning branches on a gap": (ttrl, "learn", "gap_max = torch.maximum", "assert mb_gap_max; gap_max = torch.maximum", READS),
+    "a metric is read": (metrics.Tally, "add", "entropy, 0.0).sum()", "entropy, 0.0).sum().item()", READS),
+    "learning branches on a gap": (metrics.Tally, "add", "self.gap_max = torch", "assert gap.max(); self.gap_max = torch", READS),
     "the loss branches on a ratio": (ttrl, "grpo_loss", "if ref_logprob is not None:", "if (ratio > 1).any():", READS),
     "an upload waits": (ttrl, "micro_batch_loss", "mask.to(device, non_blocking=True)", "mask.to(device)", "slow_uploads"),
     "no autocast": (ttrl, "micro_batch_loss", 'enabled=device.type == "cuda"', "enabled=False", r"\(torch.float32, True\)"),
-    "the policy in bf16": (ttrl, "load_models", "half if c.eval_only else torch.float32", "half", "bfloat16, True, True"),
-    "the sampler in fp32": (ttrl, "load_models", "run.sampler = Transformer.from_pretrained(run.folder, half, device)",
+    "the policy in bf16": (run_module, "load_models", "half if c.eval_only else torch.float32", "half", "bfloat16, True, True"),
+    "the sampler in fp32": (run_module, "load_models", "run.sampler = Transformer.from_pretrained(run.folder, half, device)",
                             "run.sampler = Transformer.from_pretrained(run.folder, torch.float32, device)", "torch.float32"),
     "the sampler on the CPU": (*IN_SAMPLING["the sampler on the CPU"][:-1], "from the device to the host"),
     "an index stays on the CPU": (packing.PackedBatch, "to", "isinstance(value, torch.Tensor)",

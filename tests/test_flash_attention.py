@@ -50,13 +50,15 @@ def test_the_reference_has_the_signature_of_the_package(name):
     assert str(inspect.signature(getattr(flash_attention, name))) == flash_attention.SIGNATURES[name]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # decoding
 
 
 @torch.no_grad()
 def decoded(whole, monkeypatch, package, move=True, steps=6):
-    """Logits of `steps` decoding steps of four rows, and the cache. Before the last two the row of slot 0 ends.
+    """Logits of `steps` decoding steps of four rows, and the cache.
+
+    Before the last two the row of slot 0 ends.
 
     With `move` the row of slot 3, the longest, then goes into slot 0, as `Engine.compact` does it; without,
     all rows go on.
@@ -86,7 +88,10 @@ def decoded(whole, monkeypatch, package, move=True, steps=6):
 
 
 def check_as_good(flash, plain, exact):
-    """flash-attn's results are as near the fp32 ones as SDPA's are, both in the lower precision: means, and largest errors."""
+    """flash-attn's results are as near the fp32 ones as SDPA's are, both in the lower precision.
+
+    Means, and largest errors.
+    """
     flash_error, plain_error = (flash - exact).abs(), (plain - exact).abs()
     assert flash_error.mean() < 1.3 * plain_error.mean() and flash_error.max() < 2 * plain_error.max()
 
@@ -112,7 +117,10 @@ def test_decoding(monkeypatch, dtype):
 
 @torch.no_grad()
 def test_one_step_against_float64(monkeypatch):
-    """attend_cached() alone, rows of different lengths: its cache and its result by hand, with a window and without."""
+    """attend_cached() alone, rows of different lengths.
+
+    Its cache and its result by hand, with a window and without.
+    """
     use_flash(monkeypatch)
     whole = small_model()
     cache = KVCache(whole, slots=4, capacity=12)
@@ -144,7 +152,10 @@ def test_one_step_against_float64(monkeypatch):
 
 
 def check_same_but_for_ties(whole, a, b, tie):
-    """Greedy rollouts part only where the logits of the two tokens nearly tie. Returns the tokens that are the same."""
+    """Greedy rollouts part only where the logits of the two tokens nearly tie.
+
+    Returns the tokens that are the same.
+    """
     same = 0
     for row in range(len(a)):
         for at, (one, other) in enumerate(zip(a.response(row), b.response(row), strict=False)):
@@ -175,7 +186,7 @@ def test_generate(monkeypatch):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # learning
 
 
@@ -197,7 +208,10 @@ def learned(whole, monkeypatch, package, autocast=True):
 
 
 def check_learning(monkeypatch, device="cpu", package=flash_attention):
-    """fp32 weights under autocast, as on a GPU: packed rows by flash-attn and by SDPA, log-probabilities and gradients."""
+    """fp32 weights under autocast, as on a GPU.
+
+    Packed rows by flash-attn and by SDPA, log-probabilities and gradients.
+    """
     whole = small_model(torch.float32).to(device)
     results = [learned(whole, monkeypatch, *how) for how in ((package,), (None,), (None, False))]
     for of_kind in zip(*results, strict=True):
@@ -208,7 +222,7 @@ def test_learning(monkeypatch):
     check_learning(monkeypatch)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # what flash-attn cannot take, and planted mistakes
 
 

@@ -1,4 +1,6 @@
-"""What only a GPU can show: every twin against the other on the same numbers, graphs against plain steps, and speeds.
+"""What only a GPU can show.
+
+Every twin against the other on the same numbers, graphs against plain steps, and speeds.
 
 Run it first on a machine with a GPU; -s shows the speeds:    python -m pytest tests/test_gpu.py -s
 
@@ -29,6 +31,10 @@ from kernels import cuda_graph, logprob, sampler
 from kernels.cuda_graph import GraphCache
 from model import ModelConfig, Transformer
 from rollout import generate
+from run import open_run
+from support import metrics
+from support.config import configure
+from support.ranks import start_processes
 
 try:
     import flash_attn
@@ -77,7 +83,7 @@ def exact_fp32():
     torch.set_float32_matmul_precision(before)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the two kernels and their twins
 
 
@@ -155,7 +161,10 @@ def test_drawing(device, rows, vocabulary, dtype, temperature):
 @on_both
 @torch.no_grad()
 def test_the_head_of_a_bf16_model_does_not_round_its_sums(device):
-    """What the sampler draws from, against float64: on a GPU fp32's error, where bf16 would make steps of 1/8 at 16."""
+    """What the sampler draws from, against float64.
+
+    On a GPU fp32's error, where bf16 would make steps of 1/8 at 16.
+    """
     whole = small_model(torch.bfloat16).to(device)
     hidden = 20 * torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
     logits = whole.next_token_logits(hidden)
@@ -167,7 +176,7 @@ def test_the_head_of_a_bf16_model_does_not_round_its_sums(device):
         assert logits.equal(whole.lm_head(hidden)) and (logits - exact).abs().max() < 1
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # flash-attn: the package itself
 
 
@@ -203,7 +212,7 @@ def test_the_learner_attends_by_a_fused_kernel(monkeypatch):
         whole.logits(torch.randint(101, (3, 40))).sum().backward()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the engine
 
 
@@ -245,7 +254,7 @@ def test_the_engine_on_a_gpu_is_that_on_a_cpu(device, random_model):
     assert check_same_but_for_ties(random_model, here, there, tie=1e-3) > 300
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # learning: the embedded model, through the program's own functions
 
 
@@ -253,7 +262,7 @@ def test_the_engine_on_a_gpu_is_that_on_a_cpu(device, random_model):
 def tiny_run(request, tmp_path):
     """A Run of the embedded model, with a reference, and a rollout with its advantages."""
     device = request.param
-    started = ttrl.start_processes(device)
+    started = start_processes(device)
     flags = dict(
         device=device,
         votes=8,
@@ -263,11 +272,11 @@ def tiny_run(request, tmp_path):
         kl=0.01,
         micro_batch_tokens=300,
     )
-    run = ttrl.open_run(ttrl.configure({**flags, "out": str(tmp_path), "rollout_tokens": 20 * 150}), started)
-    asked, prompts = run.train_set[:4], run.train_prompts[:4]
-    whole, _ = ttrl.sample_responses(run, asked, prompts, 8, stream="train", step=1, temperature=1.0)
+    run = open_run(configure({**flags, "out": str(tmp_path), "rollout_tokens": 20 * 150}), started, {})
+    whole = ttrl.sample(run, run.train_prompts[:4], 8, stream="train", step=1, temperature=1.0)
     yield run, whole, ttrl.advantages((torch.arange(24).view(4, 6) % 3 == 0).float())
-    run.learner = None  # before the group: DDP, freed after it, would join gloo's thread with the GIL held, which that waits for
+    # before the group: DDP, freed after it, would join gloo's thread with the GIL held, which that waits for
+    run.learner = None
     torch.distributed.destroy_process_group()
 
 
@@ -278,14 +287,17 @@ runs_on_both = pytest.mark.parametrize(
 
 @runs_on_both
 def test_sampler_and_learner_agree(tiny_run):
-    """bf16 sampler, cached, against fp32 weights under bf16 autocast, packed: a small gap, as the metric measures it."""
+    """bf16 sampler, cached, against fp32 weights under bf16 autocast, packed.
+
+    A small gap, as the metric measures it.
+    """
     run, whole, advantage = tiny_run
-    metrics = ttrl.learn(run, whole, advantage, 0, 10)
+    measured = ttrl.learn(run, whole, advantage, 0, 10)
     exact = run.sampler is run.policy
-    assert metrics["logprob_gap"] < (1e-5 if exact else 0.005) and metrics["logprob_gap_max"] < (
+    assert measured["logprob_gap"] < (1e-5 if exact else 0.005) and measured["logprob_gap_max"] < (
         1e-3 if exact else 1.0
     )
-    assert metrics["updates"] == 2 and 0 < metrics["grad_norm"] < 100
+    assert measured["updates"] == 2 and 0 < measured["grad_norm"] < 100
 
 
 @runs_on_both
@@ -293,9 +305,9 @@ def test_checkpointing_changes_no_gradient(tiny_run):
     run, whole, advantage = tiny_run
     gradients = []
     for run.policy.checkpointing in (False, True):
-        loss, _, _ = ttrl.micro_batch_loss(
-            run, whole[whole.sample < 6], whole[whole.sample < 6].mask(), advantage, 500
-        )
+        trained = whole[whole.sample < 6]
+        tally = metrics.Tally(run.policy.embed_tokens.weight.device)
+        loss = ttrl.micro_batch_loss(run, trained, trained.mask(), advantage, 500, tally)
         loss.backward()
         gradients.append([p.grad.clone() for p in run.policy.parameters()])
         run.optimizer.zero_grad()
@@ -333,7 +345,8 @@ def test_nothing_waits_but_where_it_says_so(tiny_run, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(ttrl, "read", quietly(ttrl.read))
+    for module in (ttrl, metrics):
+        monkeypatch.setattr(module, "to_host", quietly(metrics.to_host))
     alarm("error")
     try:
         ttrl.learn(run, whole, advantage, 0, 10)
@@ -359,7 +372,7 @@ def test_the_program(device, tmp_path, few_questions):
             assert (out / "model" / "model.safetensors").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # speeds: nothing is asserted but that it runs
 
 

@@ -1,4 +1,7 @@
-"""support/grading.py: extraction, equality, classes. Hostile text runs in a process that is killed after 10 s."""
+"""support/grading.py: extraction, equality, classes.
+
+Hostile text runs in a process that is killed after 10 s.
+"""
 # ruff: noqa: E501, RUF001
 
 import itertools
@@ -18,15 +21,15 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from questions import load
 from support import formula, grading, reading, spelling
 from support.grading import classes, extract_answer, same_answer
+from support.questions import load
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files are not at hand")
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Equality
 
 EQUAL = r"""
@@ -283,7 +286,10 @@ def test_equality_does_not_depend_on_the_cache():
 @needs_data
 @pytest.mark.parametrize("name", ["aime", "amc", "math", "gpqa"])
 def test_gold_answers_equal_themselves(name):
-    """100 %, no exception; as they stand, in a box, and, so that string equality does not hide it, respelled."""
+    """100 %, no exception.
+
+    As they stand, in a box, and, so that string equality does not hide it, respelled.
+    """
     for question in load(str(DATA / f"{name}.json")):
         gold, kind = question.answer, question.kind
         assert same_answer(gold, gold, kind)
@@ -301,8 +307,8 @@ def test_gold_formulas_are_understood_rather_than_only_spelled():
         assert reading.read(gold).key[0] != "text" or gold.startswith(r"\text"), gold
 
 
-# Every pair of differently spelled gold answers of MATH-500 that counts as equal. A percent, based numeral or degree
-# stands for both its readings; a point may be written without its brackets, and a list is a set.
+# Every pair of differently spelled gold answers of MATH-500 that counts as equal. A percent, based numeral or
+# degree stands for both its readings; a point may be written without its brackets, and a list is a set.
 SAME_GOLD = r"""
 (-2,1) | -2,1
 -2,1 | 1,-2
@@ -379,7 +385,7 @@ def test_512_ordinary_responses_are_graded_in_time():
     assert [found[group[0]] for group in groups] == first_members(found)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Extraction
 
 MATH_EXTRACTION = [
@@ -515,7 +521,7 @@ def test_truncated_choice_is_not_guessed():
     assert extract_answer(r"\boxed{B} and C", kind="choice", truncated=True) == "B"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Hostile text
 
 HOSTILE = [
@@ -646,7 +652,7 @@ def test_no_text_reaches_a_parser_that_could_evaluate_it():
     subprocess.run([sys.executable, "-c", code], input=texts, text=True, cwd=ROOT, check=True, timeout=60)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The time limit
 
 

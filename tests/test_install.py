@@ -15,7 +15,7 @@ import urllib.request
 import pytest
 from conftest import ROOT, command, environment
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # the versions, as resolved on another machine
 
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
@@ -96,7 +96,7 @@ def test_every_extra_is_resolved_above():
     assert "flash-attn" not in extras  # its build imports torch, which pip hides from it
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # setup.sh
 
 TOOLS = "bash basename cat cksum cut dirname mount touch".split()
@@ -236,7 +236,7 @@ def test_a_suitable_python_of_another_name_is_found(machine):
     assert machine.installed() == [f"{PIP} {PINNED}"]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # active environments
 
 
@@ -282,7 +282,7 @@ def test_its_own_venv_stays_pinned_when_it_is_active(machine):
     assert machine.setup()[0] == str(venv / "bin" / "python") and machine.installed() == [f"{PIP} {PINNED}"]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the file system, the network, the shell
 
 

@@ -9,25 +9,31 @@ import torch
 from conftest import ROOT, SMALL
 from torch.profiler import ProfilerActivity, profile
 
+import plan
 import ttrl
+from model import ModelConfig
+from run import open_run
+from support import config, ranks
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, few_questions):
-    """A run built and one step of learning made, in this process: (run, plan's parts, bytes held at each stage, gradients)."""
+    """A run built and one step of learning made, in this process.
+
+    (run, plan's parts, bytes held at each stage, gradients).
+    """
     flags = ["--data", str(few_questions), "--out", str(tmp_path_factory.mktemp("memory")), *SMALL,
              "--kl", "0.1", "--micro-batch-tokens", "300", "--questions-per-update", "2"]  # fmt: skip
-    c = ttrl.configure(ttrl.parse(flags))
-    device = ttrl.start_processes("cpu")
+    c = config.configure(config.parse(flags, ttrl.REWARDS))
+    device = ranks.start_processes("cpu")
     sizes, monkeypatch = {}, pytest.MonkeyPatch()
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as build:
-            run = ttrl.open_run(c, device)
+            run = open_run(c, device, {})
             gc.collect()
         sizes["built"] = held(build)[0]
-        rollout, _ = ttrl.sample_responses(
-            run, run.train_set[:3], run.train_prompts[:3], 8, stream="train", step=1, temperature=1.0
-        )
+        prompts = run.train_prompts[:3]
+        rollout = ttrl.sample(run, prompts, 8, stream="train", step=1, temperature=1.0)
         advantage = torch.randn(3, c.samples, generator=torch.Generator().manual_seed(0))
         outside, loss_of = [], ttrl.micro_batch_loss
 
@@ -43,10 +49,11 @@ def measured(tmp_path_factory, few_questions):
             gc.collect()
         sizes["learned"], sizes["peak of learning"] = held(learning)
     finally:
-        ttrl.dist.destroy_process_group()
         monkeypatch.undo()
-    with_model = ttrl.ModelConfig.from_pretrained(ROOT / "tiny" / "model")
-    return run, ttrl.memory_parts(c, with_model, cuda=False)[1], sizes, outside
+        run.learner = None  # before the group: its end would wait for gloo's thread with the GIL held
+        ttrl.dist.destroy_process_group()
+    with_model = ModelConfig.from_pretrained(ROOT / "tiny" / "model")
+    return run, plan.memory_parts(c, with_model, cuda=False)[1], sizes, outside
 
 
 def held(profiled):
@@ -60,7 +67,10 @@ def held(profiled):
 
 
 def gradients_outside_the_buckets(run):
-    """Bytes of gradients that lie in storage of their own: a bucket of DDP holds those of several parameters."""
+    """Bytes of gradients that lie in storage of their own.
+
+    A bucket of DDP holds those of several parameters.
+    """
     storages = Counter(p.grad.untyped_storage().data_ptr() for p in run.policy.parameters())
     return sum(
         p.grad.nbytes for p in run.policy.parameters() if storages[p.grad.untyped_storage().data_ptr()] == 1
@@ -82,9 +92,12 @@ def test_the_plan_counts_what_is_held(measured):
 
 
 def test_the_plan_bounds_the_peak_of_learning(measured):
-    """Moments, the head's gradient and a micro-batch of activations; what the plan counts is not twice what there is."""
+    """Moments, the head's gradient and a micro-batch of activations.
+
+    What the plan counts is not twice what there is.
+    """
     run, parts, sizes, _ = measured
-    active = ttrl.activation_bytes(run.policy.config, run.config.checkpointing)
+    active = plan.activation_bytes(run.policy.config, run.config.checkpointing)
     planned = parts["moments"] + parts["head's gradient"] + run.micro_batch_tokens * active
     assert 0.5 * planned < sizes["peak of learning"] < planned
 
@@ -118,6 +131,6 @@ def test_a_containers_limit_counts(tmp_path, own, files, limit):
         path = tmp_path / "fs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    found = ttrl.physical_memory(tmp_path / "fs", tmp_path / "cgroup")
-    whole = ttrl.physical_memory(Path("/nowhere"), Path("/nowhere"))
+    found = plan.physical_memory(tmp_path / "fs", tmp_path / "cgroup")
+    whole = plan.physical_memory(Path("/nowhere"), Path("/nowhere"))
     assert found == (limit or whole) and whole > 10**9

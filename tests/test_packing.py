@@ -1,4 +1,7 @@
-"""Packed rows: the learner's forward and gradients against transformers, row by row; attention against its plain form."""
+"""Packed rows: the learner's forward and gradients against transformers, row by row.
+
+Attention against its plain form.
+"""
 
 import pytest
 import torch
@@ -17,7 +20,10 @@ SHAPE = ([5, 9], [(1, 6), (0, 1), (1, 3), (0, 8)])  # prompt lengths; (question,
 
 
 def plain_attention(q, k, v, window):
-    """Causal attention of one row without packing, padding or a fused kernel: q [T, H, E], k and v [T, K, E]."""
+    """Causal attention of one row without packing, padding or a fused kernel.
+
+    Q [T, H, E], k and v [T, K, E].
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = torch.einsum("qhe,khe->hqk", q, k) / q.shape[-1] ** 0.5
@@ -28,7 +34,10 @@ def plain_attention(q, k, v, window):
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_packed_attention_equals_each_row_alone(window):
-    """Two prompts of 5 and 9 tokens, once each, then the responses without their last tokens: values and gradients."""
+    """Two prompts of 5 and 9 tokens, once each, then the responses without their last tokens.
+
+    Values and gradients.
+    """
     rows = make_rollout(FIXED, *SHAPE, 0)
     batch = pack_responses(rows, (window,))
     prompts, first, alone = [range(5), range(5, 14)], 14, []
@@ -84,7 +93,7 @@ def test_the_example_of_the_docstring():
     assert batch.unpack(torch.arange(1.0, 6.0)).tolist() == [[1, 2, 0], [3, 4, 5]]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the learner
 
 
@@ -134,7 +143,10 @@ def gradients(named_parameters, outputs, weights):
 
 
 def learner_difference(ours, reference, rows, temperature, first_only):
-    """(largest difference of the outputs, of the gradients relative to each parameter's largest); asserts that both can show."""
+    """(largest difference of the outputs, of the gradients relative to each parameter's largest).
+
+    Asserts that both can show.
+    """
     weights = torch.randn(2, *rows.logprob.shape, generator=torch.Generator().manual_seed(1))
     if first_only:  # the token that the prompt predicts
         weights[:, :, 1:] = 0
@@ -173,7 +185,7 @@ def test_learner_equals_transformers_row_by_row_long(config, shape, temperature,
     check_learner(config, shape, temperature, first_only, seed)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # can these tests fail? planted mistakes
 
 
@@ -234,7 +246,10 @@ def varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seql
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_learner_with_flash_attn_equals_transformers(monkeypatch, window):
-    """The call that a GPU makes without padding, against a reference of its signature: outputs and gradients."""
+    """The call that a GPU makes without padding, against a reference of its signature.
+
+    Outputs and gradients.
+    """
     calls = []
 
     def counted(*args, **options):

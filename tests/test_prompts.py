@@ -23,7 +23,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 from support import prompts
 from support.prompts import SAMPLES, decode_response, encode_prompt, load_tokenizer, show_prompt
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Folders in Hugging Face format, made up after the models of the paper
 
 LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")  # three digits a token at most, not one
@@ -133,7 +133,7 @@ def chat(system, user):
     return turns + "<|im_start|>assistant\n"
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # tokenizer.json is the truth
 
 
@@ -227,7 +227,7 @@ def test_another_tokenizer_than_the_files_is_refused(tmp_path, monkeypatch):
     load_tokenizer(folder)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # What the other files add: templates, names, flags
 
 
@@ -371,7 +371,7 @@ def test_a_folder_without_tokenizer_json_says_how_to_make_it(tmp_path, names):
         assert load_tokenizer(tmp_path)[0].eos_token == "<|im_end|>"
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Building prompts
 
 
@@ -458,7 +458,7 @@ def test_load_tokenizer_errors(tmp_path):
         load_tokenizer(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The prompt in the plan
 
 

@@ -1,4 +1,7 @@
-"""The sampler: same tokens whatever the batch, log-probs of the distribution drawn from, right ends, right frequencies."""
+"""The sampler.
+
+Same tokens whatever the batch, log-probs of the distribution drawn from, right ends, right frequencies.
+"""
 
 import copy
 
@@ -95,7 +98,10 @@ def test_a_response_does_not_depend_on_the_batch(random_model):
 
 
 class Recording(TorchDispatchMode):
-    """A CUDA graph on the CPU: what was called is called again on the same tensors, and writes to the same addresses."""
+    """A CUDA graph on the CPU.
+
+    What was called is called again on the same tensors, and writes to the same addresses.
+    """
 
     def __init__(self, action, memory=None):
         super().__init__()
@@ -214,7 +220,7 @@ def test_the_cache_stays_within_its_budget(random_model, monkeypatch):
     assert 0 < sizes[0] <= 300
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # one draw
 
 

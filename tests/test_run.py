@@ -1,4 +1,7 @@
-"""The real program as a subprocess: what it leaves, that it never reads the answers, ranks, and being killed."""
+"""The real program as a subprocess.
+
+What it leaves, that it never reads the answers, ranks, and being killed.
+"""
 
 import json
 import re
@@ -21,7 +24,10 @@ def weights(out):
 
 
 def moved(out):
-    """The largest change of a weight since the base model: a comparison of two runs says nothing if neither moved."""
+    """The largest change of a weight since the base model.
+
+    A comparison of two runs says nothing if neither moved.
+    """
     base = load_file(TINY / "model.safetensors")
     return max((tensor - base[name]).abs().max().item() for name, tensor in weights(out).items())
 
@@ -38,7 +44,7 @@ def finished(tmp_path_factory, few_questions):
     return out, program("--data", few_questions, "--out", out, *SMALL).stdout
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # what a run leaves
 
 
@@ -131,7 +137,7 @@ def test_a_finished_run_is_not_made_again(finished, few_questions):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the answers are never read by training
 
 
@@ -160,7 +166,7 @@ def test_gold_does_read_them(finished, few_questions, tmp_path):
     assert all(line["train/reward"] == line["train/ground_truth_ratio"] for line in lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # ranks
 
 
@@ -169,7 +175,10 @@ RANKS = """--votes 9 --samples 7 --questions-per-step 3 --questions-per-update 2
 
 
 def test_two_ranks_are_one(few_questions, tmp_path):
-    """9 votes and 7 samples are not shared evenly, and micro-batches are small: the ranks have different numbers of them."""
+    """9 votes and 7 samples are not shared evenly, and micro-batches are small.
+
+    The ranks have different numbers of them.
+    """
     recorded = {}
     for ranks in (None, 2):
         folder = tmp_path / str(ranks)
@@ -200,7 +209,7 @@ def test_two_ranks_are_one(few_questions, tmp_path):
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 0.01 * change
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # killed and resumed
 
 
@@ -255,7 +264,10 @@ def test_a_stopped_run_goes_on_bitwise_without_any_of_its_leftovers(finished, fe
 
 
 def test_another_number_of_ranks_goes_on(finished, few_questions, tmp_path):
-    """What memory allows a rank is no flag: two ranks take up the run of one, say so, and agree with it to rounding."""
+    """What memory allows a rank is no flag.
+
+    Two ranks take up the run of one, say so, and agree with it to rounding.
+    """
     out = tmp_path / "run"
     arguments = ["--data", few_questions, "--out", out, *SMALL]
     program(*arguments, "--max-minutes", "0.001")
@@ -287,7 +299,7 @@ def test_the_checkpoint_of_another_model_is_one_sentence(finished, few_questions
     assert error.count("\n") == 1 and "step-000004: holds the parameters of another model" in error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the door, and the other ways in
 
 
@@ -342,7 +354,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     assert "plan " in printed and "memory " in printed and not (tmp_path / "run").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # what used to be silent
 
 
@@ -383,7 +395,7 @@ def test_stray_files_do_not_end_training(few_questions, tmp_path):
 
 
 def test_separators_inside_a_line_survive_a_resume(tmp_path):
-    import checkpoint
+    from support import checkpoint
 
     path = tmp_path / "rollouts.jsonl"
     lines = [{"step": 1, "response": "one\u2028two\u0085three"}, {"step": 2, "response": "gone"}]
@@ -393,7 +405,10 @@ def test_separators_inside_a_line_survive_a_resume(tmp_path):
 
 
 def test_updates_that_are_never_finite_do_not_end_as_if_all_were_well(few_questions, tmp_path):
-    """The real program with a gradient norm that is always nan: a line a step, and at the end a sentence and no table."""
+    """The real program with a gradient norm that is always nan.
+
+    A line a step, and at the end a sentence and no table.
+    """
     out = tmp_path / "run"
     done = program(
         tmp_path, "--data", few_questions, "--out", out, *SMALL, script="tests/broken_run.py", code=1
@@ -413,7 +428,10 @@ def moved_nowhere(out):
 
 @pytest.mark.parametrize("failing", ["1", "0 1"])
 def test_an_error_on_any_rank_is_said(few_questions, tmp_path, failing):
-    """A rank that cannot read the questions says its number and why, and no rank waits for it; alike on all ranks, once."""
+    """A rank that cannot read the questions says its number and why, and no rank waits for it.
+
+    Alike on all ranks, once.
+    """
     done = subprocess.run(
         command(tmp_path, "--data", few_questions, "--out", tmp_path / "run", *SMALL, ranks=2, script="tests/broken_run.py"),
         env={**environment(), "RANKS_THAT_CANNOT_READ": failing}, capture_output=True, text=True, timeout=120, cwd="/",

@@ -1,8 +1,10 @@
 r"""Make the embedded default: tiny/model (Qwen2 format, 0.6 M parameters) and tiny/questions.json.
 
-    python tiny/make.py        # 5 to 8 minutes on one core; the same versions on the same machine give the same files
+    # 5 to 8 minutes on one core; the same versions on the same machine give the same files
+    python tiny/make.py
 
-The base model has read nothing but the homework of a pupil who adds single digits one after another, 7+5+9=? like this:
+The base model has read nothing but the homework of a pupil who adds single digits one after another, 7+5+9=?
+like this:
 
     7+5=12
     12+9=21
@@ -11,13 +13,14 @@ The base model has read nothing but the homework of a pupil who adds single digi
 The pupil is unsure in two ways, and goes on from whatever he wrote down:
 - now and then he slips: the sum is one or two off (SLIP);
 - he forgets to carry, and the result is ten too low. This is a habit more than an accident: the smaller the digit added,
-  the less he expects a carry, so after +9 he rarely forgets it and after +1 or +2 more often than not (FORGET).
+  the less he expects a carry, so after +9 he rarely forgets it and after +1 or +2 more often than not
+  (FORGET).
 
-The model is trained on that homework until it has settled, so it knows the pupil's mistakes with their frequencies, as a
-language model knows those of its corpus. Nobody tells it which are mistakes. Most single steps are more often right than
-wrong, hence the vote is better than a sample; but where a habit wins, or where several steps each want a carry, the most
-frequent answer is wrong, the vote and greedy decoding with it. That is what is left for training at test time to mend.
-"""
+The model is trained on that homework until it has settled, so it knows the pupil's mistakes with their
+frequencies, as a language model knows those of its corpus. Nobody tells it which are mistakes. Most single
+steps are more often right than wrong, hence the vote is better than a sample; but where a habit wins, or
+where several steps each want a carry, the most frequent answer is wrong, the vote and greedy decoding with
+it. That is what is left for training at test time to mend."""
 
 import json
 import random
@@ -55,7 +58,7 @@ BATCH, STEPS, PEAK_LR, WARMUP = 32, 700, 3e-3, 50
 ASKED = 64  # questions in questions.json
 MAX_NEW_TOKENS = 96
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # the homework
 
 
@@ -85,11 +88,12 @@ def answer(digits, rng):
     return "".join(lines) + f"\\boxed{{{total}}}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the tokenizer: byte-level like Qwen2's, but with a handful of words only
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-WORDS = "Please _reason _step _by _and _put _your _final _answer _within \\boxed boxed system user assistant What _is"  # _: space
+# _: space
+WORDS = "Please _reason _step _by _and _put _your _final _answer _within \\boxed boxed system user assistant What _is"
 TEMPLATE = (  # Qwen2.5-Math's, its default system turn included, without the parts for tools
     "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\n"
     "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n{% endif %}"
@@ -133,7 +137,7 @@ def write_config(folder, tokenizer):
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the base model
 
 
@@ -162,7 +166,10 @@ def batch(tokenizer, rng, held_out):
 
 
 def train(model, tokenizer, rng, held_out=()):
-    """Plain next-token training on the answers; in the second half the rate falls to zero, so that the model settles."""
+    """Plain next-token training on the answers.
+
+    In the second half the rate falls to zero, so that the model settles.
+    """
     for name, p in model.named_parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.3 if name == "embed_tokens.weight" else p.shape[1] ** -0.5)
@@ -182,7 +189,7 @@ def train(model, tokenizer, rng, held_out=()):
             print(f"step {step:4d}  loss {loss.item():.4f}", flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the questions, and how unsure the base is about them
 
 

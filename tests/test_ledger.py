@@ -1,31 +1,38 @@
-"""Before and after: fates claimed only beyond chance, paired changes, the best evaluation, by hand and by simulation."""
+"""Before and after.
+
+Fates claimed only beyond chance, paired changes, the best evaluation, by hand and by simulation.
+"""
 
 import json
 import random
 
 import pytest
-import report
 from conftest import SMALL, program
+
+from support import ledger, metrics
 
 
 def record(answers, truth="7", **fields):
     right = [float(answer == truth) for answer in answers]
     counts = sorted(dict.fromkeys(a for a in answers if a), key=answers.count, reverse=True)
     majority = counts[0] if counts else None
-    return {"id": "0", "kind": "math", "truth": truth, "answers": answers, "right": right, "pass@1": report.mean(right),
+    return {"id": "0", "kind": "math", "truth": truth, "answers": answers, "right": right, "pass@1": metrics.mean(right),
             "majority": majority, "majority_right": majority == truth, "any_right": any(right), **fields}  # fmt: skip
 
 
 def test_lead_counts_paired_samples_by_hand():
-    """Sample by sample 7 is right and 5 the most frequent wrong answer of both evaluations; 1 and none count 0."""
+    """Sample by sample 7 is right and 5 the most frequent wrong answer of both evaluations.
+
+    1 and none count 0.
+    """
     before, after = record(["7", "5", "5", "1", None, "5"]), record(["7", "7", "1", "5", "7", "5"])
     # changes: 0, -1 -> 1 rise, -1 -> 0 rise, 0 -> -1 fall, 0 -> 1 rise, 0
-    assert report.lead_changes(before, after) == (3, 1)
+    assert ledger.lead_changes(before, after) == (3, 1)
 
 
 def test_the_rival_is_one_answer_however_it_is_spelled():
     before, after = record(["0.5", "1/2", "3", "3"]), record(["7", "7", "7", "3"])
-    assert report.lead_changes(before, after) == (3, 0)
+    assert ledger.lead_changes(before, after) == (3, 0)
 
 
 @pytest.mark.parametrize(
@@ -41,14 +48,14 @@ def test_the_rival_is_one_answer_however_it_is_spelled():
     ],  # 2/2^6 = .031, 2 (1 + 8)/2^8 = .070
 )
 def test_sign_test_by_hand(rises, falls, expected):
-    assert report.direction(rises, falls) == expected
+    assert ledger.direction(rises, falls) == expected
 
 
 def test_false_alarms_by_hand():
     assert (
-        report.false_alarms(5) == 0
-        and report.false_alarms(6) == 1 / 64
-        and report.false_alarms(9) == 10 / 512
+        ledger.false_alarms(5) == 0
+        and ledger.false_alarms(6) == 1 / 64
+        and ledger.false_alarms(9) == 10 / 512
     )
 
 
@@ -72,7 +79,7 @@ def test_false_alarms_by_hand():
 )
 def test_fates_by_hand(before, after, expected):
     size = min(len(before), len(after))
-    assert report.fate(record(before[:size]), record(after[:size])) == expected
+    assert ledger.fate(record(before[:size]), record(after[:size])) == expected
 
 
 def test_chance_alone_claims_no_more_than_the_table_says():
@@ -86,7 +93,7 @@ def test_chance_alone_claims_no_more_than_the_table_says():
     for _ in range(3000):
         p, q = chance.choice([(0.4, 0.4), (0.3, 0.6), (0.7, 0.2), (0.05, 0.9)])
         pairs.append((evaluation(p, q), evaluation(p, q)))
-    rows = report.ledger([b for b, _ in pairs], [a for _, a in pairs])
+    rows = ledger.ledger([b for b, _ in pairs], [a for _, a in pairs])
     claimed = [
         sum(row["fate"] in names for row in rows)
         for names in (("learned", "sharpened"), ("corrupted", "weakened"))
@@ -97,7 +104,10 @@ def test_chance_alone_claims_no_more_than_the_table_says():
 
 
 def test_weights_that_do_not_move_change_nothing(few_questions, tmp_path):
-    """The real program with a learning rate too small to move a weight: the same responses before and after."""
+    """The real program with a learning rate too small to move a weight.
+
+    The same responses before and after.
+    """
     still = ["--lr", "1e-30", "--weight-decay", "0", "--eval-samples", "8"]
     printed = program("--data", few_questions, "--out", tmp_path / "run", *SMALL, *still).stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -109,13 +119,16 @@ def test_weights_that_do_not_move_change_nothing(few_questions, tmp_path):
 def test_the_error_of_a_change_is_that_of_the_pairs():
     """Questions of 0.1 and 0.9 that both rise by 0.1 or so: the change is sure, the two means are not."""
     before, after = [{"pass@1": 0.1}, {"pass@1": 0.9}], [{"pass@1": 0.2}, {"pass@1": 0.98}]
-    change = report.paired_changes(before, after, {"pass@1": "pass@1", "maj@4": "majority_right"})
+    change = ledger.paired_changes(before, after, {"pass@1": "pass@1", "maj@4": "majority_right"})
     assert change == {"pass@1": pytest.approx(0.09), "pass@1_se": pytest.approx(0.01)}
-    assert report.standard_error([0.1, 0.9]) == pytest.approx(0.4)
+    assert metrics.standard_error([0.1, 0.9]) == pytest.approx(0.4)
 
 
 def test_the_best_evaluation_of_a_policy_that_never_changes_is_no_better_than_it_is():
-    """AIME's 30 questions, 16 samples, 161 evaluations, true pass@1 0.1: their largest mean is .13, but not the best."""
+    """AIME's 30 questions, 16 samples, 161 evaluations, true pass@1 0.1.
+
+    Their largest mean is .13, but not the best.
+    """
     chance = random.Random(0)
     best, largest, reported = None, [], []
     for _ in range(8):  # runs
@@ -124,15 +137,15 @@ def test_the_best_evaluation_of_a_policy_that_never_changes_is_no_better_than_it
             records = [
                 {"truth": "7", "right": [float(chance.random() < 0.1) for _ in range(16)]} for _ in range(30)
             ]
-            means.append(report.mean(report.mean(row["right"]) for row in records))
-            best = report.better(best, step, records)
+            means.append(metrics.mean(metrics.mean(row["right"]) for row in records))
+            best = ledger.better(best, step, records)
         largest.append(max(means))
         reported.append(best["pass@1"])
-    assert report.mean(largest) > 0.125 and abs(report.mean(reported) - 0.1) < 0.02
+    assert metrics.mean(largest) > 0.125 and abs(metrics.mean(reported) - 0.1) < 0.02
 
 
 def test_there_is_no_best_without_answers_or_with_one_sample():
     assert (
-        report.better(None, 0, [{"truth": None}]) is None
-        and report.better(None, 0, [{"truth": "7", "right": [1.0]}]) is None
+        ledger.better(None, 0, [{"truth": None}]) is None
+        and ledger.better(None, 0, [{"truth": "7", "right": [1.0]}]) is None
     )
