@@ -185,15 +185,10 @@ class Engine:
         if len(target):
             source, target = order[target].to(self.key.device), target.to(self.key.device)
             self.cache.move(source, target, context)
-            for state in (
-                self.key,
-                self.alive,
-                self.prompt_length,
-                self.num_generated,
-                self.tokens,
-                self.logprob,
-            ):
+            for state in (self.key, self.alive, self.prompt_length, self.num_generated):
                 state[target] = state[source]
+            for response in (self.tokens, self.logprob):
+                response[target] = response[source]
         self.alive[len(order) : count] = False
 
 

@@ -251,10 +251,10 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def next_token_logits(self, hidden):
-        """What tokens are sampled from: hidden states [B, D] -> logits [B, V], on a GPU in fp32. No gradients.
+        """The logits that tokens are sampled from: hidden states [B, D] -> [B, V], without gradients.
 
-        cuBLAS sums bf16 products in fp32. Rounded to bf16, logits between 16 and 32 would be 1/8 apart, and the
-        sampler would draw from another distribution than the learner computes (linear_logprob: in fp32 too).
+        On a GPU in fp32 also for a bf16 model: cuBLAS sums in fp32 anyway. In bf16, logits between 16 and 32
+        are 1/8 apart, and the sampler would draw from another distribution than the learner computes.
         """
         if hidden.is_cuda:
             return product(hidden, self.lm_head.weight.T)

@@ -1,4 +1,5 @@
-"""What only a GPU can show: every twin against the other on the same numbers, graphs against plain steps, and speeds.
+"""What only a GPU can show: every twin against the other on the same numbers, graphs against plain steps,
+and speeds.
 
 Run it first on a machine with a GPU; -s shows the speeds:    python -m pytest tests/test_gpu.py -s
 
@@ -155,7 +156,9 @@ def test_drawing(device, rows, vocabulary, dtype, temperature):
 @on_both
 @torch.no_grad()
 def test_the_head_of_a_bf16_model_does_not_round_its_sums(device):
-    """What the sampler draws from, against float64: on a GPU fp32's error, where bf16 would make steps of 1/8 at 16."""
+    """What the sampler draws from, against float64: on a GPU fp32's error, where bf16 would make steps of
+    1/8 at 16.
+    """
     whole = small_model(torch.bfloat16).to(device)
     hidden = 20 * torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
     logits = whole.next_token_logits(hidden)
@@ -267,7 +270,8 @@ def tiny_run(request, tmp_path):
     asked, prompts = run.train_set[:4], run.train_prompts[:4]
     whole, _ = ttrl.sample_responses(run, asked, prompts, 8, stream="train", step=1, temperature=1.0)
     yield run, whole, ttrl.advantages((torch.arange(24).view(4, 6) % 3 == 0).float())
-    run.learner = None  # before the group: DDP, freed after it, would join gloo's thread with the GIL held, which that waits for
+    # before the group: DDP, freed after it, would join gloo's thread with the GIL held, which that waits for
+    run.learner = None
     torch.distributed.destroy_process_group()
 
 
@@ -278,7 +282,9 @@ runs_on_both = pytest.mark.parametrize(
 
 @runs_on_both
 def test_sampler_and_learner_agree(tiny_run):
-    """bf16 sampler, cached, against fp32 weights under bf16 autocast, packed: a small gap, as the metric measures it."""
+    """bf16 sampler, cached, against fp32 weights under bf16 autocast, packed: a small gap, as the metric
+    measures it.
+    """
     run, whole, advantage = tiny_run
     metrics = ttrl.learn(run, whole, advantage, 0, 10)
     exact = run.sampler is run.policy
@@ -378,7 +384,8 @@ def wide_model(device):
         widths = dict(
             vocab_size=500, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2, head_dim=16
         )
-    config = ModelConfig(**widths, norm_eps=1e-6, max_positions=4096, rope={"rope_type": "default", "rope_theta": 1e6},
+    config = ModelConfig(**widths, norm_eps=1e-6, max_positions=4096, rope={"rope_type": "default",
+                         "rope_theta": 1e6},
                          qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, tie_word_embeddings=True,
                          windows=(None,) * widths["layers"])  # fmt: skip
     with torch.device(device):
@@ -419,9 +426,8 @@ def test_speed_of_decoding(device, monkeypatch, capsys):
                     / steps
                 )
                 moved = (weights + rows * length * a_token) / lasted / 1e9
-                lines.append(
-                    f"{rows:4}  {'yes' if flash else 'no':5}  {'yes' if graphs else 'no':6} {rows / lasted:11,.0f} {moved:7.0f}"
-                )
+                which = f"{rows:4}  {'yes' if flash else 'no':5}  {'yes' if graphs else 'no':6}"
+                lines.append(f"{which} {rows / lasted:11,.0f} {moved:7.0f}")
     say(capsys, *lines)
 
 
@@ -481,7 +487,6 @@ def test_speed_and_memory_of_learning(device, monkeypatch, capsys):
                 torch.cuda.reset_peak_memory_stats()
             lasted = seconds(learn, device, repeats=3)
             peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
-            lines.append(
-                f"{whole.checkpointing!s:13}  {'yes' if flash else 'no':5} {rows * length / lasted:11,.0f} {peak:8.2f}"
-            )
+            which = f"{whole.checkpointing!s:13}  {'yes' if flash else 'no':5}"
+            lines.append(f"{which} {rows * length / lasted:11,.0f} {peak:8.2f}")
     say(capsys, *lines)

@@ -1,4 +1,6 @@
-"""Packed rows: the learner's forward and gradients against transformers, row by row; attention against its plain form."""
+"""Packed rows: the learner's forward and gradients against transformers, row by row; attention against its
+plain form.
+"""
 
 import pytest
 import torch
@@ -13,12 +15,13 @@ from packing import AttentionGroup, pack_responses
 from rollout import Rollout
 from support.pretrained import hf_tensors
 
-
 SHAPE = ([5, 9], [(1, 6), (0, 1), (1, 3), (0, 8)])  # prompt lengths; (question, response length) of each row
 
 
 def plain_attention(q, k, v, window):
-    """Causal attention of one row without packing, padding or a fused kernel: q [T, H, E], k and v [T, K, E]."""
+    """Causal attention of one row without packing, padding or a fused kernel: q [T, H, E], k and v [T, K,
+    E].
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = torch.einsum("qhe,khe->hqk", q, k) / q.shape[-1] ** 0.5
@@ -29,7 +32,9 @@ def plain_attention(q, k, v, window):
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_packed_attention_equals_each_row_alone(window):
-    """Two prompts of 5 and 9 tokens, once each, then the responses without their last tokens: values and gradients."""
+    """Two prompts of 5 and 9 tokens, once each, then the responses without their last tokens: values and
+    gradients.
+    """
     rows = make_rollout(FIXED, *SHAPE, 0)
     batch = pack_responses(rows, (window,))
     prompts, first, alone = [range(5), range(5, 14)], 14, []
@@ -135,7 +140,9 @@ def gradients(named_parameters, outputs, weights):
 
 
 def learner_difference(ours, reference, rows, temperature, first_only):
-    """(largest difference of the outputs, of the gradients relative to each parameter's largest); asserts that both can show."""
+    """(largest difference of the outputs, of the gradients relative to each parameter's largest); asserts
+    that both can show.
+    """
     weights = torch.randn(2, *rows.logprob.shape, generator=torch.Generator().manual_seed(1))
     if first_only:  # the token that the prompt predicts
         weights[:, :, 1:] = 0
@@ -193,7 +200,9 @@ def test_learner_notices_a_wrong_start(monkeypatch):
 
 
 def test_learner_notices_a_prompt_without_gradient(monkeypatch):
-    """Keys and values of the prompt that responses see as constants leave the outputs as they are, but not the gradients."""
+    """Keys and values of the prompt that responses see as constants leave the outputs as they are, but not
+    the gradients.
+    """
     attend = AttentionGroup.attend_rows
 
     def detached(self, window, q, k, v):
@@ -207,10 +216,11 @@ def test_learner_notices_a_prompt_without_gradient(monkeypatch):
     assert outputs < TOLERANCE and grads > 10 * NOTICED
 
 
-def varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+def varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                     softmax_scale=None,
                      causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
                      return_attn_probs=False, block_table=None):  # fmt: skip
-    """flash_attn 2.8.3's flash_attn_varlen_func, signature and checks, in plain torch and in any precision."""
+    """flash_attn_varlen_func of flash_attn 2.8.3, signature and checks, in plain torch, in any precision."""
     assert causal and not (
         dropout_p or softmax_scale or softcap or alibi_slopes or return_attn_probs or block_table
     )
@@ -235,7 +245,9 @@ def varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seql
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_learner_with_flash_attn_equals_transformers(monkeypatch, window):
-    """The call that a GPU makes without padding, against a reference of its signature: outputs and gradients."""
+    """The call that a GPU makes without padding, against a reference of its signature: outputs and
+    gradients.
+    """
     calls = []
 
     def counted(*args, **options):
