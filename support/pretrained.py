@@ -189,7 +189,7 @@ def read_weights(folder, config, shapes, dtype):
     file_of = weight_files(folder)
     weights = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
     wanted = hf_tensors(config, weights)
-    check_names(folder, wanted.keys(), file_of.keys(), config.tie_word_embeddings)
+    check_names(folder, wanted.keys(), file_of.keys())
     for path in sorted({file_of[name] for name in wanted}):
         with open_safetensors(path) as file:
             for name in [name for name in wanted if file_of[name] == path]:
@@ -220,12 +220,11 @@ def is_finite(tensor):
     return bool(total.isfinite() or tensor.isfinite().all())  # a sum of finite entries may overflow too
 
 
-def check_names(folder, wanted, held, tied):
+def check_names(folder, wanted, held):
     """Raise ValueError unless the files hold exactly the tensors that the model has parameters for."""
     missing, extra = sorted(wanted - held), sorted(held - wanted)
-    # old Llama files carry their rotary frequencies, and some tied ones the head a second time
-    harmless = {"lm_head.weight"} if tied else set()
-    extra = [name for name in extra if name not in harmless and not name.endswith("rotary_emb.inv_freq")]
+    # old Llama files hold their rotary frequencies, and some files of tied models the head a second time
+    extra = [name for name in extra if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
     if missing:
         fault = f"lacks the tensor {missing[0]}"
     elif extra:
