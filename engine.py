@@ -1,7 +1,8 @@
 """The device's half of sampling: a KV cache, and the step that decodes and samples a token per running row.
 
-The running rows lie without gaps in the first slots. Everything that a step touches has a fixed address, so
-on a GPU it is replayed as a CUDA graph. Attention is flash-attn where that is installed, else torch's SDPA.
+The running rows lie without gaps in the first slots. A step asks nothing of the host, and everything that it
+touches stays at its address. So on a GPU it is replayed as a CUDA graph, also after the weights have been
+refreshed in place. Attention is flash-attn where that is installed, else torch's SDPA.
 
 Letters in shape comments: B rows, S slots, T tokens, R response tokens, V vocabulary, L layers, H heads, K
 key/value heads, E head width.
@@ -185,15 +186,10 @@ class Engine:
         if len(target):
             source, target = order[target].to(self.key.device), target.to(self.key.device)
             self.cache.move(source, target, context)
-            for state in (
-                self.key,
-                self.alive,
-                self.prompt_length,
-                self.num_generated,
-                self.tokens,
-                self.logprob,
-            ):
+            for state in (self.key, self.alive, self.prompt_length, self.num_generated):
                 state[target] = state[source]
+            for response in (self.tokens, self.logprob):
+                response[target] = response[source]
         self.alive[len(order) : count] = False
 
 

@@ -53,7 +53,7 @@ class ModelConfig:
         return cls(**read_config(folder))
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # rotary positions
 
 
@@ -129,7 +129,7 @@ def rotate(x, cos, signed_sin):
     return torch.addcmul(x * cos, swapped, signed_sin)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # layers, with the names of Hugging Face checkpoints, except that q/k/v and gate/up are fused (`hf_tensors`)
 
 
@@ -251,13 +251,11 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def next_token_logits(self, hidden):
-        """What tokens are sampled from: hidden states [B, D] -> logits [B, V], on a GPU in fp32.
+        """The logits that tokens are sampled from: hidden states [B, D] -> [B, V], without gradients.
 
-        No gradients.
-
-        cuBLAS sums bf16 products in fp32. Rounded to bf16, logits between 16 and 32 would be 1/8 apart, and
-        the sampler would draw from another distribution than the learner computes (linear_logprob: in fp32
-        too)."""
+        On a GPU in fp32 also for a bf16 model: cuBLAS sums in fp32 anyway. In bf16, logits between 16 and 32
+        are 1/8 apart, and the sampler would draw from another distribution than the learner computes.
+        """
         if hidden.is_cuda:
             return product(hidden, self.lm_head.weight.T)
         return self.lm_head(hidden)

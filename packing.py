@@ -96,10 +96,7 @@ def pack_responses(rows, windows):
 
 
 def append_inputs(batch, responses, positions, prompt_start, prompt_length, lengths):
-    """Append to a batch of prompts the first `lengths` [B] tokens of responses [B, R].
-
-    Returns the keys [B, Tk].
-    """
+    """Append the first `lengths` [B] tokens of responses [B, R] to a batch of prompts: their keys [B, Tk]."""
     is_input = length_mask(lengths)  # [B, R-1]
     width = is_input.shape[1]
     start = len(batch.tokens) + lengths.cumsum(0) - lengths  # [B] the flat index of each first token  3 4
@@ -177,7 +174,7 @@ def padded_tokens(rollout, rows):
     return prompts + len(rows) * int(rollout.response_length[rows].max())
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # indices
 
 

@@ -99,20 +99,17 @@ def generate(model, prompts, rows, *, max_new_tokens, temperature=1.0, top_p=1.0
     the budget.
     """
     if stream == "train" and (top_p < 1 or temperature == 0):
+        how = f"top_p {top_p}, temperature {temperature}"
         raise ValueError(
-            f"top_p {top_p}, temperature {temperature}: for evaluation only; the loss has no nucleus"
+            f"{how}: for evaluation only; training samples from the softmax that the loss computes"
         )
     if isinstance(rows, int):
         rows = [(question, sample) for question in range(len(prompts)) for sample in range(rows)]
-    capacity = max(len(prompts[question]) for question, _ in rows) + max_new_tokens
+    longest = max(len(prompts[question]) for question, _ in rows) + max_new_tokens
     if engine is None:
-        slots = len(rows) if budget_tokens is None else min(len(rows), budget_tokens // capacity)
-        if slots < 1:
-            raise ValueError(
-                f"a budget of {budget_tokens} tokens holds no row of {capacity} (prompt and new tokens)"
-            )
-        engine = Engine(model, slots, capacity, max_new_tokens, eos_ids)
-    assert engine.model is model and engine.max_new_tokens == max_new_tokens and engine.capacity >= capacity
+        slots = slots_within(budget_tokens, len(rows), longest)
+        engine = Engine(model, slots, longest, max_new_tokens, eos_ids)
+    assert engine.model is model and engine.max_new_tokens == max_new_tokens and engine.capacity >= longest
     rollout = empty_rollout(prompts, rows, max_new_tokens)
     keys = row_keys(seed, stream, step, rollout.question, rollout.sample).to(engine.key.device)
     scheduler = Scheduler(engine, prompts, rollout, keys, eos_ids, temperature, top_p)
@@ -123,17 +120,23 @@ def generate(model, prompts, rows, *, max_new_tokens, temperature=1.0, top_p=1.0
     return rollout.trim()
 
 
+def slots_within(budget_tokens, num_rows, longest):
+    """How many rows of `longest` tokens to decode at a time. Raises ValueError if the budget holds none."""
+    if budget_tokens is None:
+        return num_rows
+    if budget_tokens < longest:
+        raise ValueError(
+            f"a budget of {budget_tokens} tokens holds no row of {longest} (prompt and new tokens)"
+        )
+    return min(num_rows, budget_tokens // longest)
+
+
 class Scheduler:
     """One call of `generate`: which rows wait, which run and in which slot, and how far these are."""
 
     def __init__(self, engine, prompts, rollout, keys, eos_ids, temperature, top_p):
-        self.engine, self.prompts, self.rollout, self.keys, self.eos_ids = (
-            engine,
-            prompts,
-            rollout,
-            keys,
-            eos_ids,
-        )
+        self.engine, self.prompts = engine, prompts
+        self.rollout, self.keys, self.eos_ids = rollout, keys, eos_ids
         self.sampling = temperature, top_p
         self.questions = rollout.question.tolist()  # of each row
         self.waiting = deque(range(len(rollout)))  # rows
@@ -141,6 +144,7 @@ class Scheduler:
         self.prefilled = {}  # question -> Prefilled, kept until its last waiting row has entered
         self.running = torch.zeros(0, dtype=torch.int64)  # [B] the row in each slot
         self.num_generated = torch.zeros(0, dtype=torch.int64)  # [B] at the last poll
+        self.context = 0  # no running row is longer
 
     def refill(self):
         """Let waiting rows enter the free slots and sample their first tokens."""
@@ -174,7 +178,7 @@ class Scheduler:
         """Decode up to the next poll, but no further than the row that may go on the longest."""
         steps = min(self.engine.poll_every, self.engine.max_new_tokens - int(self.num_generated.min()))
         longest = int((self.rollout.prompt_length[self.running] + self.num_generated).max())
-        self.context = longest + max(steps, 1) - 1  # no row is longer after these steps
+        self.context = longest + max(steps, 1) - 1
         self.engine.decode_steps(steps, len(self.running), self.context, *self.sampling)
 
     def retire(self):
@@ -185,10 +189,10 @@ class Scheduler:
             return
         ended = (~alive).nonzero()[:, 0]
         lengths = self.num_generated[ended]
-        for row, length, tokens, logprob in zip(
-            self.running[ended], lengths, *self.engine.read(ended), strict=True
-        ):
-            self.rollout.fill(row, tokens[:length], logprob[:length], self.eos_ids)
+        tokens, logprobs = self.engine.read(ended)
+        for i, row in enumerate(self.running[ended]):
+            length = int(lengths[i])
+            self.rollout.fill(row, tokens[i, :length], logprobs[i, :length], self.eos_ids)
         order = fill_gaps(alive)
         self.engine.compact(order, count, self.context)
         self.running, self.num_generated = self.running[order], self.num_generated[order]

@@ -16,9 +16,7 @@ class GraphCache:
 
     def run(self, function, *args):
         """Call function(*args), by its graph if there is one. Returns nothing."""
-        if (
-            args not in self.graphs
-        ):  # the first call runs as it is and warms up the libraries, the second is captured
+        if args not in self.graphs:  # runs as it is, which warms up the libraries; the next call is captured
             self.graphs[args] = None
             function(*args)
             return

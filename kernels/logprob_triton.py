@@ -47,8 +47,8 @@ def logits_to_gradient_triton(logits, start, targets, max_logit, lse, entropy, g
 
 @triton.jit(do_not_specialize=["tokens", "vocabulary"])
 def partials_kernel(hidden, weight, targets, out, tokens, width, vocabulary, size, inverse_temperature,
-                    PRECISION: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
-                    BD: tl.constexpr):  # fmt: skip
+                    BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+                    PRECISION: tl.constexpr):  # fmt: skip
     """Program (block of BT tokens, piece of `size` of the vocabulary): its row of the partial results."""
     row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     first = tl.program_id(1) * size
@@ -62,19 +62,15 @@ def partials_kernel(hidden, weight, targets, out, tokens, width, vocabulary, siz
         z = tl.zeros([BT, BV], tl.float32)
         for d in range(0, width, BD):
             at = d + tl.arange(0, BD)
-            h_mask, w_mask = (
-                (row < tokens)[:, None] & (at < width),
-                (column < vocabulary)[:, None] & (at < width),
-            )
+            h_mask = (row < tokens)[:, None] & (at < width)
+            w_mask = (column < vocabulary)[:, None] & (at < width)
             h = tl.load(hidden + row[:, None] * width + at, mask=h_mask, other=0.0)
             w = tl.load(weight + column.to(tl.int64)[:, None] * width + at, mask=w_mask, other=0.0)
             z = tl.dot(h, tl.trans(w), z, input_precision=PRECISION)
         target += tl.sum(tl.where(column == target_at[:, None], z, 0.0), 1)
         z = tl.where(column < vocabulary, z, -1e38)
         higher = tl.maximum(max_logit, tl.max(z, 1))
-        shift = (
-            max_logit - higher
-        ) * inverse_temperature  # online softmax: the old sums under the new maximum
+        shift = (max_logit - higher) * inverse_temperature  # brings the old sums under the new maximum
         c = (z - higher[:, None]) * inverse_temperature
         exp_c = tl.exp(c)
         sum_exp_c = tl.exp(shift) * (sum_exp_c + shift * sum_exp) + tl.sum(exp_c * c, 1)

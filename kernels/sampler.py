@@ -15,10 +15,7 @@ except ImportError:  # torch's CPU wheels come without triton
     sampler_triton = None
 
 BLOCK = 256  # of the vocabulary: the sums of blocks are scanned first, then the one block that u falls in
-CHUNK = {
-    "cpu": 1 << 20,
-    "cuda": 1 << 24,
-}  # logits that the torch functions take at a time, to bound their copies
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}  # logits that torch samples from at a time: bounds the copies
 
 
 def sample_tokens(logits, key, position, temperature=1.0, top_p=1.0):

@@ -10,9 +10,8 @@ TILE = 1024  # of the vocabulary, per program of the first kernel
 def sample_tokens_triton(logits, key, position, temperature):
     """sample_tokens with top_p 1 by two kernels; logits [B, V] of any float dtype, each row contiguous."""
     rows, vocabulary = logits.shape
-    assert logits.stride(1) == 1 and key.shape == position.shape == (rows,), (
-        "logits [B, V], key, position [B]"
-    )
+    assert logits.stride(1) == 1, "each row of logits has to be contiguous"
+    assert key.shape == position.shape == (rows,), "logits [B, V], key [B], position [B]"
     blocks = triton.cdiv(vocabulary, TILE)
     peak, mass = torch.empty(2, rows, blocks, device=logits.device, dtype=torch.float32)
     token = torch.empty(rows, device=logits.device, dtype=torch.int64)

@@ -70,6 +70,7 @@ def read_config(folder):
 
 
 def check_heads(fields, path):
+    """Raise ValueError for heads that attention or rotary positions cannot work with."""
     heads, kv_heads, head_dim = fields["heads"], fields["kv_heads"], fields["head_dim"]
     if heads % kv_heads:
         raise ValueError(
@@ -163,11 +164,8 @@ def hf_tensors(config, tensors):
 
     What is one matrix for us and several there comes as views of its rows.
     """
-    q_rows, kv_rows, inner = (
-        config.heads * config.head_dim,
-        config.kv_heads * config.head_dim,
-        config.intermediate_size,
-    )
+    q_rows, kv_rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    inner = config.intermediate_size
     fused = {
         "qkv_proj": dict(q_proj=q_rows, k_proj=kv_rows, v_proj=kv_rows),
         "gate_up_proj": dict(gate_proj=inner, up_proj=inner),
@@ -191,7 +189,7 @@ def read_weights(folder, config, shapes, dtype):
     file_of = weight_files(folder)
     weights = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
     wanted = hf_tensors(config, weights)
-    check_names(folder, wanted.keys(), file_of.keys(), config.tie_word_embeddings)
+    check_names(folder, wanted.keys(), file_of.keys())
     for path in sorted({file_of[name] for name in wanted}):
         with open_safetensors(path) as file:
             for name in [name for name in wanted if file_of[name] == path]:
@@ -222,13 +220,11 @@ def is_finite(tensor):
     return bool(total.isfinite() or tensor.isfinite().all())  # a sum of finite entries may overflow too
 
 
-def check_names(folder, wanted, held, tied):
+def check_names(folder, wanted, held):
     """Raise ValueError unless the files hold exactly the tensors that the model has parameters for."""
     missing, extra = sorted(wanted - held), sorted(held - wanted)
-    # old Llama files carry their rotary frequencies, and some tied ones the head a second time
-    extra = [
-        n for n in extra if not n.endswith("rotary_emb.inv_freq") and not (tied and n == "lm_head.weight")
-    ]
+    # old Llama files hold their rotary frequencies, and some files of tied models the head a second time
+    extra = [name for name in extra if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
     if missing:
         fault = f"lacks the tensor {missing[0]}"
     elif extra:
@@ -287,9 +283,8 @@ def write_model(folder, source, config, tensors):
     if (source / "generation_config.json").exists():
         (folder / "generation_config.json").write_bytes((source / "generation_config.json").read_bytes())
     weights = hf_tensors(config, tensors)
-    weights = {
-        name: part.to("cpu", torch.float32, copy=True) for name, part in weights.items()
-    }  # no views: cannot be saved
+    # copies, because views cannot be saved
+    weights = {name: part.to("cpu", torch.float32, copy=True) for name, part in weights.items()}
     save_torch_state_dict(weights, folder, max_shard_size=SHARD_SIZE)
 
 

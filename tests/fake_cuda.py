@@ -1,6 +1,5 @@
-"""Test-only.
-
-Tensors that claim to be on a GPU and hold no numbers, so that the program's CUDA path runs without a GPU.
+"""Test-only: tensors that claim to be on a GPU and hold no numbers, so that the program's CUDA path runs
+without a GPU.
 
 torch's FakeTensorMode knows shape, dtype, strides and device of every result, autograd and autocast included,
 and refuses to mix devices. `FakeCuda` adds what it lets pass and a GPU does not forgive: a read that makes
@@ -67,9 +66,8 @@ COMPILER = shutil.which("c++") or shutil.which("g++")
 
 
 def install(folder):
-    """Compile the device in `folder` (5 seconds) and put it into this process.
-
-    Before the first backward pass.
+    """Compile the device in `folder` (5 seconds) and put it into this process. Before the first backward
+    pass.
     """
     torch_folder = Path(torch.__file__).parent
     source, library = Path(folder) / "fake_cuda.cpp", Path(folder) / "fake_cuda.so"
@@ -215,9 +213,8 @@ class Kernel:
 
 
 def triton_halves():
-    """kernels/*_triton.py, also where triton is not installed.
-
-    Launches are replaced, the rest needs only its names.
+    """kernels/*_triton.py, also where triton is not installed: launches are replaced, the rest needs only
+    its names.
     """
     try:
         import triton  # noqa: F401
@@ -233,9 +230,8 @@ def triton_halves():
 
 
 def plant(monkeypatch, where, name, old, new):
-    """A planted mistake.
-
-    Change the source of a function of the program, and put the changed one in its place.
+    """A planted mistake: change the source of a function of the program, and put the changed one in its
+    place.
     """
     function = inspect.getattr_static(where, name)
     source = textwrap.dedent(inspect.getsource(function))

@@ -1,6 +1,5 @@
-"""Test-only.
-
-The two functions of flash-attn 2.8.3 that we call, in plain torch on the CPU, with its signatures and checks.
+"""Test-only: the two functions of flash-attn 2.8.3 that we call, in plain torch on the CPU, with its
+signatures and checks.
 
 What the package's source says and a call can get wrong: fp16 or bf16 only; a head width that is a multiple of
 8 and at most 256; lengths in int32; the causal mask lines up the last query with the last key; new keys are
@@ -13,11 +12,13 @@ import inspect
 import torch
 
 SIGNATURES = {  # as text, so that a change of ours to the functions below is seen
-    "flash_attn_with_kvcache": "(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
-    "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), "
+    "flash_attn_with_kvcache": "(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, "
+    "cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, "
+    "causal=False, window_size=(-1, -1), "
     "softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False)",
-    "flash_attn_varlen_func": "(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, "
-    "softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, "
+    "flash_attn_varlen_func": "(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, "
+    "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, "
+    "deterministic=False, "
     "return_attn_probs=False, block_table=None)",
 }
 
@@ -48,9 +49,8 @@ def check_lengths(lengths, count, like):
 
 
 def only_these(arguments, *names):
-    """The rest of flash-attn's arguments have to be left at their defaults.
-
-    The reference below knows nothing of them.
+    """The rest of flash-attn's arguments have to be left at their defaults: the reference below knows
+    nothing of them.
     """
     for name, parameter in inspect.signature(globals()[arguments.pop("function")]).parameters.items():
         assert (
@@ -61,9 +61,8 @@ def only_these(arguments, *names):
 
 
 def one_row(q, k, v, causal, window_size):
-    """One sequence.
-
-    Q [Tq, H, E], k and v [Tk, K, E] -> [Tq, H, E], in fp32 inside as the kernel accumulates.
+    """One sequence: q [Tq, H, E], k and v [Tk, K, E] -> [Tq, H, E], in fp32 inside as the kernel
+    accumulates.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = (x.float().repeat_interleave(groups, 1) for x in (k, v))
@@ -81,13 +80,15 @@ def one_row(q, k, v, causal, window_size):
     return torch.einsum("hqk,khe->qhe", scores.masked_fill(~seen, float("-inf")).softmax(-1), v).to(q.dtype)
 
 
-def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
-                            cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
-                            window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
+def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None,
+                            cache_seqlens=None,
+                            cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None,
+                            causal=False,
+                            window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None,
+                            num_splits=0,
                             return_softmax_lse=False):  # fmt: skip
-    """q [B, Tq, H, E], caches [B, T, K, E], k and v [B, Tn, K, E] -> [B, Tq, H, E].
-
-    K and v go into the caches.
+    """q [B, Tq, H, E], caches [B, T, K, E], k and v [B, Tn, K, E] -> [B, Tq, H, E]; k and v go into the
+    caches.
     """
     used = ("k", "v", "cache_seqlens", "causal", "window_size")
     only_these({"function": "flash_attn_with_kvcache", **locals()}, *used)
@@ -105,11 +106,12 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None
     return torch.stack(out)
 
 
-def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-                           causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                           softmax_scale=None,
+                           causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+                           deterministic=False,
                            return_attn_probs=False, block_table=None):  # fmt: skip
     """q [sum of Tq, H, E], k and v [sum of Tk, K, E], rows one after another -> [sum of Tq, H, E].
-
     Differentiable.
     """
     only_these({"function": "flash_attn_varlen_func", **locals()}, "causal", "window_size", "deterministic")

@@ -1,6 +1,5 @@
-"""Test-only.
-
-Random models of every family, once as transformers has them and once as we do, and how far they are apart.
+"""Test-only: random models of every family, once as transformers has them and once as we do, and how far
+they are apart.
 
 Every parity test redraws all parameters, norms and biases included, so that logits have a standard deviation
 of at least 1 and attention is far from flat: with a fresh initialisation half of the possible mistakes would
@@ -42,7 +41,7 @@ def examples(count):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # random configurations
 
 
@@ -101,8 +100,7 @@ def configs(draw, families=FAMILIES):
     family = draw(st.sampled_from(families))
     layers, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     heads = kv_heads * draw(st.integers(1, 3))
-    # at least 16 wide: an RMSNorm over fewer may divide by nearly nothing, and then measures rounding, not
-    # the model
+    # at least 16 wide: an RMSNorm over fewer may divide by nearly nothing, and then measures only rounding
     width, head_dim = draw(st.sampled_from([16, 18, 22])), draw(st.sampled_from([4, 8]))
     config = {
         "model_type": family,
@@ -141,14 +139,13 @@ FIXED = {  # one ordinary configuration, for the tests that need no draw
     "tie_word_embeddings": False,
 }
 
-# -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the two models, and how far they are apart
 
 
 def redraw(reference, seed):
-    """Draw every parameter anew.
-
-    Scores with a deviation of about 2, logits of about 3, norms and biases far from neutral.
+    """Draw every parameter anew: scores with a deviation of about 2, logits of about 3, norms and biases far
+    from neutral.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, p in reference.named_parameters():
@@ -164,9 +161,8 @@ def redraw(reference, seed):
 
 
 def write_model(folder, config, seed=0):
-    """Write a folder in Hugging Face format whose config.json is just `config`.
-
-    Returns transformers' model of it.
+    """Write a folder in Hugging Face format whose config.json is just `config`; returns transformers' model
+    of it.
     """
     (folder / "config.json").write_text(json.dumps(config))
     reference = AutoModelForCausalLM.from_config(
@@ -202,7 +198,9 @@ def difference(ours, reference, tokens):
 
 
 def flatness(attentions):
-    """Mean entropy of the attention of queries that see several keys, as a share of what equal weights would have."""
+    """Mean entropy of the attention of queries that see several keys, as a share of what equal weights would
+    have.
+    """
     weights = torch.stack(attentions).double()  # [L, B, H, T, T]
     seen = (weights > 0).sum(-1)
     entropy = -torch.xlogy(weights, weights).sum(-1)

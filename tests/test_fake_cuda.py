@@ -1,4 +1,5 @@
-"""The CUDA path of the real program, sampling and learning, on tensors that only claim to be on a GPU (fake_cuda.py).
+"""The CUDA path of the real program, sampling and learning, on tensors that only claim to be on a GPU
+(fake_cuda.py).
 
 It proves that devices and dtypes fit together, that nothing waits for the device but the few places made for
 it, and that what a CUDA graph records stays on the device. It cannot prove that the numbers are right:
@@ -144,8 +145,8 @@ def read_on_device(*numbers):
     return [1.0] * len(numbers)
 
 
-def check_partials(grid, hidden, weight, targets, out, tokens, width, vocabulary, size, inverse_temperature, BT, BV, BD,
-                   **constants):  # fmt: skip
+def check_partials(grid, hidden, weight, targets, out, tokens, width, vocabulary, size, inverse_temperature,
+                   BT, BV, BD, **constants):  # fmt: skip
     assert hidden.dtype == weight.dtype and targets.dtype == torch.int64 and out.dtype == torch.float32
     assert (
         hidden.shape == (tokens, width) and weight.shape == (vocabulary, width) and targets.shape == (tokens,)
@@ -179,8 +180,8 @@ def check_mass(grid, logits, peak, mass, vocabulary, blocks, stride, inverse_tem
     assert all(x.shape == (*grid,) == (len(logits), blocks) and x.is_contiguous() for x in (peak, mass))
 
 
-def check_draw(grid, logits, key, position, peak, mass, token, logprob, vocabulary, blocks, stride, inverse_temperature,
-               BLOCKS, TILE):  # fmt: skip
+def check_draw(grid, logits, key, position, peak, mass, token, logprob, vocabulary, blocks, stride,
+               inverse_temperature, BLOCKS, TILE):  # fmt: skip
     check_mass((*grid, blocks), logits, peak, mass, vocabulary, blocks, stride, inverse_temperature, TILE)
     assert blocks <= BLOCKS and all(
         x.shape == grid and x.is_contiguous() for x in (key, position, token, logprob)
@@ -278,13 +279,16 @@ def gpu(machine, request, monkeypatch):
         yield mode
 
 
-QWEN2 = dict(model_type="qwen2", hidden_size=3584, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
+QWEN2 = dict(model_type="qwen2", hidden_size=3584, num_attention_heads=28, num_key_value_heads=4,
+             intermediate_size=18944,
              vocab_size=20000, tie_word_embeddings=False, max_position_embeddings=4096)  # fmt: skip
-QWEN3 = dict(model_type="qwen3", hidden_size=1024, num_attention_heads=16, num_key_value_heads=8, intermediate_size=3072,
+QWEN3 = dict(model_type="qwen3", hidden_size=1024, num_attention_heads=16, num_key_value_heads=8,
+             intermediate_size=3072,
              head_dim=128, vocab_size=20000, tie_word_embeddings=True, max_position_embeddings=4096,
              use_sliding_window=True, sliding_window=16, max_window_layers=1)  # fmt: skip
 
-SMALL = dict(model_type="llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
+SMALL = dict(model_type="llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
+             intermediate_size=96,
              vocab_size=500, num_hidden_layers=1)  # fmt: skip
 
 
@@ -488,20 +492,28 @@ IN_SAMPLING = {  # what is wrong: (where, function, its text, the text planted, 
     "ends on the CPU": (ENGINE, "__init__", "sorted(eos_ids), device=device)", "sorted(eos_ids))", MIXES),
     "a step reads a number": (ENGINE, "step", STEP, f"{STEP}; num_generated.max().item()", READS),
     "a step asks whether any row goes on": (ENGINE, "step", STEP, f"{STEP}; assert self.alive.any()", READS),
-    "a step polls": (ENGINE, "step", STEP, "_, num_generated = self.poll(count)", "from the device to the host"),
-    "a step reads responses": (ENGINE, "step", STEP, f"{STEP}; self.tokens[0].cpu()", "from the device to the host"),
+    "a step polls": (ENGINE, "step", STEP, "_, num_generated = self.poll(count)",
+                     "from the device to the host"),
+    "a step reads responses": (ENGINE, "step", STEP, f"{STEP}; self.tokens[0].cpu()",
+                               "from the device to the host"),
     "a step brings something along": (ENGINE, "step", STEP, f"{STEP} + torch.ones(count).to(self.key.device)",
                                       "from the host to the device"),
     "a step indexes by a mask": (ENGINE, "step", STEP, f"{STEP}; self.key[self.alive]", "indexing by a mask"),
-    "rows move by an index on the CPU": (ENGINE, "compact", "order[target].to(self.key.device), ", "order[target], ",
+    "rows move by an index on the CPU": (ENGINE, "compact", "order[target].to(self.key.device), ",
+                                         "order[target], ",
                                          "cuda is indexed by one on cpu"),
-    "slots are numbered on the CPU": (CACHE, "open_step", "torch.arange(len(position), device=position.device)",
+    "slots are numbered on the CPU": (CACHE, "open_step",
+                                      "torch.arange(len(position), device=position.device)",
                                       "torch.arange(len(position))", "cuda is indexed by one on cpu"),
-    "the mask of keys on the CPU": (CACHE, "open_step", "torch.arange(context, device=position.device)", "torch.arange(context)",
+    "the mask of keys on the CPU": (CACHE, "open_step", "torch.arange(context, device=position.device)",
+                                    "torch.arange(context)",
                                     "a CPU tensor in a step"),
-    "the cache in fp32": (CACHE, "__init__", "dtype=weight.dtype", "dtype=torch.float32", "must have the same dtype"),
-    "flash-attn's lengths in int64": (CACHE, "open_step", "position.to(torch.int32)", "position", "lengths: int32"),
-    "flash-attn's cache in SDPA's layout": (CACHE, "attend_cached", "keys.transpose(1, 2), values.transpose(1, 2)", "keys, values",
+    "the cache in fp32": (CACHE, "__init__", "dtype=weight.dtype", "dtype=torch.float32",
+                          "must have the same dtype"),
+    "flash-attn's lengths in int64": (CACHE, "open_step", "position.to(torch.int32)", "position",
+                                      "lengths: int32"),
+    "flash-attn's cache in SDPA's layout": (CACHE, "attend_cached",
+                                            "keys.transpose(1, 2), values.transpose(1, 2)", "keys, values",
                                             "must be a multiple"),
     "prompts stay on the CPU": (rollout, "prefill", "model.config.windows).to(device)", "model.config.windows)", MIXES),
     "logits in bf16": (Transformer, "next_token_logits", "if hidden.is_cuda:", "if False:", "rounded to bf16"),
@@ -509,8 +521,10 @@ IN_SAMPLING = {  # what is wrong: (where, function, its text, the text planted, 
                                "run.sampler = Transformer.from_pretrained(run.folder, half)", "the engine is on the CPU"),
 }  # fmt: skip
 IN_LEARNING = {
-    "advantages on the CPU": (ttrl, "micro_batch_loss", "[:, None].to(device, non_blocking=True)", "[:, None]", MIXES),
-    "old log-probabilities on the CPU": (ttrl, "micro_batch_loss", "mask.shape[1]].to(device, non_blocking=True)",
+    "advantages on the CPU": (ttrl, "micro_batch_loss", "[:, None].to(device, non_blocking=True)",
+                              "[:, None]", MIXES),
+    "old log-probabilities on the CPU": (ttrl, "micro_batch_loss",
+                                         "mask.shape[1]].to(device, non_blocking=True)",
                                          "mask.shape[1]]", MIXES),
     "a metric is read": (metrics.Tally, "add", "entropy, 0.0).sum()", "entropy, 0.0).sum().item()", READS),
     "learning branches on a gap": (metrics.Tally, "add", "self.gap_max = torch", "assert gap.max(); self.gap_max = torch", READS),
@@ -523,7 +537,8 @@ IN_LEARNING = {
     "the sampler on the CPU": (*IN_SAMPLING["the sampler on the CPU"][:-1], "from the device to the host"),
     "an index stays on the CPU": (packing.PackedBatch, "to", "isinstance(value, torch.Tensor)",
                                   'isinstance(value, torch.Tensor) and name != "unpacked"', MIXES),
-    "the learner's mask on the CPU": (packing.AttentionGroup, "mask", "device = self.query.device", "device = None", MIXES),
+    "the learner's mask on the CPU": (packing.AttentionGroup, "mask", "device = self.query.device",
+                                      "device = None", MIXES),
     "shared heads under a mask": (packing, "sdpa", "if q.is_cuda:", "if False:", "a mask and shared heads"),
 }  # fmt: skip
 ONLY_TORCH = ("slots are numbered on the CPU", "the mask of keys on the CPU", "the learner's mask on the CPU",

@@ -1,4 +1,5 @@
-"""Our calls of flash-attn, run against a CPU reference of the same signature (flash_attention.py), and against SDPA.
+"""Our calls of flash-attn, run against a CPU reference of the same signature (flash_attention.py), and
+against SDPA.
 
 The package itself needs a GPU: there tests/test_gpu.py compares it with SDPA. Here is proven that what we
 hand over is what its signature and its checks ask for, and means what SDPA with our own masks means.
@@ -27,8 +28,10 @@ PROMPTS = [[5, 17, 3, 88, 41], [7, 7, 9], [60, 2, 2, 31, 14, 55, 90, 8], [12]]
 def small_model(dtype=torch.bfloat16, head_dim=16, windows=(None, 4), seed=0):
     """A transformer with four heads on two of keys, a layer without a sliding window and one with."""
     config = ModelConfig(vocab_size=101, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2,
-                         head_dim=head_dim, norm_eps=1e-6, max_positions=128, rope={"rope_type": "default", "rope_theta": 1e4},
-                         qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, tie_word_embeddings=False, windows=windows)  # fmt: skip
+                         head_dim=head_dim, norm_eps=1e-6, max_positions=128, rope={"rope_type": "default",
+                         "rope_theta": 1e4},
+                         qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False,
+                         tie_word_embeddings=False, windows=windows)  # fmt: skip
     torch.manual_seed(seed)
     whole = Transformer(config)
     with torch.no_grad():
@@ -50,15 +53,14 @@ def test_the_reference_has_the_signature_of_the_package(name):
     assert str(inspect.signature(getattr(flash_attention, name))) == flash_attention.SIGNATURES[name]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # decoding
 
 
 @torch.no_grad()
 def decoded(whole, monkeypatch, package, move=True, steps=6):
-    """Logits of `steps` decoding steps of four rows, and the cache.
-
-    Before the last two the row of slot 0 ends.
+    """Logits of `steps` decoding steps of four rows, and the cache. Before the last two the row of slot 0
+    ends.
 
     With `move` the row of slot 3, the longest, then goes into slot 0, as `Engine.compact` does it; without,
     all rows go on.
@@ -88,9 +90,8 @@ def decoded(whole, monkeypatch, package, move=True, steps=6):
 
 
 def check_as_good(flash, plain, exact):
-    """flash-attn's results are as near the fp32 ones as SDPA's are, both in the lower precision.
-
-    Means, and largest errors.
+    """flash-attn's results are as near the fp32 ones as SDPA's are, both in the lower precision: means, and
+    largest errors.
     """
     flash_error, plain_error = (flash - exact).abs(), (plain - exact).abs()
     assert flash_error.mean() < 1.3 * plain_error.mean() and flash_error.max() < 2 * plain_error.max()
@@ -117,9 +118,8 @@ def test_decoding(monkeypatch, dtype):
 
 @torch.no_grad()
 def test_one_step_against_float64(monkeypatch):
-    """attend_cached() alone, rows of different lengths.
-
-    Its cache and its result by hand, with a window and without.
+    """attend_cached() alone, rows of different lengths: its cache and its result by hand, with a window and
+    without.
     """
     use_flash(monkeypatch)
     whole = small_model()
@@ -152,9 +152,8 @@ def test_one_step_against_float64(monkeypatch):
 
 
 def check_same_but_for_ties(whole, a, b, tie):
-    """Greedy rollouts part only where the logits of the two tokens nearly tie.
-
-    Returns the tokens that are the same.
+    """Greedy rollouts part only where the logits of the two tokens nearly tie. Returns the tokens that are
+    the same.
     """
     same = 0
     for row in range(len(a)):
@@ -186,7 +185,7 @@ def test_generate(monkeypatch):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # learning
 
 
@@ -208,9 +207,8 @@ def learned(whole, monkeypatch, package, autocast=True):
 
 
 def check_learning(monkeypatch, device="cpu", package=flash_attention):
-    """fp32 weights under autocast, as on a GPU.
-
-    Packed rows by flash-attn and by SDPA, log-probabilities and gradients.
+    """fp32 weights under autocast, as on a GPU: packed rows by flash-attn and by SDPA, log-probabilities and
+    gradients.
     """
     whole = small_model(torch.float32).to(device)
     results = [learned(whole, monkeypatch, *how) for how in ((package,), (None,), (None, False))]
@@ -222,12 +220,13 @@ def test_learning(monkeypatch):
     check_learning(monkeypatch)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # what flash-attn cannot take, and planted mistakes
 
 
 @pytest.mark.parametrize("dtype, head_dim, takes", [
-    (torch.bfloat16, 64, True), (torch.float16, 256, True), (torch.float32, 64, False), (torch.bfloat16, 20, False),
+    (torch.bfloat16, 64, True), (torch.float16, 256, True), (torch.float32, 64, False), (torch.bfloat16, 20,
+    False),
     (torch.bfloat16, 264, False),
 ])  # fmt: skip
 def test_what_flash_attn_refuses_goes_to_sdpa(monkeypatch, dtype, head_dim, takes):
@@ -246,15 +245,16 @@ def test_what_flash_attn_refuses_goes_to_sdpa(monkeypatch, dtype, head_dim, take
 
 
 MISTAKES = {
-    "lengths one too long": (KVCache, "open_step", "position.to(torch.int32)", "(position + 1).to(torch.int32)"),
+    "lengths one too long": (KVCache, "open_step", "position.to(torch.int32)",
+                             "(position + 1).to(torch.int32)"),
     "lengths in int64": (KVCache, "open_step", "position.to(torch.int32)", "position"),
     "the window one too wide": (attention, "flash_window", "(window - 1, 0)", "(window, 0)"),
     "no window": (engine, "flash_cached", "window_size=flash_window(window)", "window_size=(-1, -1)"),
     "keys and values swapped": (engine, "flash_cached", "k[:, None], v[:, None]", "v[:, None], k[:, None]"),
     "caches swapped": (engine, "flash_cached", "q[:, None], keys, values", "q[:, None], values, keys"),
     "SDPA's layout": (KVCache, "__init__", "(capacity, config.kv_heads) if self.flash else ", ""),
-    "a row copied but for its last place": (KVCache, "move", "layer[target, :, :length] = layer[source, :, :length]",
-                                            "layer[target, :, : length - 1] = layer[source, :, : length - 1]"),
+    "a row copied but for its last place": (KVCache, "move", "layer[target, :, :length] = ",
+                                            "length = length - 1; layer[target, :, :length] = "),
 }  # fmt: skip
 LEARNING_MISTAKES = {
     "the learner's window one too wide": (attention, "flash_window", "(window - 1, 0)", "(window, 0)"),

@@ -49,9 +49,8 @@ def test_logits_equal_transformers_long(config, length, seed):
 
 @torch.no_grad()
 def check_decode(config, lengths, forced, seed):
-    """Rows of different lengths, prefilled together, then decoded step by step.
-
-    Halfway the first row leaves.
+    """Rows of different lengths, prefilled together, then decoded step by step; halfway the first row
+    leaves.
     """
     ours, reference = both(config, seed)
     rows = [draw_tokens(config, (length + forced,), seed + i) for i, length in enumerate(lengths)]
@@ -91,7 +90,7 @@ def test_cached_decode_equals_transformers_long(config, lengths, forced, seed):
     check_decode(config, lengths, forced, seed)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # can these tests fail? planted mistakes
 
 

@@ -1,6 +1,5 @@
-"""Packed rows: the learner's forward and gradients against transformers, row by row.
-
-Attention against its plain form.
+"""Packed rows: the learner's forward and gradients against transformers, row by row; attention against its
+plain form.
 """
 
 import pytest
@@ -20,9 +19,8 @@ SHAPE = ([5, 9], [(1, 6), (0, 1), (1, 3), (0, 8)])  # prompt lengths; (question,
 
 
 def plain_attention(q, k, v, window):
-    """Causal attention of one row without packing, padding or a fused kernel.
-
-    Q [T, H, E], k and v [T, K, E].
+    """Causal attention of one row without packing, padding or a fused kernel: q [T, H, E], k and v [T, K,
+    E].
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -34,9 +32,8 @@ def plain_attention(q, k, v, window):
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_packed_attention_equals_each_row_alone(window):
-    """Two prompts of 5 and 9 tokens, once each, then the responses without their last tokens.
-
-    Values and gradients.
+    """Two prompts of 5 and 9 tokens, once each, then the responses without their last tokens: values and
+    gradients.
     """
     rows = make_rollout(FIXED, *SHAPE, 0)
     batch = pack_responses(rows, (window,))
@@ -93,7 +90,7 @@ def test_the_example_of_the_docstring():
     assert batch.unpack(torch.arange(1.0, 6.0)).tolist() == [[1, 2, 0], [3, 4, 5]]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the learner
 
 
@@ -143,9 +140,8 @@ def gradients(named_parameters, outputs, weights):
 
 
 def learner_difference(ours, reference, rows, temperature, first_only):
-    """(largest difference of the outputs, of the gradients relative to each parameter's largest).
-
-    Asserts that both can show.
+    """(largest difference of the outputs, of the gradients relative to each parameter's largest); asserts
+    that both can show.
     """
     weights = torch.randn(2, *rows.logprob.shape, generator=torch.Generator().manual_seed(1))
     if first_only:  # the token that the prompt predicts
@@ -185,7 +181,7 @@ def test_learner_equals_transformers_row_by_row_long(config, shape, temperature,
     check_learner(config, shape, temperature, first_only, seed)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # can these tests fail? planted mistakes
 
 
@@ -204,7 +200,9 @@ def test_learner_notices_a_wrong_start(monkeypatch):
 
 
 def test_learner_notices_a_prompt_without_gradient(monkeypatch):
-    """Keys and values of the prompt that responses see as constants leave the outputs as they are, but not the gradients."""
+    """Keys and values of the prompt that responses see as constants leave the outputs as they are, but not
+    the gradients.
+    """
     attend = AttentionGroup.attend_rows
 
     def detached(self, window, q, k, v):
@@ -218,10 +216,11 @@ def test_learner_notices_a_prompt_without_gradient(monkeypatch):
     assert outputs < TOLERANCE and grads > 10 * NOTICED
 
 
-def varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+def varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                     softmax_scale=None,
                      causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
                      return_attn_probs=False, block_table=None):  # fmt: skip
-    """flash_attn 2.8.3's flash_attn_varlen_func, signature and checks, in plain torch and in any precision."""
+    """flash_attn_varlen_func of flash_attn 2.8.3, signature and checks, in plain torch, in any precision."""
     assert causal and not (
         dropout_p or softmax_scale or softcap or alibi_slopes or return_attn_probs or block_table
     )
@@ -246,9 +245,8 @@ def varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seql
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_learner_with_flash_attn_equals_transformers(monkeypatch, window):
-    """The call that a GPU makes without padding, against a reference of its signature.
-
-    Outputs and gradients.
+    """The call that a GPU makes without padding, against a reference of its signature: outputs and
+    gradients.
     """
     calls = []
 

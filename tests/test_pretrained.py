@@ -146,10 +146,7 @@ def test_tied_head_is_one_parameter(tmp_path):
 
 
 def test_weights_outlive_their_file(folder):
-    """safetensors maps the file.
-
-    Without a copy, writing over it would change the model or kill the process.
-    """
+    """safetensors maps the file: without a copy, writing over it would change the model, or kill us."""
     ours = Transformer.from_pretrained(folder)
     before = [p.detach().clone() for p in ours.parameters()]
     with open(folder / "model.safetensors", "r+b") as file:
