@@ -155,7 +155,8 @@ def micro_batches(rollout, rows, budget):
     """Cut rows (indices into a Rollout) into lists of at most `budget` tokens.
 
     Tokens are counted as attention computes them without flash-attn: padded. The rows of a question stay
-    together, short responses first, so that little is padding. A single row may exceed the budget."""
+    together, short responses first, so that little is padding. A single row may exceed the budget.
+    """
     batches = []
     for row in sorted(rows, key=lambda r: (int(rollout.question[r]), int(rollout.response_length[r]))):
         if not batches or padded_tokens(rollout, [*batches[-1], row]) > budget:

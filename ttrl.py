@@ -1,10 +1,7 @@
-r"""TTRL, Test-Time Reinforcement Learning (arXiv 2504.16084), from scratch.
+r"""TTRL, Test-Time Reinforcement Learning (arXiv 2504.16084), from scratch: questions without answers.
 
-Learning on questions without answers.
-
-    # the embedded tiny model, minutes on a CPU
-    python ttrl.py
-    torchrun --nproc-per-node 8 ttrl.py --model Qwen2.5-Math-1.5B     # AIME 2024, the paper's quick start
+    python ttrl.py                                                  # the embedded tiny model, minutes on a CPU
+    torchrun --nproc-per-node 8 ttrl.py --model Qwen2.5-Math-1.5B   # AIME 2024, the paper's quick start
 
 One step (`train_step`), with P questions, N votes and M trained samples:
 
@@ -27,8 +24,7 @@ What differs from the authors' code (PRIME-RL/TTRL at 3e2cc93), and why:
   - The loss is divided by the response tokens of the mini-batch over all ranks, not averaged over pairs of
     responses: neither micro-batches nor ranks change the update.
   - The learning rate changes with every update, and the first update already moves the weights (there, it
-  changes
-    once per rollout batch and begins at 0).
+    changes once per rollout batch and begins at 0).
   - The last, smaller batch of an epoch is used, not dropped.
   - label_accuracy grades the label itself (there, it is parsed as if it were a response, and often lost).
 """
@@ -50,10 +46,11 @@ from packing import micro_batches
 from plan import peak_memory_gb, planned_updates, steps_per_epoch
 from rollout import generate
 from run import finish, log, open_out, open_run, refresh_sampler, save_checkpoint, save_evaluation
-from support import grading
+from support import grading, ranks
 from support.config import LOWER_TEMPERATURES, configure, parse
 from support.ledger import better
 from support.metrics import (
+    Stopwatch,
     Tally,
     describe,
     evaluation_metrics,
@@ -64,17 +61,7 @@ from support.metrics import (
     training_metrics,
 )
 from support.prompts import decode_response
-from support.ranks import (
-    all_reduce,
-    broadcast,
-    gather,
-    is_rank0,
-    on_every_rank,
-    print0,
-    shard,
-    start_processes,
-    world_size,
-)
+from support.ranks import is_rank0, print0
 from support.report import progress, shown_responses
 
 # -----------------------------------------------------------------------------------------------------------
@@ -117,10 +104,8 @@ def gold_reward(question, answers, classes):
     return [float(is_right(question, answer)) for answer in answers]
 
 
-REWARDS = {
-    "vote": vote_reward,
-    "gold": gold_reward,
-}  # --reward: (question, answers, classes) -> a number each
+# The names that --reward takes; each is a function (question, answers, classes) -> a number per answer.
+REWARDS = {"vote": vote_reward, "gold": gold_reward}
 
 
 def advantages(rewards):
@@ -151,8 +136,7 @@ def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0,
     >>> round(loss.item(), 4)
     -1.2
     """
-    # Exponents are bounded far outside of what the clips let through: an infinite exp() has a gradient of
-    # NaN.
+    # Exponents are bounded, far outside of what the clips let through: exp() = inf would have a NaN gradient.
     log_ratio = torch.where(mask, logprob - old_logprob, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
     unclipped = ratio * advantage
@@ -180,42 +164,37 @@ def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0,
 
 def train_step(run, step):
     """One step of the algorithm, counted from 1: its metrics, and on rank 0 a few responses to show."""
-    c, count = run.config, len(run.train_set)
-    began = time.perf_counter()
-    drawn = draw_questions(step - 1, count, c.questions_per_step, c.seed)  # P indices
-    asked = [run.train_set[i] for i in drawn]
+    c, watch = run.config, Stopwatch()
+    drawn = draw_questions(step - 1, len(run.train_set), c.questions_per_step, c.seed)  # P indices
+    questions = [run.train_set[i] for i in drawn]
     prompts = [run.train_prompts[i] for i in drawn]
-    rollout = sample(run, prompts, c.votes, stream="train", step=step, temperature=c.temperature)
-    sampled = time.perf_counter()
-    responses = extract(run, rollout, asked, c.votes)  # on rank 0 [P][N]
-    labels, rewards, metrics = score(c, asked, responses) if is_rank0() else (None, None, {})
-    rewards = torch.tensor(broadcast(rewards))  # [P, N]; rank 0 decides, so the ranks cannot disagree
-    scored = time.perf_counter()
-    advantage = advantages(rewards[:, : c.samples])  # [P, M]
-    first = planned_updates(c, count, step - 1)
-    total = planned_updates(c, count, c.epochs * steps_per_epoch(c, count))
-    metrics.update(learn(run, rollout, advantage, first, total))
-    learned = time.perf_counter()
 
-    metrics.update(seconds_sampling=sampled - began, seconds_voting=scored - sampled)
-    metrics.update(seconds_learning=learned - scored, peak_memory_gb=peak_memory_gb())
+    rollout = sample(run, prompts, c.votes, stream="train", step=step, temperature=c.temperature)
+    watch.lap("sampling")
+    responses = extract(run, rollout, questions, c.votes)  # rank 0: [P][N]
+    labels, rewards, metrics = score(c, questions, responses) if is_rank0() else (None, None, {})
+    rewards = torch.tensor(ranks.broadcast(rewards))  # [P, N]; rank 0 decides, so the ranks cannot disagree
+    watch.lap("voting")
+    advantage = advantages(rewards[:, : c.samples])  # [P, M]
+    metrics.update(learn(run, rollout, advantage, step))
+    watch.lap("learning")
+
+    metrics.update(watch.metrics(), peak_memory_gb=peak_memory_gb())
     metrics["grading_timeouts"] = grading.grading_timeouts
-    metrics["train_tokens_per_s"] = metrics.pop("trained_tokens", 0) / (learned - scored)
+    metrics["train_tokens_per_s"] = metrics.pop("trained_tokens", 0) / watch.seconds["learning"]
     shown = []
     if is_rank0():
-        tokens = sum(response.tokens for group in responses for response in group)
-        metrics["rollout_tokens_per_s"] = tokens / (sampled - began)
-        shown = shown_responses(step, asked, responses, labels, rewards.tolist())
+        sampled_tokens = sum(response.tokens for group in responses for response in group)
+        metrics["rollout_tokens_per_s"] = sampled_tokens / watch.seconds["sampling"]
+        shown = shown_responses(step, questions, responses, labels, rewards.tolist())
     return {f"train/{name}": value for name, value in metrics.items()}, shown
 
 
 def draw_questions(step, count, per_step, seed):
-    """The questions of a step, counted from 0, as indices below `count`.
+    """The questions of a step, counted from 0, as indices below `count`: each question once per epoch.
 
-    Each once an epoch, in an order of its own.
-
-    A pure function of its arguments, so a resumed run needs no state. The last batch of an epoch may be
-    smaller.
+    Every epoch has an order of its own, and its last batch may be smaller. A pure function of its arguments, so
+    a resumed run needs no state.
 
     >>> sorted(draw_questions(0, 5, 3, seed=0) + draw_questions(1, 5, 3, seed=0))
     [0, 1, 2, 3, 4]
@@ -228,7 +207,7 @@ def draw_questions(step, count, per_step, seed):
 def sample(run, prompts, samples, *, stream, step, temperature, top_p=1.0):
     """Sample this rank's share of the P x N responses: a Rollout, None for a rank without rows."""
     c = run.config
-    rows = shard([(question, sample) for question in range(len(prompts)) for sample in range(samples)])
+    rows = ranks.shard([(question, sample) for question in range(len(prompts)) for sample in range(samples)])
     if not rows:  # an evaluation may have fewer rows than there are ranks
         return None
     return generate(
@@ -257,10 +236,7 @@ class Response(NamedTuple):
 
 
 def extract(run, rollout, asked, samples):
-    """The answers in this rank's responses, gathered.
-
-    On rank 0 a list of Response per question, else None.
-    """
+    """Find the answers in this rank's responses, and gather: on rank 0 a list of Response per question."""
     mine = []
     for row in range(len(rollout) if rollout else 0):
         ids, finished = rollout.response(row), bool(rollout.finished[row])
@@ -268,7 +244,7 @@ def extract(run, rollout, asked, samples):
         kind = asked[int(rollout.question[row])].kind
         answer = grading.extract_answer(text, kind, truncated=not finished)
         mine.append(Response(answer, text, len(ids), finished))
-    flat = gather(mine)
+    flat = ranks.gather(mine)
     if flat is None:
         return None
     return [flat[start : start + samples] for start in range(0, len(flat), samples)]
@@ -301,40 +277,46 @@ def score(c, asked, responses):
 # learning
 
 
-def learn(run, rollout, advantage, first, total):
-    """The optimizer updates of one step from this rank's rows of the rollout: advantage [P, M] -> metrics.
+def learn(run, rollout, advantage, step):
+    """The optimizer updates of a step from this rank's rows of the rollout: advantage [P, M] -> metrics.
 
-    One update per mini-batch, the first M responses to --questions-per-update questions. `first` is the
-    number of the first of them among the `total` updates of the whole run."""
-    c = run.config
+    One update per mini-batch, which is the first M responses to --questions-per-update questions.
+    """
+    c, count = run.config, len(run.train_set)
+    update = planned_updates(c, count, step - 1)  # the number of the first one in the whole run
+    total = planned_updates(c, count, c.epochs * steps_per_epoch(c, count))
     tally = Tally(run.policy.embed_tokens.weight.device)
     for number, start in enumerate(range(0, len(advantage), c.questions_per_update)):
-        questions = range(start, min(start + c.questions_per_update, len(advantage)))
-        if c.kl == 0 and not advantage[questions.start : questions.stop].any():
+        stop = min(start + c.questions_per_update, len(advantage))
+        if c.kl == 0 and not advantage[start:stop].any():
             continue  # nothing to learn, and momentum and weight decay alone must not move the weights
-        in_mini_batch = (rollout.question >= questions.start) & (rollout.question < questions.stop)
-        rows = (in_mini_batch & (rollout.sample < c.samples)).nonzero()[:, 0]
+        in_mini_batch = (rollout.question >= start) & (rollout.question < stop) & (rollout.sample < c.samples)
+        rows = in_mini_batch.nonzero()[:, 0]
         accumulate_gradients(run, rollout, rows, advantage, tally)
         (norm,) = to_host(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), c.grad_clip))
         if math.isfinite(norm):
-            run.optimizer.param_groups[0]["lr"] = learning_rate(c, first + number, total)
+            run.optimizer.param_groups[0]["lr"] = learning_rate(c, update + number, total)
             run.optimizer.step()
             tally.norms.append(norm)
         else:
             tally.skipped += 1
         run.optimizer.zero_grad(set_to_none=False)  # gradients stay views of DDP's buckets
     refresh_sampler(run)
-    return {**tally.metrics(), **({"lr": run.optimizer.param_groups[0]["lr"]} if tally.norms else {})}
+    metrics = tally.metrics()
+    if tally.norms:
+        metrics["lr"] = run.optimizer.param_groups[0]["lr"]
+    return metrics
 
 
 def accumulate_gradients(run, rollout, rows, advantage, tally):
     """Forward and backward over a mini-batch: this rank's `rows` of the rollout, in micro-batches.
 
     The ranks hold different rows of it, in different numbers of micro-batches or none. But every rank has to
-    make the same number of backward passes, so one that has no more repeats a row with all of it masked."""
+    make the same number of backward passes, so one that has no more repeats a row with all of it masked.
+    """
     batches = micro_batches(rollout, rows.tolist(), run.micro_batch_tokens)
-    token_count = int(all_reduce({"tokens": int(rollout.response_length[rows].sum())})["tokens"])
-    passes = int(all_reduce({"passes": len(batches)}, dist.ReduceOp.MAX)["passes"])
+    token_count = int(ranks.all_reduce({"tokens": int(rollout.response_length[rows].sum())})["tokens"])
+    passes = int(ranks.all_reduce({"passes": len(batches)}, dist.ReduceOp.MAX)["passes"])
     for index in range(passes):
         is_real = index < len(batches)
         micro_batch = rollout[torch.tensor(batches[index] if is_real else [0])]
@@ -344,16 +326,12 @@ def accumulate_gradients(run, rollout, rows, advantage, tally):
         exchange = index == passes - 1 or run.policy.embed_tokens.weight.grad is None
         with contextlib.nullcontext() if exchange else run.learner.no_sync():
             loss = micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally)
-            (
-                loss * world_size()
-            ).backward()  # DDP averages over the ranks, but each loss is a share of one sum
+            # DDP averages over the ranks, but the loss of each is a share of one sum.
+            (loss * ranks.world_size()).backward()
 
 
 def micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally):
-    """The loss of a micro-batch, a Rollout of B rows, over the tokens of mask [B, R].
-
-    Notes metrics in `tally`.
-    """
+    """The loss over the tokens of mask [B, R] in a micro-batch, a Rollout of B rows; notes metrics in `tally`."""
     c, device = run.config, run.policy.embed_tokens.weight.device
     # Copies are queued, here and below: the GPU may still be busy with the micro-batch before.
     mask = mask.to(device, non_blocking=True)
@@ -374,10 +352,7 @@ def micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally):
 
 
 def learning_rate(c, update, total):
-    """Linear warm-up, then a cosine to 0.
-
-    Updates count from 0, and the first one already moves the weights.
-    """
+    """Linear warm-up, then a cosine to 0. Updates count from 0, and the first one already moves the weights."""
     warmup = max(1, round(c.warmup * total))
     if update < warmup:
         return c.lr * (update + 1) / warmup
@@ -393,7 +368,8 @@ def evaluate(run, sampling=None):
 
     sampling: (samples per question, temperature, top-p), by default what the flags say. Every evaluation of a
     run samples with the same random numbers (step 0). So weights that did not move give the same responses,
-    and the difference of two evaluations is a difference of pairs, with a smaller standard error."""
+    and the difference of two evaluations is a difference of pairs, with a smaller standard error.
+    """
     c = run.config
     samples, temperature, top_p = sampling or (c.eval_samples, c.eval_temperature, c.eval_top_p)
     options = dict(stream="eval", step=0, temperature=temperature, top_p=top_p)
@@ -427,10 +403,7 @@ def evaluate_fully(run):
 
 
 def train(run, state):
-    """From `state` (step 0, or a checkpoint's) to the last step.
-
-    The new state, None if time ran out first.
-    """
+    """From `state` (step 0, or a checkpoint's) to the last step: the new state, None if time ran out first."""
     c, entered, seconds_before = run.config, time.monotonic(), state["seconds"]
     per_epoch = steps_per_epoch(c, len(run.train_set))
     steps = c.epochs * per_epoch
@@ -454,7 +427,8 @@ def train(run, state):
         count_updates(state, line, bar)
         log(run, line, shown)
         show_progress(bar, line, state)
-        out_of_time = broadcast(c.max_minutes is not None and time.monotonic() - entered > 60 * c.max_minutes)
+        minutes = (time.monotonic() - entered) / 60
+        out_of_time = ranks.broadcast(c.max_minutes is not None and minutes > c.max_minutes)
         if is_rank0() and (is_last or out_of_time or step % c.save_every == 0):
             save_checkpoint(run, state)
         if out_of_time and not is_last:
@@ -494,11 +468,11 @@ def main(argv=None):
     rank = int(os.environ.get("RANK", 0))
     try:  # whatever is wrong with flags, files or memory is one sentence here, before any work
         c = configure(given)
-        device = start_processes(c.device)
+        device = ranks.start_processes(c.device)
         run = open_run(c, device, given)
         if c.dry_run:
             return
-        state = on_every_rank(lambda: open_out(run))
+        state = ranks.on_every_rank(lambda: open_out(run))
     except (ValueError, OSError) as error:
         if rank == 0 or not dist.is_initialized():  # once there is a group, all ranks raise the same
             print(f"ttrl.py: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)

@@ -15,7 +15,8 @@ disturbed; beside the time on the clock there is the processor's, which leaves o
 Peak is the most memory held above what was there before the step (the inputs), with the gradients that the
 step returns; above is the peak without these. On a GPU it comes from torch's allocator; on a CPU it is the
 high-water mark of the resident set, which Linux resets on request, so that whatever the libraries allocate is
-in it. At the end a table, and one line of JSON."""
+in it. At the end a table, and one line of JSON.
+"""
 
 import argparse
 import json

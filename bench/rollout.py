@@ -15,7 +15,8 @@ tried the best takes part, twice: as `generate` alone, and as `generate` behind 
 (transformers' recipe for shared prompts), for which the caller has to write what we call prefill. Threads are
 those that suit the peer best. Only tokens up to and including a row's end count, on both sides. Then, with
 the same threads, what bounds us: the machine's largest product and its memory bandwidth, and what the model's
-own matrices reach at 64 rows and at 1."""
+own matrices reach at 64 rows and at 1.
+"""
 
 import argparse
 import os

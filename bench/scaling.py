@@ -11,7 +11,8 @@ lower of two runs; bytes are what was resident at most, less what was before.
 
 Beside each number stands the exponent between it and the one above, log(cost ratio) / log(size ratio): 1 is
 linear. Beside the axis stands what the arithmetic says: the exponent of the floating-point operations of
-sampling, attention included."""
+sampling, attention included.
+"""
 
 import argparse
 import json

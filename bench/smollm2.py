@@ -12,7 +12,8 @@ packages of the extra `bench`.
 
 The prompts are taken verbatim and begin with two worked examples, which show a model of 135 M parameters the
 form of the answer. The questions carry their true answers for the report alone: the vote never sees them. At
-the end a table, and one line of JSON."""
+the end a table, and one line of JSON.
+"""
 
 import argparse
 import hashlib
@@ -71,7 +72,8 @@ def convert(gguf, folder):
     """Write the GGUF file as a folder that transformers and model.Transformer load; done once.
 
     transformers dequantises it but will not save what came from a quantised file, so the weights move to a
-    model of the same shape that was never quantised. The folder appears whole and checked, or not at all."""
+    model of the same shape that was never quantised. The folder appears whole and checked, or not at all.
+    """
     if folder.exists():
         return
     source = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)

@@ -9,7 +9,8 @@ The same work on both sides: the same prompts, temperature 1, every response to 
 majority vote over the answers in them, no KL, one AdamW update of fp32 weights. Ours is what ttrl.py does
 (`ttrl.train_step`), with its own budgets; TRL is first screened, a run of each setting, and its fastest and
 its leanest setting take part. Every run is a process of its own. Measured is its first step, without imports
-and loading; peak memory is the most that was resident during the step, weights included."""
+and loading; peak memory is the most that was resident during the step, weights included.
+"""
 
 import argparse
 import json

@@ -4,7 +4,8 @@ Lines are appended and synced, files and folders appear whole or not at all.
 
 A checkpoint is a folder out/checkpoint/step-000010 with weights.safetensors, optimizer.safetensors (fp32) and
 state.json. It is written beside its place, brought to disk and then renamed, so the newest one that bears a
-final name is complete."""
+final name is complete.
+"""
 
 import contextlib
 import json

@@ -30,7 +30,8 @@ def lead_changes(before, after):
 
     A sample counts 1 for the true answer, -1 for the most frequent wrong answer of both evaluations, 0 for
     any other or none. Sample i of both evaluations was drawn with the same random numbers, so they are
-    compared in pairs."""
+    compared in pairs.
+    """
     right, answers = [*before["right"], *after["right"]], [*before["answers"], *after["answers"]]
     wrong = [None if r else answer for r, answer in zip(right, answers, strict=True)]
     rival = max(grading.classes(wrong, before["kind"]), key=len, default=[])
@@ -109,7 +110,8 @@ def paired_changes(before, after, names):
     The questions are paired.
 
     names: {metric: field of the records}. The standard error of a difference of pairs leaves out what the
-    questions have in common, so it is smaller than those of `before` and `after` suggest."""
+    questions have in common, so it is smaller than those of `before` and `after` suggest.
+    """
     changes = {}
     for name, field in names.items():
         pairs = [
@@ -125,7 +127,8 @@ def better(best, step, records):
     """The best evaluation so far: `best`, or this one. None without true answers, or with a single sample.
 
     The largest of many noisy evaluations is too large. So the even samples choose, and the odd ones, which
-    had no part in the choice, are reported."""
+    had no part in the choice, are reported.
+    """
     known = [row["right"] for row in records if row["truth"] is not None and len(row["right"]) > 1]
     chosen_by = mean(mean(right[::2]) for right in known) if known else None
     if chosen_by is None or (best and chosen_by <= best["chosen_by"]):

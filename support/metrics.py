@@ -4,6 +4,7 @@ True answers are read here and nowhere else (but for --reward gold): training ca
 """
 
 import math
+import time
 from collections import Counter
 
 import torch
@@ -88,7 +89,8 @@ def evaluation_metrics(records, samples):
 
     pass@1 is the mean over samples (the paper's avg@16), its standard error is clustered by question: the
     questions vary, not the samples of one question. maj@N is the plain vote over the N samples, pass@N
-    whether any is right."""
+    whether any is right.
+    """
     metrics = {"majority_ratio": mean(record["majority_ratio"] for record in records)}
     known = [record for record in records if record["truth"] is not None]
     if known:
@@ -102,6 +104,20 @@ def evaluation_metrics(records, samples):
 
 # ----------------------------------------------------------------------------------------------------------
 # learning
+
+
+class Stopwatch:
+    """Seconds that the stages of a step take: lap(name) ends a stage."""
+
+    def __init__(self):
+        self.last, self.seconds = time.perf_counter(), {}
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
+
+    def metrics(self):
+        return {f"seconds_{name}": seconds for name, seconds in self.seconds.items()}
 
 
 class Tally:

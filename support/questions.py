@@ -59,7 +59,8 @@ def load(name_or_file: str) -> list[Question]:
 
     A file is a .json array or .jsonl lines of {"prompt", optional "answer", "id", "kind" ("math" or
     "choice")}. Raises ValueError or FileNotFoundError, one sentence that names the file, the place and what
-    would be right."""
+    would be right.
+    """
     benchmark = BENCHMARKS.get(name_or_file)
     if benchmark:
         return _read(_download(name_or_file, benchmark), f"{benchmark.folder}/train.json", benchmark.kind)

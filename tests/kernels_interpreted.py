@@ -1,7 +1,8 @@
 """Run by test_kernels.py with TRITON_INTERPRET=1: the kernels against float64, and against their torch twins.
 
 A kernel may not be further from float64 than the plain formula in the same low precision, but for a
-tolerance."""
+tolerance.
+"""
 
 from unittest import mock
 

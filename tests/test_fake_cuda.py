@@ -410,7 +410,7 @@ def check_learning(run, gpu, monkeypatch):
     monkeypatch.setattr(where, name, partials)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_look)
     patch_to_host(monkeypatch, lambda *numbers: reads.append(len(numbers)) or read(*numbers))
-    metrics = ttrl.learn(run, made_up_rollout(run), ADVANTAGE, 0, 10)
+    metrics = ttrl.learn(run, made_up_rollout(run), ADVANTAGE, 1)
     assert norms == [{(torch.float32, True, True)}] * 2
     assert reads[:2] == [1] * 2 and len(reads) == 3  # the only waits: once an update, once a step
     assert gpu.slow_uploads == uploads  # nor does a copy to the device wait for the micro-batch before it
@@ -443,8 +443,8 @@ def fake_learning(gpu, tmp_path, config, monkeypatch):
 @pytest.mark.parametrize("gpu", PACKAGES[:1], indirect=True)
 def fake_a_step_of_the_loop(gpu, tmp_path, monkeypatch):
     """ttrl.train_step as it is: sampling, grading of what the script made up, voting, learning, metrics."""
-    monkeypatch.setattr(ttrl, "gather", lambda items: items)  # of one rank; torch cannot pickle in this mode
-    monkeypatch.setattr(ttrl, "broadcast", lambda value: value)
+    monkeypatch.setattr(ranks, "gather", lambda items: items)  # of one rank; torch cannot pickle in this mode
+    monkeypatch.setattr(ranks, "broadcast", lambda value: value)
     run = make_run(tmp_path, SMALL)
     run.tokenizer, _ = load_tokenizer(ROOT / "tiny" / "model")
     run.train_set, run.train_prompts = run_module.load_prompts(

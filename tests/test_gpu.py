@@ -292,7 +292,7 @@ def test_sampler_and_learner_agree(tiny_run):
     A small gap, as the metric measures it.
     """
     run, whole, advantage = tiny_run
-    measured = ttrl.learn(run, whole, advantage, 0, 10)
+    measured = ttrl.learn(run, whole, advantage, 1)
     exact = run.sampler is run.policy
     assert measured["logprob_gap"] < (1e-5 if exact else 0.005) and measured["logprob_gap_max"] < (
         1e-3 if exact else 1.0
@@ -321,7 +321,7 @@ def test_the_sampler_follows_the_policy(tiny_run):
     run, whole, advantage = tiny_run
     addresses = [p.data_ptr() for p in run.sampler.parameters()]
     before = run.policy.embed_tokens.weight.detach().clone()
-    ttrl.learn(run, whole, advantage, 0, 10)
+    ttrl.learn(run, whole, advantage, 1)
     assert not run.policy.embed_tokens.weight.equal(before)
     assert [p.data_ptr() for p in run.sampler.parameters()] == addresses
     assert all(
@@ -349,7 +349,7 @@ def test_nothing_waits_but_where_it_says_so(tiny_run, monkeypatch):
         monkeypatch.setattr(module, "to_host", quietly(metrics.to_host))
     alarm("error")
     try:
-        ttrl.learn(run, whole, advantage, 0, 10)
+        ttrl.learn(run, whole, advantage, 1)
         if run.engine:
             with torch.no_grad():
                 run.engine.decode_steps(4, 16, run.engine.capacity, 1.0, 1.0)  # replays

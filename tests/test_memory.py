@@ -45,7 +45,7 @@ def measured(tmp_path_factory, few_questions):
 
         monkeypatch.setattr(ttrl, "micro_batch_loss", recording)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as learning:
-            ttrl.learn(run, rollout, advantage, 0, 10)
+            ttrl.learn(run, rollout, advantage, 1)
             gc.collect()
         sizes["learned"], sizes["peak of learning"] = held(learning)
     finally:

@@ -20,7 +20,8 @@ The model is trained on that homework until it has settled, so it knows the pupi
 frequencies, as a language model knows those of its corpus. Nobody tells it which are mistakes. Most single
 steps are more often right than wrong, hence the vote is better than a sample; but where a habit wins, or
 where several steps each want a carry, the most frequent answer is wrong, the vote and greedy decoding with
-it. That is what is left for training at test time to mend."""
+it. That is what is left for training at test time to mend.
+"""
 
 import json
 import random
