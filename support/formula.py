@@ -214,6 +214,8 @@ class _Parser:
             name += "'" * (primes.count("'") or primes.count("prime"))
         if name in ("e", "i"):
             return ("constant", name)
+        if name[0] in "fgh" and self.take(r"\^\s*\{\s*-\s*1\s*\}(?=\s*\()"):
+            name += "^{-1}"
         if name[0] in "fgh" and self.take(r"\("):
             arguments = [self.inside(self.sum)]
             while self.take(","):

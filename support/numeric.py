@@ -18,6 +18,7 @@ MP = mpmath.mp.clone()  # a context of our own: the precision of other users of 
 MP.dps = 130
 NOISE = MP.mpf(10) ** -115  # a sum that is smaller than this beside its terms is 0
 KEY_DIGITS = 90
+LOST = MP.mpf(10) ** -60
 MAX_BITS = 40_000  # of an exact numerator or denominator: 9999! is refused, 2^{9999} is not
 MAX_EXPONENT = 10**8  # of an inexact power
 EXACT_KEY = 10**30  # fractions beyond it are their own key, since 90 digits would not tell all of them apart
@@ -37,10 +38,10 @@ def letter(name: str, point: int):
 def values(tree) -> tuple:
     """Its number if it has no letters, else its numbers at the fixed points; None where it is not real."""
     if not letters(tree):
-        return (evaluate(tree, lambda name: None),)
+        return (evaluate(tree, lambda name: None, careful=True),)
     found, imaginary = [], has_constant(tree, "i")
     for point in range(POINTS):
-        number = evaluate(tree, lambda name, point=point: letter(name, point))
+        number = evaluate(tree, lambda name, point=point: letter(name, point), careful=point == 0)
         real = not isinstance(number, MP.mpc)
         found.append(number if real or imaginary or point < POSITIVE_POINTS else None)
     keys = {number if number is None else number_key(number) for number in found}
@@ -75,8 +76,8 @@ def key(numbers: tuple):
 def equation_key(numbers: tuple):
     """What equations `tree = 0` have in common whose trees differ by a constant factor only."""
     first = next((number for number in numbers if number), None)
-    if first is None:
-        raise NotFormula("an equation that always holds")
+    if first is None or len(numbers) == 1:
+        raise NotFormula("an equation that always or never holds")
     ratios = (None if number is None else number_key(divide(number, first)) for number in numbers)
     return ("equation", *ratios)
 
@@ -102,15 +103,15 @@ def _digits(number):
 # arithmetic on Fraction, mpf and mpc: exact as long as it can be, and what is 0 is exactly 0
 
 
-def evaluate(tree, letter_value):
+def evaluate(tree, letter_value, careful: bool = False):
     """The number of a tree, letters by letter_value(name). Raises NotFormula for 1/0 and huge numbers."""
     try:
-        return _evaluate(tree, letter_value)
+        return _evaluate(tree, letter_value, careful)
     except (ArithmeticError, ValueError, TypeError, MP.NoConvergence) as error:
         raise NotFormula(f"has no value ({error})") from None
 
 
-def _evaluate(tree, letter_value):
+def _evaluate(tree, letter_value, careful: bool):
     kind = tree[0]
     if kind == "number":
         return tree[1]
@@ -118,8 +119,10 @@ def _evaluate(tree, letter_value):
         return letter_value(tree[1])
     if kind == "constant":
         return {"pi": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}[tree[1]]
-    numbers = [_evaluate(part, letter_value) for part in parts(tree)]
+    numbers = [_evaluate(part, letter_value, careful) for part in parts(tree)]
     if kind == "sum":
+        if careful and _lost(numbers):
+            raise NotFormula("a term that is lost beside the others")
         return add(numbers)
     if kind == "product":
         return multiply(numbers)
@@ -163,6 +166,13 @@ def add(numbers):
     terms = [_inexact(number) for number in numbers]
     total = sum(terms[1:], terms[0])
     return Fraction(0) if abs(total) <= NOISE * max(map(abs, terms)) else _checked(total)
+
+
+def _lost(numbers) -> bool:
+    """Whether some term is so small beside another one that the digits of a key do not show it."""
+    sizes = [abs(_inexact(number)) for number in numbers if number != 0]
+    exact = all(isinstance(number, Fraction) for number in numbers)
+    return not exact and min(sizes) < LOST * max(sizes)
 
 
 def multiply(numbers):
@@ -237,7 +247,12 @@ def _integer_root(number: int, index: int) -> int | None:
 
 
 def binomial(n, k):
-    if isinstance(k, Fraction) and k.denominator == 1 and 0 <= k <= 300:
+    if (
+        isinstance(k, Fraction)
+        and k.denominator == 1
+        and 0 <= k <= 300
+        and (isinstance(n, Fraction) or k <= 40)
+    ):
         if isinstance(n, Fraction) and n.denominator == 1 and n >= 0:
             if n.numerator.bit_length() * k > MAX_BITS:
                 raise NotFormula("a huge binomial")

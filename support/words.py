@@ -47,7 +47,7 @@ UNIT_OF = {word: words.split()[0] for words in UNITS.split(",") for word in word
 COUNTED_WORDS = {word: word for word in (*COUNTED.split(), *NO_UNIT)}
 EXPONENT = r"(?:\s*\^\s*\{?\s*(-?[1-9])\s*\}?)?"
 WORDS_IN_TEXT = re.compile(r"(.*?\S)\s*\\text\{([^{}]*)\}" + EXPONENT)
-BARE_WORDS = re.compile(r"(.*?[\d})!])( ?)([A-Za-z]+(?:[ ./]+[A-Za-z]+)*\.?)" + EXPONENT)
+BARE_WORDS = re.compile(r"(.*?(?:[\d})!]|\\pi))( *)([A-Za-z]+(?:[ ./]+[A-Za-z]+)*\.?)" + EXPONENT)
 
 
 def words_behind(text: str) -> tuple[str, str]:
@@ -124,6 +124,11 @@ SHORT_WORDS = {
     "two",
     "six",
     "ten",
+    "al",
+    "bo",
+    "ed",
+    "jo",
+    "ty",
 }
 
 
@@ -196,6 +201,8 @@ def with_words(head: str, words: str, text: str) -> Value | None:
             return None
         return Value(("words", scalar(formula.parse(head)).key, spelling.plain_text(words)))
     factor, unit = known
+    if re.search(DEGREE + "$", head) and unit not in ("", "C", "F"):  # 30 degrees N is a place
+        return Value(("words", scalar(formula.parse(head)).key, spelling.plain_text(words)))
     tree = (
         None if head.endswith("%") or BASED.fullmatch(head) else formula.parse(re.sub(DEGREE + "$", "", head))
     )

@@ -228,7 +228,9 @@ def test_classes_are_the_same_in_every_process():
     found = set()
     for hash_seed in "1", "2":
         env = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        run = subprocess.run([sys.executable, "-c", code], input=answers, text=True, capture_output=True, cwd=ROOT, env=env, check=True)
+        run = subprocess.run(
+            [sys.executable, "-c", code], input=answers, text=True, capture_output=True, cwd=ROOT, env=env, check=True
+        )
         found.add(run.stdout)
     assert len(found) == 1 and found != {""}
 
