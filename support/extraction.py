@@ -134,7 +134,7 @@ def _phrase(text: str, truncated: bool) -> str | None:
     formula = re.match(r"\$\$?([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", sentence, re.DOTALL)
     if formula:
         return next(group for group in formula.groups() if group).strip() or None
-    end = re.search(r"\n|\.(?=\s|$)|\*\*|\s(?:because|since|so|which|where)\b", sentence)
+    end = re.search(r"\n|\.(?=\s|$)|\*\*|\s(?:because|since|so|which|where|not)\b", sentence)
     if end is None and (truncated or len(sentence) > 100):
         return None
     sentence = sentence[: end.start() if end else None]

@@ -28,7 +28,9 @@ GREEK = """
 CIRCULAR = "sin cos tan cot sec csc".split()
 FUNCTIONS = {*CIRCULAR, *(f"arc{name}" for name in CIRCULAR), *"sinh cosh tanh ln lg exp".split()}
 FUNCTION = "(?:" + "|".join(sorted(FUNCTIONS)) + "|log)(?![a-z])"
-NEXT_FACTOR = r"[A-Za-z(\[{]|\\\{|\\(?!right|mid|times|cdot|div|rfloor|rceil|circ|in(?![a-z]))[A-Za-z]+"
+NEXT_FACTOR = (
+    r"[A-Za-z(\[{]|\\\{|\\(?!over|choose|right|mid|times|cdot|div|rfloor|rceil|circ|in(?![a-z]))[A-Za-z]+"
+)
 DECIMAL = r"\d+\.\d*|\.\d+|\d+"
 REPEATING = (
     r"(\d*)\.(\d*)(?:\\(?:overline|bar)(?:\{(\d+)\}|(\d))|\((\d+)\)|\\dot\{?(\d)\}?(?:(\d*)\\dot\{?(\d)\}?)?)"
@@ -49,7 +51,7 @@ def parse(text: str):
     True
     """
     parser = _Parser(text)
-    tree = parser.sum()
+    tree = parser.group()
     if parser.text[parser.at :].strip():
         raise NotFormula(text)
     return tree
@@ -84,6 +86,13 @@ class _Parser:
             raise NotFormula(f"{closing} is missing")
         self.depth -= 1
         return tree
+
+    def group(self):
+        """What stands in braces, or alone: a sum, or two with \\over or \\choose between them."""
+        tree = self.sum()
+        if self.take(r"\\over(?![a-z])"):
+            return ("quotient", tree, self.sum())
+        return ("binomial", tree, self.sum()) if self.take(r"\\choose(?![a-z])") else tree
 
     def sum(self):
         terms, sign = [], self.take(r"[+-]")
@@ -140,7 +149,7 @@ class _Parser:
     def argument(self):
         """What stands behind \\frac, \\sqrt, ^: a group in braces, one digit, one letter or one command."""
         if self.take(r"\{"):
-            return self.inside(self.sum, r"\}")
+            return self.inside(self.group, r"\}")
         if self.sees(r"\d"):
             return ("number", Fraction(int(self.take(r"\d"))))
         if self.sees(r"\\(?:frac|sqrt|pi|[a-z]+)|[A-Za-z(]"):
@@ -152,7 +161,7 @@ class _Parser:
             return self.number()
         for opening, closing in ("(", ")"), ("[", "]"), ("{", "}"), (r"\{", r"\}"):
             if self.take(re.escape(opening)):
-                return self.inside(self.sum, re.escape(closing))
+                return self.inside(self.group if opening == "{" else self.sum, re.escape(closing))
         if self.take(r"\|"):
             self.bars += 1
             inside = self.inside(self.sum, r"\|")

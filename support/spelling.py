@@ -121,6 +121,6 @@ def plain_text(text: str) -> str:
     words = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
     if not re.search(r"\\[A-Za-z]", words) and re.search(r"[A-Za-z]{3}|\b[ap]\.? ?m\b", words, re.I):
         words = re.sub(r"\b([ap])\.? ?m\b\.?", r"\1m", words.casefold())
-    words = re.sub(r"(?<=\d) (?=[ap]m\b)", "", " ".join(words.split()))
-    words = re.sub(r"\{([A-Za-z0-9])\}", r"\1", words)
+    words = " ".join(re.sub(r"\{([A-Za-z0-9])\}", r" \1 ", words).split())
+    words = re.sub(r"(?<=\d) (?=[ap]m\b)", "", words)
     return re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", words).rstrip(".")
