@@ -56,7 +56,7 @@ def classes(answers: Iterable[str | None], kind: str = "math") -> list[list[int]
         if equal:
             groups[min(equal)].append(index)
             continue
-        by_key.setdefault(value.key, len(groups))
+        by_key[value.key] = len(groups)
         for key in value.also:
             by_reading.setdefault(key, len(groups))
         groups.append([index])

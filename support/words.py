@@ -193,8 +193,6 @@ def in_base(sign: str, digits: str, base: str) -> Value:
 
 def with_words(head: str, words: str, text: str) -> Value | None:
     """A number and words: a factor multiplies, a unit may be left out, other words may not."""
-    if RATIO.fullmatch(head):
-        raise NotFormula("a time of day")
     known, bare = known_words(words), r"\text" not in text
     if known is None:
         if bare and not re.search(r"^[^A-Za-z]* .*[A-Za-z]{4}", text):
