@@ -5,9 +5,8 @@ A response is hostile text until proven otherwise: every rule is linear in its l
 
 import re
 
-BOX_OR_BRACE = re.compile(
-    r"\\f?box(?:ed)?\s*\{|\\[{}]|[{}]"
-)  # escaped braces belong to the answer, not the nesting
+# Escaped braces belong to the answer, not the nesting.
+BOX_OR_BRACE = re.compile(r"\\f?box(?:ed)?\s*\{|\\[{}]|[{}]")
 BARE_BOX = re.compile(r"\\boxed\s*(-?[0-9A-Za-z][0-9A-Za-z.,/]*)(?=[^0-9A-Za-z.,/])")
 EMPTY_BOX = re.compile(r"(?:\s|\\f?box(?:ed)?|\\text|\\q?quad|\\[,;:! ]|[{}$~])*")
 ANSWER_IS = re.compile(
@@ -20,13 +19,11 @@ LABEL = re.compile(
 )
 NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?\\?%?")
 LETTER = r"(?<![A-Za-z\\])([A-D])(?![A-Za-z0-9_^'])"
-ANOTHER_LETTER = (
-    r"[)}\]*$.]{0,4}(?:\s{0,3}(?:,\s{0,3})?(?:(?i:or|and)|&|/)|,)[\s({\[*$]{0,5}[A-D](?![A-Za-z])"
-)
+OR_ANOTHER = r"[)}\]*$.]{0,4}(?:\s{0,3}(?:,\s{0,3})?(?:(?i:or|and)|&|/)|,)[\s({\[*$]{0,5}[A-D](?![A-Za-z])"
 CHOICE_IS = re.compile(
     r"(?i:(?:(?:answer|option|choice)\**\s{0,9}(?:is|:)|(?:choose|select|pick)\s)[\s:*]{0,9}"
     r"(?:(?:the\s)?(?:option|choice)\s?|\\(?:text|boxed|math)[a-z]{0,4})?)"
-    rf"[\s*$({{\[]{{0,9}}{LETTER}(?P<another>{ANOTHER_LETTER}(?!\s(?:is|are|can|do|does|has|have)\b))?"
+    rf"[\s*$({{\[]{{0,9}}{LETTER}(?P<another>{OR_ANOTHER}(?!\s(?:is|are|can|do|does|has|have)\b))?"
 )
 IS_CORRECT = re.compile(LETTER + r"[)}\]*$]{0,4}\s{1,3}is\s{1,3}(?:the\s)?(?i:correct|right|best|answer)")
 # "A planet ..." begins with the article; "A is correct" with a choice.
@@ -35,7 +32,7 @@ BOXED_LETTER = re.compile(
     r"[\s{(\[*$]*(?i:(?:the\s+)?(?:correct\s+|final\s+)?(?:answer|option|choice)\s*(?:is\b|:)?[\s:]*){0,2}"
     r"[\s{(\[*$]*([A-D])(?=\s*(?:[.,):;}\]*$]|$|(?i:or|and)\b)|\s+\{?\s*\()"
 )
-NOT_A_CHOICE = re.compile(rf"[\s}})]*[_^=]|{ANOTHER_LETTER}|[)}}\]\s,]+[({{\[]*[A-D][)}}\]\s]*$")
+NOT_A_CHOICE = re.compile(rf"[\s}})]*[_^=]|{OR_ANOTHER}|[)}}\]\s,]+[({{\[]*[A-D][)}}\]\s]*$")
 
 
 def extract_answer(text: str, kind: str = "math", truncated: bool = False) -> str | None:

@@ -211,13 +211,9 @@ def power(base, exponent):
     _small(abs(top / index * MP.log(base)))
     if index % 2 and index > 1 and not isinstance(base, MP.mpc) and base < 0:
         return _checked((-1) ** (top % 2) * MP.exp(MP.log(-base) * top / index))
-    return _checked(
-        base**top
-        if index == 1
-        else MP.sqrt(base) ** top
-        if index == 2
-        else MP.power(base, MP.mpf(top) / index)
-    )
+    if index <= 2:
+        return _checked(base**top if index == 1 else MP.sqrt(base) ** top)
+    return _checked(MP.power(base, MP.mpf(top) / index))
 
 
 def _small(number):
@@ -247,12 +243,8 @@ def _integer_root(number: int, index: int) -> int | None:
 
 
 def binomial(n, k):
-    if (
-        isinstance(k, Fraction)
-        and k.denominator == 1
-        and 0 <= k <= 300
-        and (isinstance(n, Fraction) or k <= 40)
-    ):
+    largest = 300 if isinstance(n, Fraction) else 40
+    if isinstance(k, Fraction) and k.denominator == 1 and 0 <= k <= largest:
         if isinstance(n, Fraction) and n.denominator == 1 and n >= 0:
             if n.numerator.bit_length() * k > MAX_BITS:
                 raise NotFormula("a huge binomial")
@@ -287,11 +279,9 @@ def call(name: str, number):
         base = {"ln": 1, "log": UNKNOWN_BASE, "lg": MP.log(10)}[name]
         return _snapped(MP.log(_inexact(number)) / base)
     if name in ("exp", "sinh", "cosh", "tanh"):
-        return (
-            Fraction(int(name in ("exp", "cosh")))
-            if number == 0
-            else _checked(getattr(MP, name)(_small(_inexact(number))))
-        )
+        if number == 0:
+            return Fraction(int(name in ("exp", "cosh")))
+        return _checked(getattr(MP, name)(_small(_inexact(number))))
     angle = _inexact(number)
     if name.startswith("arc"):
         return _snapped(getattr(MP, "a" + name[3:])(angle))

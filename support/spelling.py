@@ -19,8 +19,8 @@ UNICODE = {
     "⁄": "/", "∕": "/", "⋅": r"\cdot ", "“": "", "”": "", "≈": r"\approx ",
 }  # fmt: skip
 GREEK_LETTERS = "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΠΣΦΨΩ"
-GREEK_NAMES = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi
-    omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega""".split()
+GREEK_NAMES = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau
+    upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega""".split()
 UNICODE |= {character: rf"\{name} " for character, name in zip(GREEK_LETTERS, GREEK_NAMES, strict=True)}
 PLAIN_FUNCTIONS = "|".join(sorted(FUNCTIONS | {"sqrt", "log", "pi"}, key=len, reverse=True))
 REWRITES = [  # spelling, not meaning; in this order
@@ -45,11 +45,10 @@ REWRITES = [  # spelling, not meaning; in this order
         "",
     ),
     (
-        re.compile(
-            r"\\(?:emph|text(?:bf|it|rm|sf|tt|sc|normal)|mbox|hbox|math(?:rm|it|sf|tt)|operatorname\*?)(?![a-z])"
-        ),
+        re.compile(r"\\(?:emph|text(?:bf|it|rm|sf|tt|sc|normal)|[mh]box|math(?:rm|it|sf|tt))(?![a-z])"),
         r"\\text",
     ),
+    (re.compile(r"\\operatorname\*?(?![a-z])"), r"\\text"),
     (
         re.compile(rf"\\text\s*\{{\s*({PLAIN_FUNCTIONS}|[ei])\s*\}}"),
         lambda m: m[1] if len(m[1]) == 1 else f"\\{m[1]} ",
@@ -102,9 +101,8 @@ def _unwrapped(match: re.Match) -> str:
         return match[0] if unit and len(content) == 1 else single[1]
     if not re.search(r"[A-Za-z]", content) or content.casefold() in ("or", "and"):
         return f" {content.casefold()} "
-    if re.match(r"[-$]?\.?\d|.*=|[^ ]+ (?:and|or) [^ ]+$", content) and not re.search(
-        "[A-Za-z]{2} and|[A-Za-z]{2} or", content
-    ):
+    formula = re.match(r"[-$]?\.?\d|.*=|[^ ]+ (?:and|or) [^ ]+$", content)
+    if formula and not re.search("[A-Za-z]{2} (?:and|or)", content):
         return f" {content} "
     return rf"\text{{{content}}}"
 
