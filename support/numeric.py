@@ -88,15 +88,14 @@ def number_key(number):
         if max(abs(number.numerator), number.denominator) >= EXACT_KEY:
             return number
         number = MP.mpf(number.numerator) / number.denominator
-    with MP.workdps(KEY_DIGITS):
-        if isinstance(number, MP.mpc):
-            return _digits(number.real), _digits(number.imag)
-        return _digits(number)
+    if isinstance(number, MP.mpc):
+        return _digits(number.real), _digits(number.imag)
+    return _digits(number)
 
 
-def _digits(number):
-    number = +number  # rounded to the digits of the context
-    return (int(MP.sign(number)), *map(int, number.man_exp))
+def _digits(number) -> tuple:
+    rounded = MP.mpf(number, dps=KEY_DIGITS)
+    return (int(MP.sign(rounded)), *map(int, rounded.man_exp))
 
 
 # ------------------------------------------------------------------------------------------------------------
