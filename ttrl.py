@@ -1,6 +1,6 @@
 r"""TTRL, Test-Time Reinforcement Learning (arXiv 2504.16084), from scratch: questions without answers.
 
-    python ttrl.py                                                  # the embedded tiny model, minutes on a CPU
+    python ttrl.py                                                  # the embedded model, minutes on a CPU
     torchrun --nproc-per-node 8 ttrl.py --model Qwen2.5-Math-1.5B   # AIME 2024, the paper's quick start
 
 One step (`train_step`), with P questions, N votes and M trained samples:
@@ -193,8 +193,8 @@ def train_step(run, step):
 def draw_questions(step, count, per_step, seed):
     """The questions of a step, counted from 0, as indices below `count`: each question once per epoch.
 
-    Every epoch has an order of its own, and its last batch may be smaller. A pure function of its arguments, so
-    a resumed run needs no state.
+    Every epoch has an order of its own, and its last batch may be smaller. A pure function of its arguments,
+    so a resumed run needs no state.
 
     >>> sorted(draw_questions(0, 5, 3, seed=0) + draw_questions(1, 5, 3, seed=0))
     [0, 1, 2, 3, 4]
@@ -331,7 +331,7 @@ def accumulate_gradients(run, rollout, rows, advantage, tally):
 
 
 def micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally):
-    """The loss over the tokens of mask [B, R] in a micro-batch, a Rollout of B rows; notes metrics in `tally`."""
+    """The loss over the tokens of mask [B, R] in a micro-batch (a Rollout of B rows); `tally` takes notes."""
     c, device = run.config, run.policy.embed_tokens.weight.device
     # Copies are queued, here and below: the GPU may still be busy with the micro-batch before.
     mask = mask.to(device, non_blocking=True)
@@ -352,7 +352,7 @@ def micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally):
 
 
 def learning_rate(c, update, total):
-    """Linear warm-up, then a cosine to 0. Updates count from 0, and the first one already moves the weights."""
+    """Linear warm-up, then a cosine to 0. Updates count from 0, and the first already moves the weights."""
     warmup = max(1, round(c.warmup * total))
     if update < warmup:
         return c.lr * (update + 1) / warmup
@@ -403,7 +403,7 @@ def evaluate_fully(run):
 
 
 def train(run, state):
-    """From `state` (step 0, or a checkpoint's) to the last step: the new state, None if time ran out first."""
+    """From `state` (step 0, or a checkpoint's) to the last step: the new state, None if time ran out."""
     c, entered, seconds_before = run.config, time.monotonic(), state["seconds"]
     per_epoch = steps_per_epoch(c, len(run.train_set))
     steps = c.epochs * per_epoch

@@ -62,10 +62,8 @@ def main():
         pairs = sum(sides["ours"][kind][column] for column in RESULTS)
         cells = ([*(row[kind][c] for c in RESULTS), f"{row[kind]['seconds']:.2f}"] for row in sides.values())
         rows.append([kind, pairs, *(cell for side in cells for cell in side)])
-    say(
-        table(header, rows)
-        + "\n\nleft: ours, right: math-verify\n=    wrongly equal\n/=   wrongly different\n"
-    )
+    say(table(header, rows))
+    say("\nours, then math-verify; = is wrongly equal, /= is wrongly different\n")
     last_line("grading", pairs=len(PAIRS), **{side.replace("-", "_"): kinds for side, kinds in sides.items()})
 
 

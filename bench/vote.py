@@ -40,9 +40,8 @@ def responses(formulas):
 def vote(groups):
     """(classes, CPU-seconds) of extraction and grouping, from an empty cache."""
     grading._read.cache_clear()
-    found, _, seconds = clocked(
-        lambda: [grading.classes(map(grading.extract_answer, group)) for group in groups]
-    )
+    graded = lambda: [grading.classes(map(grading.extract_answer, group)) for group in groups]  # noqa: E731
+    found, _, seconds = clocked(graded)
     return sum(map(len, found)), seconds
 
 
@@ -61,10 +60,8 @@ def main():
     kinds = {kind: [responses(map(formula, range(2, 66)))] for kind, formula in FORMULAS.items()}
     kinds["ordinary responses"] = ordinary()
     found = {kind: vote(groups) for kind, groups in kinds.items()}
-    rows = [
-        (kind, sum(map(len, kinds[kind])), classes, f"{seconds:.3f}")
-        for kind, (classes, seconds) in found.items()
-    ]
+    counts = {kind: sum(map(len, groups)) for kind, groups in kinds.items()}
+    rows = [(kind, counts[kind], classes, f"{seconds:.3f}") for kind, (classes, seconds) in found.items()]
     say(table(("kind", "answers", "classes", "seconds"), rows))
     last_line(
         "vote",

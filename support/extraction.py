@@ -5,33 +5,34 @@ A response is hostile text until proven otherwise: every rule is linear in its l
 
 import re
 
-BOX_OR_BRACE = re.compile(
-    r"\\f?box(?:ed)?\s*\{|\\[{}]|[{}]"
-)  # escaped braces belong to the answer, not the nesting
+# Escaped braces belong to the answer, not the nesting.
+BOX_OR_BRACE = re.compile(r"\\f?box(?:ed)?\s*\{|\\[{}]|[{}]")
 BARE_BOX = re.compile(r"\\boxed\s*(-?[0-9A-Za-z][0-9A-Za-z.,/]*)(?=[^0-9A-Za-z.,/])")
-EMPTY_BOX = re.compile(r"(?:\s|\\f?box(?:ed)?|\\text|\\[,;:! ]|[{}$~])*")
-ANSWER_IS = re.compile(r"answer\**\s*(?:is\b|:)[\s:*]*", re.IGNORECASE)
+EMPTY_BOX = re.compile(r"(?:\s|\\f?box(?:ed)?|\\text|\\q?quad|\\[,;:! ]|[{}$~])*")
+ANSWER_IS = re.compile(
+    r"answer\**\s*(?:is\b|:)[\s:*]*(?:(?:therefore|thus|hence|then|simply|just|equal to)\b[\s:,]*)?",
+    re.IGNORECASE,
+)
 LABEL = re.compile(
-    r"\s*(\\(?:text|mathrm)(?:bf)?\s*\{\s*)?(?:the )?(?:final )?answer\s*(?:is\b:?|:|=)\s*", re.IGNORECASE
+    r"\s*(\\(?:text|mathrm)(?:bf)?\s*\{\s*)?(?:the )?(?:final )?ans(?:wer)?\s*(?:is\b:?|[:=.])\s*",
+    re.IGNORECASE,
 )
 NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?\\?%?")
 LETTER = r"(?<![A-Za-z\\])([A-D])(?![A-Za-z0-9_^'])"
-ANOTHER_LETTER = (
-    r"[)}\]*$.]{0,4}(?:\s{0,3}(?:,\s{0,3})?(?:(?i:or|and)|&|/)|,)[\s({\[*$]{0,5}[A-D](?![A-Za-z])"
-)
+OR_ANOTHER = r"[)}\]*$.]{0,4}(?:\s{0,3}(?:,\s{0,3})?(?:(?i:or|and)|&|/)|,)[\s({\[*$]{0,5}[A-D](?![A-Za-z])"
 CHOICE_IS = re.compile(
-    r"(?i:(?:answer|option|choice)\**\s{0,9}(?:is|:)[\s:*]{0,9}"
+    r"(?i:(?:(?:answer|option|choice)\**\s{0,9}(?:is|:)|(?:choose|select|pick)\s)[\s:*]{0,9}"
     r"(?:(?:the\s)?(?:option|choice)\s?|\\(?:text|boxed|math)[a-z]{0,4})?)"
-    rf"[\s*$({{\[]{{0,9}}{LETTER}(?P<another>{ANOTHER_LETTER}(?!\s(?:is|are|can|do|does|has|have)\b))?"
+    rf"[\s*$({{\[]{{0,9}}{LETTER}(?P<another>{OR_ANOTHER}(?!\s(?:is|are|can|do|does|has|have)\b))?"
 )
 IS_CORRECT = re.compile(LETTER + r"[)}\]*$]{0,4}\s{1,3}is\s{1,3}(?:the\s)?(?i:correct|right|best|answer)")
 # "A planet ..." begins with the article; "A is correct" with a choice.
 LAST_LETTER = re.compile(LETTER + r"(?!(?<=A)\s+(?!is\b|and\b|or\b|because\b|since\b)[a-z])")
 BOXED_LETTER = re.compile(
     r"[\s{(\[*$]*(?i:(?:the\s+)?(?:correct\s+|final\s+)?(?:answer|option|choice)\s*(?:is\b|:)?[\s:]*){0,2}"
-    r"[\s{(\[*$]*([A-D])(?=\s*(?:[.,):;}\]*$]|$|(?i:or|and)\b))"
+    r"[\s{(\[*$]*([A-D])(?=\s*(?:[.,):;}\]*$]|$|(?i:or|and)\b)|\s+\{?\s*\()"
 )
-NOT_A_CHOICE = re.compile(rf"[\s}})]*[_^=]|{ANOTHER_LETTER}|[)}}\]\s,]+[({{\[]*[A-D][)}}\]\s]*$")
+NOT_A_CHOICE = re.compile(rf"[\s}})]*[_^=]|{OR_ANOTHER}|[)}}\]\s,]+[({{\[]*[A-D][)}}\]\s]*$")
 
 
 def extract_answer(text: str, kind: str = "math", truncated: bool = False) -> str | None:
@@ -130,10 +131,14 @@ def _phrase(text: str, truncated: bool) -> str | None:
     formula = re.match(r"\$\$?([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", sentence, re.DOTALL)
     if formula:
         return next(group for group in formula.groups() if group).strip() or None
-    end = re.search(r"\n|\.(?=\s|$)|\*\*|\s(?:because|since|so|which|where)\b", sentence)
+    end = re.search(r"\n|\.(?=\s|$)|\*\*|\s(?:because|since|so|which|where|not)\b", sentence)
     if end is None and (truncated or len(sentence) > 100):
         return None
-    sentence = sentence[: end.start() if end else None].strip(" \t*$:,;")
+    sentence = sentence[: end.start() if end else None]
+    formulas = re.findall(r"\$([^$]+)\$|\\\((.+?)\\\)", sentence)
+    if len(formulas) == 1:  # Answer: the area is $\frac{5}{6}$
+        return "".join(formulas[0]).strip()
+    sentence = sentence.strip(" \t*$:,;")
     words_follow = re.fullmatch(rf"({NUMBER.pattern})[,;]?\s+[A-Za-z][A-Za-z ,']*", sentence)
     return (words_follow.group(1) if words_follow else sentence) or None
 

@@ -28,11 +28,10 @@ GREEK = """
 CIRCULAR = "sin cos tan cot sec csc".split()
 FUNCTIONS = {*CIRCULAR, *(f"arc{name}" for name in CIRCULAR), *"sinh cosh tanh ln lg exp".split()}
 FUNCTION = "(?:" + "|".join(sorted(FUNCTIONS)) + "|log)(?![a-z])"
-NEXT_FACTOR = r"[A-Za-z(\[{]|\\\{|\\(?!right|mid|times|cdot|div|rfloor|rceil|circ|in(?![a-z]))[A-Za-z]+"
+NEXT_FACTOR = r"[A-Za-z(\[{]|\\\{|\\(?!over|choose|mid|times|cdot|div|rfloor|rceil|circ|in(?![a-z]))[A-Za-z]+"
 DECIMAL = r"\d+\.\d*|\.\d+|\d+"
-REPEATING = (
-    r"(\d*)\.(\d*)(?:\\(?:overline|bar)(?:\{(\d+)\}|(\d))|\((\d+)\)|\\dot\{?(\d)\}?(?:(\d*)\\dot\{?(\d)\}?)?)"
-)
+DOTTED = r"\\dot\{?(\d)\}?"
+REPEATING = rf"(\d*)\.(\d*)(?:\\(?:overline|bar)(?:\{{(\d+)\}}|(\d))|\((\d+)\)|{DOTTED}(?:(\d*){DOTTED})?)"
 
 
 @cache
@@ -49,7 +48,7 @@ def parse(text: str):
     True
     """
     parser = _Parser(text)
-    tree = parser.sum()
+    tree = parser.group()
     if parser.text[parser.at :].strip():
         raise NotFormula(text)
     return tree
@@ -70,9 +69,11 @@ class _Parser:
     def sees(self, pattern: str) -> bool:
         return _compiled(pattern).match(self.text, self.at) is not None
 
-    def after_bracket(self, pattern: str) -> bool:
-        """Whether the pattern comes next, right behind a closing bracket or a factorial."""
-        return self.text[: self.at].rstrip()[-1:] in (")", "!") and self.sees(pattern)
+    def another_factor(self) -> bool:
+        """Whether a factor without a sign comes next; a number may only stand behind a bracket or a factorial."""
+        bar = not self.bars and self.sees(r"\|")  # elsewhere it closes the absolute value
+        behind_bracket = self.text[: self.at].rstrip()[-1:] in (")", "!")
+        return bar or self.sees(NEXT_FACTOR) or (behind_bracket and self.sees(r"[\d.]"))
 
     def inside(self, rule, closing: str | None = None):
         """What the rule reads one level deeper, and the bracket that must close it."""
@@ -84,6 +85,13 @@ class _Parser:
             raise NotFormula(f"{closing} is missing")
         self.depth -= 1
         return tree
+
+    def group(self):
+        """What stands in braces, or alone: a sum, or two with \\over or \\choose between them."""
+        tree = self.sum()
+        if self.take(r"\\over(?![a-z])"):
+            return ("quotient", tree, self.sum())
+        return ("binomial", tree, self.sum()) if self.take(r"\\choose(?![a-z])") else tree
 
     def sum(self):
         terms, sign = [], self.take(r"[+-]")
@@ -102,9 +110,7 @@ class _Parser:
                 result.append(self.factor(signed=True))
             elif not in_argument and self.take(r"/|\\div(?![a-z])"):
                 result = [("quotient", _product(result), self.factor(signed=True))]
-            elif (
-                self.sees(NEXT_FACTOR) or self.after_bracket(r"[\d.]") or (not self.bars and self.sees(r"\|"))
-            ):
+            elif self.another_factor():
                 if in_argument and self.sees(r"\\(?:" + FUNCTION + ")"):
                     break
                 result.append(self.factor())
@@ -140,7 +146,7 @@ class _Parser:
     def argument(self):
         """What stands behind \\frac, \\sqrt, ^: a group in braces, one digit, one letter or one command."""
         if self.take(r"\{"):
-            return self.inside(self.sum, r"\}")
+            return self.inside(self.group, r"\}")
         if self.sees(r"\d"):
             return ("number", Fraction(int(self.take(r"\d"))))
         if self.sees(r"\\(?:frac|sqrt|pi|[a-z]+)|[A-Za-z(]"):
@@ -152,7 +158,7 @@ class _Parser:
             return self.number()
         for opening, closing in ("(", ")"), ("[", "]"), ("{", "}"), (r"\{", r"\}"):
             if self.take(re.escape(opening)):
-                return self.inside(self.sum, re.escape(closing))
+                return self.inside(self.group if opening == "{" else self.sum, re.escape(closing))
         if self.take(r"\|"):
             self.bars += 1
             inside = self.inside(self.sum, r"\|")
@@ -214,6 +220,8 @@ class _Parser:
             name += "'" * (primes.count("'") or primes.count("prime"))
         if name in ("e", "i"):
             return ("constant", name)
+        if name[0] in "fgh" and self.take(r"\^\s*\{\s*-\s*1\s*\}(?=\s*\()"):
+            name += "^{-1}"
         if name[0] in "fgh" and self.take(r"\("):
             arguments = [self.inside(self.sum)]
             while self.take(","):
@@ -243,9 +251,7 @@ class _Parser:
 
     def root(self):
         index = self.inside(self.sum, r"\]") if self.take(r"\[") else ("number", Fraction(2))
-        digits = self.take(
-            r"\d+"
-        )  # \sqrt12 is written for the root of 12, and nobody writes the root of 1 times 2
+        digits = self.take(r"\d+")  # \sqrt12 is written for the root of 12, nobody writes \sqrt1 \cdot 2 so
         radicand = ("number", Fraction(int(digits))) if digits else self.argument()
         return ("power", radicand, ("quotient", ("number", Fraction(1)), index))
 

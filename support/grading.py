@@ -56,7 +56,7 @@ def classes(answers: Iterable[str | None], kind: str = "math") -> list[list[int]
         if equal:
             groups[min(equal)].append(index)
             continue
-        by_key.setdefault(value.key, len(groups))
+        by_key[value.key] = len(groups)
         for key in value.also:
             by_reading.setdefault(key, len(groups))
         groups.append([index])
@@ -66,9 +66,8 @@ def classes(answers: Iterable[str | None], kind: str = "math") -> list[list[int]
 def _value(answer: str, kind: str) -> Value:
     if kind == "choice":
         return Value(boxed_letter(answer.upper()) or answer.strip())
-    return (
-        _read(answer) if len(answer) <= reading.MAX_LENGTH else reading.read(answer)
-    )  # too long for the cache
+    too_long_for_the_cache = len(answer) > reading.MAX_LENGTH
+    return reading.read(answer) if too_long_for_the_cache else _read(answer)
 
 
 @lru_cache(maxsize=100_000)
@@ -90,9 +89,8 @@ def _within_time_limit(read, otherwise):
         raise _OutOfTime
 
     began, outer_handler = time.monotonic(), signal.signal(signal.SIGALRM, stop)
-    outer_delay, outer_interval = signal.setitimer(
-        signal.ITIMER_REAL, TIME_LIMIT, 1.0
-    )  # again each second: see above
+    # Again each second, since the first signal may be swallowed.
+    outer_delay, outer_interval = signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT, 1.0)
     try:
         return read()
     except _OutOfTime:

@@ -67,10 +67,9 @@ def _is_point(low, high) -> bool:
 
 def union(*sets: tuple) -> tuple:
     """All intervals in order, those merged that overlap or touch."""
-    pieces = sorted(
-        (piece for pieces in sets for piece in pieces), key=lambda p: (numeric.comparable(p[0]), not p[1])
-    )
+    pieces = [piece for pieces in sets for piece in pieces]
     merged = []
+    pieces.sort(key=lambda piece: (numeric.comparable(piece[0]), not piece[1]))
     for low, low_closed, high, high_closed in pieces:
         if merged and not _gap(merged[-1], low, low_closed):
             last = merged[-1]
@@ -112,9 +111,7 @@ def line(tree) -> tuple | None:
         return None
     slope = numeric.add([at[1], -at[0]])
     line_at = [numeric.add([at[0], numeric.multiply([slope, Fraction(x)])]) for x in (2, -7)]
-    straight = all(
-        numeric.number_key(a) == numeric.number_key(b) for a, b in zip(line_at, at[2:], strict=True)
-    )
+    straight = list(map(numeric.number_key, line_at)) == list(map(numeric.number_key, at[2:]))
     return (slope, at[0]) if straight and slope and "call" not in repr(tree) else None
 
 

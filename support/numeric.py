@@ -18,6 +18,7 @@ MP = mpmath.mp.clone()  # a context of our own: the precision of other users of 
 MP.dps = 130
 NOISE = MP.mpf(10) ** -115  # a sum that is smaller than this beside its terms is 0
 KEY_DIGITS = 90
+LOST = MP.mpf(10) ** -60
 MAX_BITS = 40_000  # of an exact numerator or denominator: 9999! is refused, 2^{9999} is not
 MAX_EXPONENT = 10**8  # of an inexact power
 EXACT_KEY = 10**30  # fractions beyond it are their own key, since 90 digits would not tell all of them apart
@@ -37,10 +38,10 @@ def letter(name: str, point: int):
 def values(tree) -> tuple:
     """Its number if it has no letters, else its numbers at the fixed points; None where it is not real."""
     if not letters(tree):
-        return (evaluate(tree, lambda name: None),)
+        return (evaluate(tree, lambda name: None, careful=True),)
     found, imaginary = [], has_constant(tree, "i")
     for point in range(POINTS):
-        number = evaluate(tree, lambda name, point=point: letter(name, point))
+        number = evaluate(tree, lambda name, point=point: letter(name, point), careful=point == 0)
         real = not isinstance(number, MP.mpc)
         found.append(number if real or imaginary or point < POSITIVE_POINTS else None)
     keys = {number if number is None else number_key(number) for number in found}
@@ -75,8 +76,8 @@ def key(numbers: tuple):
 def equation_key(numbers: tuple):
     """What equations `tree = 0` have in common whose trees differ by a constant factor only."""
     first = next((number for number in numbers if number), None)
-    if first is None:
-        raise NotFormula("an equation that always holds")
+    if first is None or len(numbers) == 1:
+        raise NotFormula("an equation that always or never holds")
     ratios = (None if number is None else number_key(divide(number, first)) for number in numbers)
     return ("equation", *ratios)
 
@@ -87,30 +88,29 @@ def number_key(number):
         if max(abs(number.numerator), number.denominator) >= EXACT_KEY:
             return number
         number = MP.mpf(number.numerator) / number.denominator
-    with MP.workdps(KEY_DIGITS):
-        if isinstance(number, MP.mpc):
-            return _digits(number.real), _digits(number.imag)
-        return _digits(number)
+    if isinstance(number, MP.mpc):
+        return _digits(number.real), _digits(number.imag)
+    return _digits(number)
 
 
-def _digits(number):
-    number = +number  # rounded to the digits of the context
-    return (int(MP.sign(number)), *map(int, number.man_exp))
+def _digits(number) -> tuple:
+    rounded = MP.mpf(number, dps=KEY_DIGITS)
+    return (int(MP.sign(rounded)), *map(int, rounded.man_exp))
 
 
 # ----------------------------------------------------------------------------------------------------------
 # arithmetic on Fraction, mpf and mpc: exact as long as it can be, and what is 0 is exactly 0
 
 
-def evaluate(tree, letter_value):
+def evaluate(tree, letter_value, careful: bool = False):
     """The number of a tree, letters by letter_value(name). Raises NotFormula for 1/0 and huge numbers."""
     try:
-        return _evaluate(tree, letter_value)
+        return _evaluate(tree, letter_value, careful)
     except (ArithmeticError, ValueError, TypeError, MP.NoConvergence) as error:
         raise NotFormula(f"has no value ({error})") from None
 
 
-def _evaluate(tree, letter_value):
+def _evaluate(tree, letter_value, careful: bool):
     kind = tree[0]
     if kind == "number":
         return tree[1]
@@ -118,8 +118,10 @@ def _evaluate(tree, letter_value):
         return letter_value(tree[1])
     if kind == "constant":
         return {"pi": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}[tree[1]]
-    numbers = [_evaluate(part, letter_value) for part in parts(tree)]
+    numbers = [_evaluate(part, letter_value, careful) for part in parts(tree)]
     if kind == "sum":
+        if careful and _lost(numbers):
+            raise NotFormula("a term that is lost beside the others")
         return add(numbers)
     if kind == "product":
         return multiply(numbers)
@@ -165,6 +167,13 @@ def add(numbers):
     return Fraction(0) if abs(total) <= NOISE * max(map(abs, terms)) else _checked(total)
 
 
+def _lost(numbers) -> bool:
+    """Whether some term is so small beside another one that the digits of a key do not show it."""
+    sizes = [abs(_inexact(number)) for number in numbers if number != 0]
+    exact = all(isinstance(number, Fraction) for number in numbers)
+    return not exact and min(sizes) < LOST * max(sizes)
+
+
 def multiply(numbers):
     if all(isinstance(number, Fraction) for number in numbers):
         return _checked(math.prod(numbers, start=Fraction(1)))
@@ -201,13 +210,9 @@ def power(base, exponent):
     _small(abs(top / index * MP.log(base)))
     if index % 2 and index > 1 and not isinstance(base, MP.mpc) and base < 0:
         return _checked((-1) ** (top % 2) * MP.exp(MP.log(-base) * top / index))
-    return _checked(
-        base**top
-        if index == 1
-        else MP.sqrt(base) ** top
-        if index == 2
-        else MP.power(base, MP.mpf(top) / index)
-    )
+    if index <= 2:
+        return _checked(base**top if index == 1 else MP.sqrt(base) ** top)
+    return _checked(MP.power(base, MP.mpf(top) / index))
 
 
 def _small(number):
@@ -237,7 +242,8 @@ def _integer_root(number: int, index: int) -> int | None:
 
 
 def binomial(n, k):
-    if isinstance(k, Fraction) and k.denominator == 1 and 0 <= k <= 300:
+    largest = 300 if isinstance(n, Fraction) else 40
+    if isinstance(k, Fraction) and k.denominator == 1 and 0 <= k <= largest:
         if isinstance(n, Fraction) and n.denominator == 1 and n >= 0:
             if n.numerator.bit_length() * k > MAX_BITS:
                 raise NotFormula("a huge binomial")
@@ -272,11 +278,9 @@ def call(name: str, number):
         base = {"ln": 1, "log": UNKNOWN_BASE, "lg": MP.log(10)}[name]
         return _snapped(MP.log(_inexact(number)) / base)
     if name in ("exp", "sinh", "cosh", "tanh"):
-        return (
-            Fraction(int(name in ("exp", "cosh")))
-            if number == 0
-            else _checked(getattr(MP, name)(_small(_inexact(number))))
-        )
+        if number == 0:
+            return Fraction(int(name in ("exp", "cosh")))
+        return _checked(getattr(MP, name)(_small(_inexact(number))))
     angle = _inexact(number)
     if name.startswith("arc"):
         return _snapped(getattr(MP, "a" + name[3:])(angle))

@@ -224,13 +224,15 @@ def read_reals(text: str, depth: int) -> Value | None:
         return Value(("infinity", infinite[1] == "-"))
     if text in REALS:
         return of_reals(intervals.ALL)
-    pieces = split(text, r"(\\cup(?![a-z])|\\setminus(?![a-z])|\\backslash(?![a-z]))")
+    pieces = split(text, r"(\\(?:cup|cap|setminus|backslash)(?![a-z]))")
     if len(pieces) == 1:
         return None
     result = real_set(pieces[0])
     for operator, part in zip(pieces[1::2], pieces[2::2], strict=True):
         if operator == r"\cup":
             result = intervals.union(result, real_set(part))
+        elif operator == r"\cap":
+            result = intervals.intersection(result, real_set(part))
         else:
             result = intervals.intersection(result, intervals.complement(real_set(part)))
     return of_reals(result)
@@ -316,10 +318,11 @@ def read_equation(sides: list[str], depth: int) -> Value:
 
 def left_side(text: str):
     """The tree of the left side of an equation; what stands in the bracket of f(5), P(x) is an argument."""
-    if not re.fullmatch(r"[A-Za-z](?:_\{?\w+\}?)?'*\([^()]*\)", text):
+    match = re.fullmatch(r"([A-Za-z](?:_\{?\w+\}?)?'*(?:\^\{-1\})?)(\(.*\))", text)
+    if match is None or not _closes(match[2], ")"):
         return formula.parse(text)
-    function, argument = text[:-1].split("(")
-    return ("opaque", function, tuple(formula.parse(part) for part in argument.split(",")))
+    arguments = split(match[2][1:-1], "(,)")[::2]
+    return ("opaque", match[1], tuple(formula.parse(argument) for argument in arguments))
 
 
 def letters_in(text: str) -> set | None:

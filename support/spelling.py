@@ -2,6 +2,7 @@
 r"""One spelling for what is written in several ways: clean(r"$\dfrac{1}{2}$.") -> r"\frac{1}{2}"."""
 
 import re
+import unicodedata
 
 from support.formula import FUNCTIONS
 
@@ -11,12 +12,16 @@ UNICODE = {
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ",
     "±": r"\pm ", "∓": r"\mp ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∅": r"\emptyset ", "∪": r"\cup ",
     "∩": r"\cap ", "∈": r"\in ", "ℝ": r"\mathbb{R}", "°": r"^\circ ", "√": r"\sqrt ", "∛": r"\sqrt[3]",
-    "∠": r"\angle ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "φ": r"\phi ",
-    "ω": r"\omega ", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}",
+    "∠": r"\angle ", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}",
     "¾": r"\frac{3}{4}", "⅕": r"\frac{1}{5}", "⅖": r"\frac{2}{5}", "⅗": r"\frac{3}{5}", "⅘": r"\frac{4}{5}",
     "⅙": r"\frac{1}{6}", "⅚": r"\frac{5}{6}", "⅛": r"\frac{1}{8}", "⅜": r"\frac{3}{8}", "⅝": r"\frac{5}{8}",
     "⅞": r"\frac{7}{8}", "’": "'", "′": "'", "⟨": r"\langle ", "⟩": r"\rangle ", "€": "", "£": "", "％": "%",
+    "⁄": "/", "∕": "/", "⋅": r"\cdot ", "“": "", "”": "", "≈": r"\approx ",
 }  # fmt: skip
+GREEK_LETTERS = "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΠΣΦΨΩ"
+GREEK_NAMES = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau
+    upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega""".split()
+UNICODE |= {character: rf"\{name} " for character, name in zip(GREEK_LETTERS, GREEK_NAMES, strict=True)}
 PLAIN_FUNCTIONS = "|".join(sorted(FUNCTIONS | {"sqrt", "log", "pi"}, key=len, reverse=True))
 REWRITES = [  # spelling, not meaning; in this order
     (
@@ -26,6 +31,10 @@ REWRITES = [  # spelling, not meaning; in this order
     (re.compile("[" + "".join(UNICODE) + "]"), lambda m: UNICODE[m[0]]),
     (re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+"), lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}"),
     (re.compile("[₀₁₂₃₄₅₆₇₈₉]+"), lambda m: "_{" + m[0].translate(SUBSCRIPTS) + "}"),
+    (
+        re.compile("[^\0-\x7f]+"),
+        lambda m: unicodedata.normalize("NFKC", m[0]),
+    ),  # full-width digits, italic letters
     (re.compile(r"\\[dtc]frac(?![a-z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![a-z])"), r"\\binom"),
     (
@@ -36,11 +45,10 @@ REWRITES = [  # spelling, not meaning; in this order
         "",
     ),
     (
-        re.compile(
-            r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal)|mbox|hbox|math(?:rm|it|sf|tt)|operatorname\*?)(?![a-z])"
-        ),
+        re.compile(r"\\(?:emph|text(?:bf|it|rm|sf|tt|sc|normal)|[mh]box|math(?:rm|it|sf|tt))(?![a-z])"),
         r"\\text",
     ),
+    (re.compile(r"\\operatorname\*?(?![a-z])"), r"\\text"),
     (
         re.compile(rf"\\text\s*\{{\s*({PLAIN_FUNCTIONS}|[ei])\s*\}}"),
         lambda m: m[1] if len(m[1]) == 1 else f"\\{m[1]} ",
@@ -49,6 +57,10 @@ REWRITES = [  # spelling, not meaning; in this order
     (re.compile(r"\\\\\s*\[[\d.]+[a-z]+\]"), r"\\\\"),
     (re.compile(r"(?<!\\)\\(?:[,;:> ]|q?quad(?![a-z])|enspace(?![a-z])|thinspace(?![a-z]))|~|\s+"), " "),
     (re.compile(r"\s*\{,\}\s*"), ","),
+    (re.compile(r"\\(?:text)?color\s*\{[a-z]+\}"), ""),
+    (re.compile(r"\\(?:[lL]arge|LARGE|[hH]uge|small|normalsize)(?![A-Za-z])"), ""),
+    (re.compile(r"\\big(cup|cap)(?![a-z])"), r"\\\1"),
+    (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"),
     (re.compile(r"\\lbrace(?![a-z])"), r"\\{"),
     (re.compile(r"\\rbrace(?![a-z])"), r"\\}"),
     (re.compile(r"\\l[vV]ert(?![a-z])|\\r[vV]ert(?![a-z])|\\vert(?![a-z])"), "|"),
@@ -62,6 +74,7 @@ REWRITES = [  # spelling, not meaning; in this order
     (re.compile(r"\\%|\s*(?:\\text\s*\{\s*(?:percent|pct|%)\s*\}|\b(?:percent|pct)\b)"), "%"),
     (re.compile(rf"(?<![A-Za-z\\])({PLAIN_FUNCTIONS})(?![A-Za-z])"), r"\\\1 "),
     (re.compile(r"\\colon(?![a-z])|\{:\}"), ":"),
+    (re.compile(r"(?<=\d)\s*(?:\\text\{\s*)?x(?:\s*\})?\s*(?=10\s*\^)"), r"\\times "),
     (re.compile(r"(\\circ\s*\}?)\s*(?:\\text\s*\{\s*)?([CF])(?:\s*\})?\s*$"), r"\1\\text{\2}"),
     (re.compile(r"\*\*(?=[-\d({a-z])"), "^"),
 ]
@@ -80,7 +93,7 @@ def clean(answer: str) -> str:
     answer = re.sub(r"\\text\s*\{([^{}]*)\}", _unwrapped, answer)
     answer = TIME_OF_DAY.sub(lambda m: rf"\text{{{m[1] or m[2]}m}}".lower(), answer)
     answer = THOUSANDS.sub(_joined, answer)
-    return re.sub(r"^\s*=", "", answer.strip().rstrip(".,; ")).strip()
+    return re.sub(r"^\s*=", "", answer.strip('"* ').rstrip(".,; ")).strip()
 
 
 def _unwrapped(match: re.Match) -> str:
@@ -92,9 +105,8 @@ def _unwrapped(match: re.Match) -> str:
         return match[0] if unit and len(content) == 1 else single[1]
     if not re.search(r"[A-Za-z]", content) or content.casefold() in ("or", "and"):
         return f" {content.casefold()} "
-    if re.match(r"[-$]?\.?\d|.*=|[^ ]+ (?:and|or) [^ ]+$", content) and not re.search(
-        "[A-Za-z]{2} and|[A-Za-z]{2} or", content
-    ):
+    formula = re.match(r"[-$]?\.?\d|.*=|[^ ]+ (?:and|or) [^ ]+$", content)
+    if formula and not re.search("[A-Za-z]{2} (?:and|or)", content):
         return f" {content} "
     return rf"\text{{{content}}}"
 
@@ -111,6 +123,6 @@ def plain_text(text: str) -> str:
     words = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
     if not re.search(r"\\[A-Za-z]", words) and re.search(r"[A-Za-z]{3}|\b[ap]\.? ?m\b", words, re.I):
         words = re.sub(r"\b([ap])\.? ?m\b\.?", r"\1m", words.casefold())
-    words = re.sub(r"(?<=\d) (?=[ap]m\b)", "", " ".join(words.split()))
-    words = re.sub(r"\{([A-Za-z0-9])\}", r"\1", words)
+    words = " ".join(re.sub(r"\{([A-Za-z0-9])\}", r" \1 ", words).split())
+    words = re.sub(r"(?<=\d) (?=[ap]m\b)", "", words)
     return re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", words).rstrip(".")

@@ -44,9 +44,7 @@ def tuple_key(elements: list[Value]) -> tuple:
 def of_reals(pieces: tuple) -> Value:
     """A union of intervals; one that is open may be read as a pair."""
     end = intervals.end_key
-    keys = tuple(
-        (end(low), low_closed, end(high), high_closed) for low, low_closed, high, high_closed in pieces
-    )
+    keys = tuple((end(a), a_closed, end(b), b_closed) for a, a_closed, b, b_closed in pieces)
     also = [("tuple", keys[0][0], keys[0][2])] if len(keys) == 1 and not (keys[0][1] or keys[0][3]) else []
     return Value(("reals", keys) if keys else set_of([]).key, frozenset(also), reals=pieces)
 

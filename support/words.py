@@ -8,21 +8,9 @@ from support import formula, numeric, spelling
 from support.formula import NotFormula
 from support.values import Value, scalar
 
-MULTIPLIERS = {
-    "hundred": 100,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-    "dozen": 12,
-}
-NO_UNIT = {
-    "dollar",
-    "usd",
-    "degree",
-    "deg",
-    "unit",
-}  # dropped without a trace, like the signs for dollars and degrees
+MULTIPLIERS = dict(hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12, dozen=12)
+# dropped without a trace, like the signs for dollars and degrees
+NO_UNIT = set("dollar usd degree deg unit".split())
 SYMBOLS = set("m g s h l L N J W V A K C F Hz Pa eV kJ kW kPa MPa mL mA mV".split())  # case counts
 UNITS = """
     mm millimeter millimetre, cm centimeter centimetre, m meter metre, km kilometer kilometre, nm nanometer,
@@ -41,13 +29,14 @@ COUNTED = """
     car bus buses trip lap sock shirt tile cube block brick piece slice pizza pie egg penny pennies nickel
     dime bill animal dog cat cow horse chicken pig bird fish duck rabbit goat sheep house room floor box
     boxes bag bottle jar glass glasses serving word letter sheet row column dot line region plane zero zeros
-    factor divisor
+    factor divisor kid guest worker friend family families toy truck shell muffin cake
+    teacher meal possible distinct different total
 """
 UNIT_OF = {word: words.split()[0] for words in UNITS.split(",") for word in words.split()}
 COUNTED_WORDS = {word: word for word in (*COUNTED.split(), *NO_UNIT)}
 EXPONENT = r"(?:\s*\^\s*\{?\s*(-?[1-9])\s*\}?)?"
 WORDS_IN_TEXT = re.compile(r"(.*?\S)\s*\\text\{([^{}]*)\}" + EXPONENT)
-BARE_WORDS = re.compile(r"(.*?[\d})!])( ?)([A-Za-z]+(?:[ ./]+[A-Za-z]+)*\.?)" + EXPONENT)
+BARE_WORDS = re.compile(r"(.*?(?:[\d})!]|\\pi))( *)([A-Za-z]+(?:[ ./]+[A-Za-z]+)*\.?)" + EXPONENT)
 
 
 def words_behind(text: str) -> tuple[str, str]:
@@ -99,32 +88,14 @@ def _unit(word: str) -> str | None:
     if len(word) == 1 or word in SYMBOLS:
         return UNIT_OF.get(word) if word in SYMBOLS else None
     forms = (word, word.casefold(), word.casefold().removesuffix("s"))
-    return next(
-        (table[form] for table in (UNIT_OF, COUNTED_WORDS) for form in forms[::-1] if form in table), None
-    )
+    found = [table[form] for table in (UNIT_OF, COUNTED_WORDS) for form in forms[::-1] if form in table]
+    return found[0] if found else None
 
 
 # ----------------------------------------------------------------------------------------------------------
 # values
 
-SHORT_WORDS = {
-    "yes",
-    "no",
-    "odd",
-    "even",
-    "all",
-    "none",
-    "true",
-    "false",
-    "red",
-    "blue",
-    "both",
-    "sun",
-    "one",
-    "two",
-    "six",
-    "ten",
-}
+SHORT_WORDS = set("yes no odd even all none true red sun one two six ten al bo ed jo ty".split())
 
 
 def read_words(text: str, depth: int) -> Value | None:
@@ -163,9 +134,8 @@ def read_number(text: str, depth: int) -> Value | None:
         value = scalar(("number", Fraction(f"{sign}{digits}e{exponent}")))
         if "." in digits or "E" in text or not exponent.startswith(("-", "+")):
             return value
-        return replace(
-            scalar(formula.parse(text)), also=frozenset([value.key])
-        )  # 3e-4 may be three times e, less four
+        product = scalar(formula.parse(text))  # 3e-4 may be three times e, less four
+        return replace(product, also=frozenset([value.key]))
     if text.endswith("%"):
         number = formula.parse(text[:-1])
         hundredth = ("quotient", number, ("number", Fraction(100)))
@@ -177,28 +147,25 @@ def read_number(text: str, depth: int) -> Value | None:
 def in_base(sign: str, digits: str, base: str) -> Value:
     """52_8 is 42, and may stand for 52 where everything is in base 8."""
     try:
-        value = scalar(("number", Fraction(int(sign + digits, int(base)))))
+        readings = [int(sign + digits, int(base)), *([int(sign + digits)] if digits.isdigit() else [])]
     except ValueError:
         raise NotFormula("no digits of this base") from None
-    also = {value.key} | (
-        {scalar(("number", Fraction(int(sign + digits)))).key} if digits.isdigit() else set()
-    )
-    return Value(("base", sign + digits, int(base)), frozenset(also))
+    also = frozenset(scalar(("number", Fraction(reading))).key for reading in readings)
+    return Value(("base", sign + digits, int(base)), also)
 
 
 def with_words(head: str, words: str, text: str) -> Value | None:
     """A number and words: a factor multiplies, a unit may be left out, other words may not."""
-    if RATIO.fullmatch(head):
-        raise NotFormula("a time of day")
     known, bare = known_words(words), r"\text" not in text
     if known is None:
         if bare and not re.search(r"^[^A-Za-z]* .*[A-Za-z]{4}", text):
             return None
         return Value(("words", scalar(formula.parse(head)).key, spelling.plain_text(words)))
     factor, unit = known
-    tree = (
-        None if head.endswith("%") or BASED.fullmatch(head) else formula.parse(re.sub(DEGREE + "$", "", head))
-    )
+    if re.search(DEGREE + "$", head) and unit not in ("", "C", "F"):  # 30 degrees N is a place
+        return Value(("words", scalar(formula.parse(head)).key, spelling.plain_text(words)))
+    special = head.endswith("%") or BASED.fullmatch(head)
+    tree = None if special else formula.parse(re.sub(DEGREE + "$", "", head))
     if bare and tree is not None and numeric.letters(tree):
         return None
     number = read_number(head, 0) if tree is None else scalar(tree)
@@ -206,7 +173,5 @@ def with_words(head: str, words: str, text: str) -> Value | None:
         number = scalar(("product", (("number", Fraction(factor)), tree or formula.parse(head))))
     if not unit:
         return number
-    product = (
-        {scalar(formula.parse(text)).key} if bare and len(words) < 3 else set()
-    )  # 12 m, 12cm may be products
+    product = {scalar(formula.parse(text)).key} if bare and len(words) < 3 else set()  # 12 m may be one
     return Value(("unit", number.key, unit), frozenset({number.key, *number.also, *product}))
