@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import Engine
 from model import ModelConfig, Transformer
-from plan import budgets, print_plan
+from plan import budgets, print_plan, steps_per_epoch
 from support import checkpoint, questions, report
 from support.config import RESUME_MAY_CHANGE, Config, flag_name
 from support.curves import draw_curves
@@ -186,7 +186,13 @@ def open_out(run):
         compare_with_checkpoint(run, state.pop("made_with", None))
         checkpoint.restore(folder, run.policy, run.optimizer)
         refresh_sampler(run)
-        print0(f"resume   from step {state['step']}")
+        last = c.epochs * steps_per_epoch(c, len(run.train_set))
+        if state["step"] < last:
+            print0(f"resume   from step {state['step']}")
+        else:
+            print0(
+                f"finished {c.out} has all its {last} steps: nothing is trained; another --out starts anew"
+            )
     if is_rank0():
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             checkpoint.forget_after(out / name, state["step"] if folder else -1)

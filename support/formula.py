@@ -70,7 +70,7 @@ class _Parser:
         return _compiled(pattern).match(self.text, self.at) is not None
 
     def another_factor(self) -> bool:
-        """Whether a factor without a sign comes next; a number may only stand behind a bracket or a factorial."""
+        """Whether a factor without a sign comes next; a number only behind a bracket or a factorial."""
         bar = not self.bars and self.sees(r"\|")  # elsewhere it closes the absolute value
         behind_bracket = self.text[: self.at].rstrip()[-1:] in (")", "!")
         return bar or self.sees(NEXT_FACTOR) or (behind_bracket and self.sees(r"[\d.]"))

@@ -3,11 +3,15 @@
 What it leaves, that it never reads the answers, ranks, and being killed.
 """
 
+import dataclasses
+import hashlib
+import io
 import json
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -15,6 +19,11 @@ import torch
 from conftest import ROOT, SMALL, command, environment, lines_of, program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+import plan
+import run
+import ttrl
+from support import questions
 
 TINY = ROOT / "tiny" / "model"
 
@@ -130,11 +139,8 @@ def test_a_finished_run_is_not_made_again(finished, few_questions):
     out, _ = finished
     before = (out / "metrics.jsonl").read_text()
     again = program("--data", few_questions, "--out", out, *SMALL).stdout
-    assert (
-        "resume   from step 4" in again
-        and "pass@1" in again
-        and (out / "metrics.jsonl").read_text() == before
-    )
+    assert "has all its 4 steps: nothing is trained" in again and "resume" not in again
+    assert "pass@1" in again and (out / "metrics.jsonl").read_text() == before
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -439,3 +445,66 @@ def test_an_error_on_any_rank_is_said(few_questions, tmp_path, failing):
     assert done.returncode == 1 and "Connection closed" not in done.stderr
     [line] = [line for line in done.stderr.splitlines() if "ttrl.py: " in line and "disk" in line]
     assert line == "ttrl.py: rank 1: the disk is gone" if failing == "1" else "ttrl.py: the disk is gone"
+
+
+def test_edited_sources_are_not_resumed_silently(few_questions, tmp_path):
+    """The same command after an edit of vote(): a sentence names the file; with the flag it goes on."""
+    program_folder = tmp_path / "program"
+    shutil.copytree(ROOT, program_folder, ignore=shutil.ignore_patterns(".*", "runs", "tests", "bench"))
+    arguments = ["--data", few_questions, "--out", tmp_path / "run", *SMALL, "--max-minutes", "0.001"]
+
+    def again(*more):
+        line = [sys.executable, str(program_folder / "ttrl.py"), *map(str, [*arguments, *more])]
+        return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300, cwd="/")
+
+    assert again().returncode == 0
+    source = (program_folder / "ttrl.py").read_text()
+    (program_folder / "ttrl.py").write_text(source.replace("float(index in agreeing)", "0.5"))
+    refused = again()
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "holds a run with other sources (ttrl.py)" in refused.stderr
+    assert "resume   from step 1" in again("--allow-changed-flags").stdout
+
+
+def test_the_plan_comes_before_the_weights(few_questions, tmp_path, monkeypatch, capsys):
+    """From config.json and the tokenizer alone: --dry-run fetches no weights, and neither does what cannot fit."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    fetched = []
+    monkeypatch.setattr(run, "fetch_config", lambda name: folder)
+    monkeypatch.setattr(run, "fetch_weights", lambda name: fetched.append(name) or folder)
+    arguments = ["--model", "Qwen2.5-Math-1.5B", "--data", str(few_questions), "--max-new-tokens", "48"]
+    arguments += ["--out", str(tmp_path / "run")]
+    endings = []
+    for more in (["--dry-run"], [], []):
+        try:
+            endings.append(ttrl.main([*arguments, *more]))
+        except SystemExit as stopped:
+            endings.append(stopped.code)
+        finally:
+            torch.distributed.destroy_process_group()
+        monkeypatch.setattr(plan, "physical_memory", lambda: 10**7)  # from the second on nothing fits
+    printed = capsys.readouterr()
+    assert endings == [None, 2, 2] and fetched == []
+    assert "plan " in printed.out and printed.err.count("Qwen2.5-Math-1.5B does not fit") == 2
+
+
+def test_questions_that_cannot_be_cached_say_where(tmp_path, monkeypatch):
+    """The network answers, the disk does not."""
+    data = b'[{"prompt": "1+1=?"}]'
+    aime = dataclasses.replace(questions.BENCHMARKS["aime"], sha256=hashlib.sha256(data).hexdigest())
+    monkeypatch.setitem(questions.BENCHMARKS, "aime", aime)
+    monkeypatch.setattr(questions.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(data))
+    (tmp_path / "ttrl").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=r"aime: cannot write to .*ttrl .*set XDG_CACHE_HOME"):
+        questions.load("aime")
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", "true", "[1]"])
+@pytest.mark.parametrize("key", ["answer", "id"])
+def test_answers_and_ids_are_texts_or_finite_numbers(tmp_path, key, value):
+    path = tmp_path / "odd.jsonl"
+    path.write_text(f'{{"prompt": "1+1=?", "{key}": {value}}}\n')
+    with pytest.raises(ValueError, match=f'odd.jsonl, line 1: "{key}" must be a text or a finite number'):
+        questions.load(str(path))
