@@ -1,6 +1,4 @@
-"""Files of a run that survive a crash.
-
-Lines are appended and synced, files and folders appear whole or not at all.
+"""Files of a run that survive a crash: lines are synced, files and folders appear whole or not at all.
 
 A checkpoint is a folder out/checkpoint/step-000010 with weights.safetensors, optimizer.safetensors (fp32) and
 state.json. It is written beside its place, brought to disk and then renamed, so the newest one that bears a
@@ -29,9 +27,8 @@ def append(path, lines):
 def forget_after(path, step):
     """Drop the lines of steps that a resumed run makes again, and a line that a crash cut in two."""
     kept = []
-    for line in (
-        path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    ):  # U+2028 may stand inside a line
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    for line in text.split("\n"):  # not splitlines: U+2028 may stand inside a line
         with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -70,10 +67,7 @@ def sync(path):
 
 
 def save(root, policy, optimizer, state):
-    """Write root/step-NNNNNN from the fp32 policy, its AdamW and `state` (JSON, with the key "step").
-
-    Older ones go.
-    """
+    """Write root/step-NNNNNN from the fp32 policy, its AdamW and `state` (JSON); older ones go."""
     names = [name for name, _ in policy.named_parameters()]
     moments = optimizer.state_dict()["state"]  # {index of the parameter: {step, exp_avg, exp_avg_sq}}
     flat = {
@@ -97,10 +91,7 @@ def save(root, policy, optimizer, state):
 
 
 def folders(root):
-    """The checkpoints in `root`, oldest first, half-written ones (.tmp) among them.
-
-    Whatever else lies there is not ours.
-    """
+    """The checkpoints in `root`, oldest first, also half-written ones (.tmp). Other files are not ours."""
     named = [
         (re.fullmatch(r"step-(\d+)(\.tmp)?", path.name), path)
         for path in root.glob("step-*")
@@ -121,10 +112,7 @@ def read_state(folder):
 
 @torch.no_grad()
 def restore(folder, policy, optimizer):
-    """Load a checkpoint's weights and moments in place.
-
-    Raises ValueError if they are those of another model.
-    """
+    """Load a checkpoint's weights and moments in place. Raises ValueError if they are another model's."""
     parameters, weights = dict(policy.named_parameters()), load_file(folder / "weights.safetensors")
     if weights.keys() != parameters.keys():
         raise ValueError(f"{folder}: holds the parameters of another model; choose another --out")

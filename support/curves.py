@@ -7,11 +7,9 @@ from support.report import read_metrics
 
 def draw_curves(out, eval_samples):
     """Redraw out/curves.png from out/metrics.jsonl."""
-    lines = read_metrics(out)
-    from matplotlib.figure import (
-        Figure,
-    )  # here: the import takes a second, which the start of a run need not wait for
+    from matplotlib.figure import Figure  # here: the import takes a second
 
+    lines = read_metrics(out)
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     draw_accuracy(left, lines, f"eval/maj@{eval_samples}")

@@ -1,7 +1,4 @@
-"""Before and after: what became of each question, claimed only beyond chance; differences of pairs.
-
-The best step.
-"""
+"""Before and after: what became of each question, paired differences, and the best evaluation."""
 
 import math
 from collections import Counter
@@ -24,13 +21,11 @@ SIGNIFICANCE = 0.05  # of the sign test, both directions together
 
 
 def lead_changes(before, after):
-    """(rises, falls).
+    """In how many samples the lead of the true answer (rose, fell), from two records of a question.
 
-    In how many samples the lead of the true answer rose or fell, from two records of a question.
-
-    A sample counts 1 for the true answer, -1 for the most frequent wrong answer of both evaluations, 0 for
-    any other or none. Sample i of both evaluations was drawn with the same random numbers, so they are
-    compared in pairs.
+    A sample counts 1 for the true answer, -1 for the most frequent wrong answer of both evaluations, and 0
+    for any other or none. Both evaluations drew sample i with the same random numbers, so samples are compared in
+    pairs.
     """
     right, answers = [*before["right"], *after["right"]], [*before["answers"], *after["answers"]]
     wrong = [None if r else answer for r, answer in zip(right, answers, strict=True)]
@@ -52,10 +47,7 @@ def tail(count, total):
 
 
 def direction(rises, falls):
-    """1 or -1 where the lead rose or fell beyond chance, else 0.
-
-    The sign test over the samples whose score changed.
-    """
+    """1 or -1 if the lead rose or fell beyond chance, else 0: a sign test over the samples that changed."""
     if tail(max(rises, falls), rises + falls) > SIGNIFICANCE / 2:
         return 0
     return 1 if rises > falls else -1
@@ -63,15 +55,14 @@ def direction(rises, falls):
 
 def false_alarms(changes):
     """Probability that so many changes, up or down by a fair coin, are taken for a rise (or for a fall)."""
-    return next(
-        (p for p in (tail(count, changes) for count in range(changes + 1)) if p <= SIGNIFICANCE / 2), 0.0
-    )
+    for count in range(changes + 1):
+        if tail(count, changes) <= SIGNIFICANCE / 2:
+            return tail(count, changes)
+    return 0.0  # too few changes to tell
 
 
 def fate(before, after):
     """What became of a question, one of FATES, from its two evaluation records.
-
-    No change is claimed within chance.
 
     >>> sure = {"kind": "math", "right": [1.0] * 8, "answers": ["7"] * 8, "majority_right": True}
     >>> wrong = {"kind": "math", "right": [0.0] * 8, "answers": ["5"] * 8, "majority_right": False}
@@ -105,12 +96,10 @@ def ledger(before, after):
 
 
 def paired_changes(before, after, names):
-    """Mean difference of each metric that has a value per question, and its standard error.
+    """Mean change of metrics and its standard error, from pairs: the same question before and after.
 
-    The questions are paired.
-
-    names: {metric: field of the records}. The standard error of a difference of pairs leaves out what the
-    questions have in common, so it is smaller than those of `before` and `after` suggest.
+    names: {metric: field of the records}. Questions differ more from each other than each of them changes, so
+    the standard error is smaller than those of `before` and `after` suggest.
     """
     changes = {}
     for name, field in names.items():
@@ -143,10 +132,7 @@ def better(best, step, records):
 
 
 def summarize(state):
-    """The numbers of a finished run for summary.json.
-
-    Metrics before and after, their change, the best, the ledger.
-    """
+    """The numbers of a finished run for summary.json: metrics before, after, change, best and ledger."""
     before, after = state["before"], state["after"]
     rows = ledger(before["records"], after["records"])
     counts = Counter(row["fate"] for row in rows)

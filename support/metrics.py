@@ -18,7 +18,7 @@ from support.ranks import all_reduce
 
 
 def standard_error(values):
-    """Of the mean of independent values: sqrt(variance / n), the variance with ddof 1; 0 for a single one.
+    """The standard error of the mean of independent values, variance with ddof 1; 0 for a single value.
 
     >>> round(standard_error([0.0, 1.0, 1.0, 0.0]), 4)
     0.2887
@@ -50,9 +50,7 @@ def mean(values):
 
 
 def grade(question, responses, voted):
-    """The record of one question.
-
-    What its responses and their vote (label, classes) have to do with the truth.
+    """The record of one question, from its responses and their vote (label, classes).
 
     A response is "right" if it equals the true answer. Metrics describe the vote, whatever the reward is.
     """
@@ -83,13 +81,11 @@ def training_metrics(records, votes):
 
 
 def evaluation_metrics(records, samples):
-    """Metrics of an evaluation from its records.
+    """Metrics of an evaluation from its records. Those that need the truth count questions that have one.
 
-    Those that need the truth over the questions where it is known.
-
-    pass@1 is the mean over samples (the paper's avg@16), its standard error is clustered by question: the
-    questions vary, not the samples of one question. maj@N is the plain vote over the N samples, pass@N
-    whether any is right.
+    pass@1 is the mean over samples (the paper's avg@16). Its standard error is clustered by question, since
+    the questions vary, not the samples of one question. maj@N is the plain vote over the N samples, pass@N
+    whether any of them is right.
     """
     metrics = {"majority_ratio": mean(record["majority_ratio"] for record in records)}
     known = [record for record in records if record["truth"] is not None]

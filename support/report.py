@@ -1,7 +1,4 @@
-"""What a run shows: the progress line, the before/after table, the ledger, a few responses.
-
-Speeds for its summary.
-"""
+"""What a run shows: the progress line, the before/after table, the ledger, a few responses, its speed."""
 
 import json
 from pathlib import Path
@@ -26,22 +23,21 @@ def progress(line, evaluation):
 def table(columns):
     """Metrics side by side as text: columns is {heading: metrics}.
 
-    A metric's `name_se` is its standard error.
-
-    The column "change" holds differences, which are shown with their sign.
+    `name_se` is the standard error of `name`. The column "change" holds differences, shown
+    with their sign.
 
     >>> after, change = {"pass@1": 0.5, "pass@1_se": 0.04}, {"pass@1": 0.25, "pass@1_se": 0.03}
     >>> print(table({"after": after, "change": change}))
                                   after           change
     pass@1                0.500 ± 0.040   +0.250 ± 0.030
     """
-    names = dict.fromkeys(
-        name for metrics in columns.values() for name in metrics if not name.endswith("_se")
-    )
+
+    def rank(name):  # accuracies first, pass@1 before all
+        return not name.startswith(("pass@1", "maj", "pass", "greedy")), name != "pass@1"
+
+    names = dict.fromkeys(name for metrics in columns.values() for name in metrics)
     lines = [" " * 18 + "".join(f"{heading:>17}" for heading in columns)]
-    for name in sorted(
-        names, key=lambda n: (not n.startswith(("pass@1", "maj", "pass", "greedy")), n != "pass@1")
-    ):
+    for name in sorted((name for name in names if not name.endswith("_se")), key=rank):
         cells = []
         for heading, metrics in columns.items():
             error = f" ± {metrics[name + '_se']:.3f}" if name + "_se" in metrics else ""
@@ -75,10 +71,7 @@ def render(summary, state):
 
 
 def responses(before, after, how_many=3):
-    """A response of the majority to a few questions, before and after.
-
-    A learned and a corrupted one if there are any.
-    """
+    """The majority's response to a few questions, before and after; a learned and a corrupted one first."""
 
     def interest(pair):
         order = ["learned", "corrupted", "sharpened"]
@@ -87,11 +80,9 @@ def responses(before, after, how_many=3):
 
     pairs = sorted(zip(before, after, strict=True), key=interest)
     firsts = {interest(pair): pair for pair in reversed(pairs)}  # one of each kind, then whatever is left
-    chosen = (list(firsts.values())[::-1] + [pair for pair in pairs if pair not in firsts.values()])[
-        :how_many
-    ]
+    chosen = list(firsts.values())[::-1] + [pair for pair in pairs if pair not in firsts.values()]
     blocks = []
-    for b, a in chosen:
+    for b, a in chosen[:how_many]:
         truth = f", truth {b['truth']}" if b["truth"] is not None else ""
         what = f" ({fate(b, a)})" if b["truth"] is not None else ""
         blocks.append(f"\n{shorten(b['prompt'])}{truth}{what}")
@@ -113,22 +104,21 @@ def shorten(text, length=160):
 
 
 def read_metrics(out):
-    return [
-        json.loads(line)
-        for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
-        if line
-    ]
+    """The lines of out/metrics.jsonl, a dict each."""
+    text = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def speeds(out):
     """Means over the steps of a run for summary.json; {} if it made none."""
     lines = [line for line in read_metrics(out) if "train/rollout_tokens_per_s" in line]
-    names = ("rollout_tokens_per_s", "train_tokens_per_s")
-    means = {name: sum(line[f"train/{name}"] for line in lines) / len(lines) for name in names if lines}
-    return {
-        **means,
-        **({"peak_memory_gb": max(line["train/peak_memory_gb"] for line in lines)} if lines else {}),
+    if not lines:
+        return {}
+    means = {
+        name: sum(line[f"train/{name}"] for line in lines) / len(lines)
+        for name in ("rollout_tokens_per_s", "train_tokens_per_s")
     }
+    return {**means, "peak_memory_gb": max(line["train/peak_memory_gb"] for line in lines)}
 
 
 def shown_responses(step, asked, responses, labels, rewards, how_many=4):
