@@ -24,8 +24,8 @@ def lead_changes(before, after):
     """In how many samples the lead of the true answer (rose, fell), from two records of a question.
 
     A sample counts 1 for the true answer, -1 for the most frequent wrong answer of both evaluations, and 0
-    for any other or none. Both evaluations drew sample i with the same random numbers, so samples are compared in
-    pairs.
+    for any other or none. Both evaluations drew sample i with the same random numbers, so samples are
+    compared in pairs.
     """
     right, answers = [*before["right"], *after["right"]], [*before["answers"], *after["answers"]]
     wrong = [None if r else answer for r, answer in zip(right, answers, strict=True)]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Question:
-    """One question; `answer` is read for reports only, `kind` ("math" or "choice") is that of its answers."""
+    """One question; `answer` is for reports only, `kind` ("math" or "choice") is that of its answers."""
 
     prompt: str
     answer: str | None = None
@@ -23,7 +23,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The settings that come with a question set of the paper (paper, section 3.1; GPQA and levels are ours)."""
+    """The settings that come with a question set of the paper (paper, section 3.1)."""
 
     folder: str  # under verl/data/ of the authors' repository
     sha256: str
