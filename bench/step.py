@@ -76,9 +76,9 @@ def our_step(folder, samples, flags):
     with tempfile.TemporaryDirectory() as out:
         data = Path(out) / "questions.jsonl"
         data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts()))
-        given = dict(model=str(folder), data=str(data), out=out, device="cpu", template="none", votes=samples, samples=samples,
-                     questions_per_step=QUESTIONS, questions_per_update=QUESTIONS, epochs=1, max_new_tokens=NEW_TOKENS,
-                     temperature=1.0, kl=0.0, lr=LR, **flags)  # fmt: skip
+        given = dict(model=str(folder), data=str(data), out=out, device="cpu", template="none", votes=samples,
+                     samples=samples, questions_per_step=QUESTIONS, questions_per_update=QUESTIONS, epochs=1,
+                     max_new_tokens=NEW_TOKENS, temperature=1.0, kl=0.0, lr=LR, **flags)  # fmt: skip
         run = open_run(configure(given), start_processes("cpu"), given)
         run.eos_ids = [-1]  # never comes
         before = memory()
@@ -135,12 +135,14 @@ def trl_step(folder, samples, setting):
     batch = min(setting["batch"], rows)
     with tempfile.TemporaryDirectory() as out:
         config = trl.GRPOConfig(
-            out, per_device_train_batch_size=batch, gradient_accumulation_steps=rows // batch, num_generations=samples,
-            max_completion_length=NEW_TOKENS, generation_kwargs={"min_new_tokens": NEW_TOKENS}, temperature=1.0, top_p=1.0,
-            top_k=0, beta=0.0, num_iterations=1, loss_type="dapo", max_steps=1, learning_rate=LR, weight_decay=0.01,
-            optim=setting.get("optim", "adamw_torch_fused"), cache_implementation=setting.get("cache"),
-            gradient_checkpointing=setting["checkpointing"], use_cpu=True, bf16=False, fp16=False, report_to="none",
-            save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+            out, per_device_train_batch_size=batch, gradient_accumulation_steps=rows // batch,
+            num_generations=samples,
+            max_completion_length=NEW_TOKENS, generation_kwargs={"min_new_tokens": NEW_TOKENS},
+            temperature=1.0, top_p=1.0, top_k=0, beta=0.0, num_iterations=1, loss_type="dapo", max_steps=1,
+            learning_rate=LR, weight_decay=0.01, optim=setting.get("optim", "adamw_torch_fused"),
+            cache_implementation=setting.get("cache"), gradient_checkpointing=setting["checkpointing"],
+            use_cpu=True, bf16=False, fp16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+            dataloader_pin_memory=False,
         )  # fmt: skip
         dataset = datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts()])
         trainer = trl.GRPOTrainer(
@@ -264,8 +266,9 @@ def main():
 
 def report(results, sides, runs, args, screened, began):
     phases = ("sampling", "voting", "learning", "wall", "cpu")
-    rows = [[name, *(f"{result[phase]:.2f}" for phase in phases), f"{result['before'] / 1e9:.2f}", f"{result['peak'] / 1e9:.2f}",
-             named(sides[name][1])] for name, result in results.items()]  # fmt: skip
+    rows = [[name, *(f"{result[phase]:.2f}" for phase in phases), f"{result['before'] / 1e9:.2f}",
+             f"{result['peak'] / 1e9:.2f}", named(sides[name][1])] for name,
+             result in results.items()]  # fmt: skip
     header = [
         "seconds, medians",
         "sampling",
@@ -289,10 +292,12 @@ def report(results, sides, runs, args, screened, began):
     aims["voting, of our step"] = ours["voting"] / ours["wall"], AIM_VOTE
     for name, (share, aim) in aims.items():
         say(f"{name}: {share:.3f}, aim {aim}: {'met' if share <= aim else 'not met'}")
-    last_line("step", model=args.model.name, samples=args.samples, threads=args.threads, seconds=time.monotonic() - began,
-              results=results, settings={name: side[1] for name, side in sides.items()}, prompt_tokens=tokens["ours"],
+    last_line("step", model=args.model.name, samples=args.samples, threads=args.threads,
+              seconds=time.monotonic() - began, results=results,
+              settings={name: side[1] for name, side in sides.items()}, prompt_tokens=tokens["ours"],
               shares={name: share for name, (share, _) in aims.items()},
-              screened={side: [{"setting": s, "wall": r["wall"], "cpu": r["cpu"], "peak": r["peak"]} for s, r in tried]
+              screened={side: [{"setting": s, "wall": r["wall"], "cpu": r["cpu"], "peak": r["peak"]} for s,
+                               r in tried]
                         for side, tried in screened.items()})  # fmt: skip
 
 

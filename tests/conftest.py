@@ -26,8 +26,9 @@ def random_model(tmp_path_factory):
 
     from model import Transformer
 
-    config = Qwen2Config(vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip
+    config = Qwen2Config(vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=512)  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     hf = Qwen2ForCausalLM(config)
     with torch.no_grad():

@@ -321,7 +321,8 @@ def test_defaults_are_the_papers():
 
 
 @pytest.mark.parametrize("model, temperature", [
-    ("tiny", 1.0), ("TinyLlama-1.1B-Chat", 0.6), ("my/destiny-7b", 0.6), ("runs/tiny-aime", 0.6), ("a/Qwen2.5-Math-7B-ft", 1.0),
+    ("tiny", 1.0), ("TinyLlama-1.1B-Chat", 0.6), ("my/destiny-7b", 0.6), ("runs/tiny-aime", 0.6),
+    ("a/Qwen2.5-Math-7B-ft", 1.0),
 ])  # fmt: skip
 def test_only_the_embedded_model_is_called_tiny(model, temperature):
     assert config.configure({"model": model, "data": "tiny"}).temperature == temperature

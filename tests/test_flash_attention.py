@@ -27,8 +27,10 @@ PROMPTS = [[5, 17, 3, 88, 41], [7, 7, 9], [60, 2, 2, 31, 14, 55, 90, 8], [12]]
 def small_model(dtype=torch.bfloat16, head_dim=16, windows=(None, 4), seed=0):
     """A transformer with four heads on two of keys, a layer without a sliding window and one with."""
     config = ModelConfig(vocab_size=101, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2,
-                         head_dim=head_dim, norm_eps=1e-6, max_positions=128, rope={"rope_type": "default", "rope_theta": 1e4},
-                         qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, tie_word_embeddings=False, windows=windows)  # fmt: skip
+                         head_dim=head_dim, norm_eps=1e-6, max_positions=128,
+                         rope={"rope_type": "default", "rope_theta": 1e4}, qkv_bias=True, o_bias=False,
+                         mlp_bias=False, qk_norm=False, tie_word_embeddings=False,
+                         windows=windows)  # fmt: skip
     torch.manual_seed(seed)
     whole = Transformer(config)
     with torch.no_grad():
@@ -227,8 +229,8 @@ def test_learning(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype, head_dim, takes", [
-    (torch.bfloat16, 64, True), (torch.float16, 256, True), (torch.float32, 64, False), (torch.bfloat16, 20, False),
-    (torch.bfloat16, 264, False),
+    (torch.bfloat16, 64, True), (torch.float16, 256, True), (torch.float32, 64, False),
+    (torch.bfloat16, 20, False), (torch.bfloat16, 264, False),
 ])  # fmt: skip
 def test_what_flash_attn_refuses_goes_to_sdpa(monkeypatch, dtype, head_dim, takes):
     """The reference raises where `flash_available` says no, and then the model still runs."""
@@ -246,14 +248,16 @@ def test_what_flash_attn_refuses_goes_to_sdpa(monkeypatch, dtype, head_dim, take
 
 
 MISTAKES = {
-    "lengths one too long": (KVCache, "open_step", "position.to(torch.int32)", "(position + 1).to(torch.int32)"),
+    "lengths one too long": (KVCache, "open_step", "position.to(torch.int32)",
+                             "(position + 1).to(torch.int32)"),
     "lengths in int64": (KVCache, "open_step", "position.to(torch.int32)", "position"),
     "the window one too wide": (attention, "flash_window", "(window - 1, 0)", "(window, 0)"),
     "no window": (engine, "flash_cached", "window_size=flash_window(window)", "window_size=(-1, -1)"),
     "keys and values swapped": (engine, "flash_cached", "k[:, None], v[:, None]", "v[:, None], k[:, None]"),
     "caches swapped": (engine, "flash_cached", "q[:, None], keys, values", "q[:, None], values, keys"),
     "SDPA's layout": (KVCache, "__init__", "(capacity, config.kv_heads) if self.flash else ", ""),
-    "a row copied but for its last place": (KVCache, "move", "layer[target, :, :length] = layer[source, :, :length]",
+    "a row copied but for its last place": (KVCache, "move",
+                                            "layer[target, :, :length] = layer[source, :, :length]",
                                             "layer[target, :, : length - 1] = layer[source, :, : length - 1]"),
 }  # fmt: skip
 LEARNING_MISTAKES = {

@@ -391,8 +391,9 @@ def wide_model(device):
         widths = dict(
             vocab_size=500, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2, head_dim=16
         )
-    config = ModelConfig(**widths, norm_eps=1e-6, max_positions=4096, rope={"rope_type": "default", "rope_theta": 1e6},
-                         qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, tie_word_embeddings=True,
+    config = ModelConfig(**widths, norm_eps=1e-6, max_positions=4096,
+                         rope={"rope_type": "default", "rope_theta": 1e6}, qkv_bias=True, o_bias=False,
+                         mlp_bias=False, qk_norm=False, tie_word_embeddings=True,
                          windows=(None,) * widths["layers"])  # fmt: skip
     with torch.device(device):
         return Transformer(config).to(device)

@@ -58,13 +58,13 @@ def test_bare_names_of_the_papers_models(asked, repo, fetch):
 
 
 CONFIG = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-          "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-          "chat_template.json"]  # fmt: skip
+          "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+          "chat_template.jinja", "chat_template.json"]  # fmt: skip
 WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-00001-of-00005.safetensors"]
 OTHERS = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "params.json", "tekken.json",
           "README.md", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin",
-          "original/consolidated.00.pth", "original/params.json", "modeling_evil.py", "tf_model.h5", "flax_model.msgpack", "onnx/model.onnx",
-          "optimizer.pt"]  # fmt: skip
+          "original/consolidated.00.pth", "original/params.json", "modeling_evil.py", "tf_model.h5",
+          "flax_model.msgpack", "onnx/model.onnx", "optimizer.pt"]  # fmt: skip
 
 
 @pytest.mark.parametrize("fetch, wanted", [(fetch_config, CONFIG), (fetch_weights, CONFIG + WEIGHTS)])

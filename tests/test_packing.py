@@ -218,9 +218,9 @@ def test_learner_notices_a_prompt_without_gradient(monkeypatch):
     assert outputs < TOLERANCE and grads > 10 * NOTICED
 
 
-def varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-                     causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
-                     return_attn_probs=False, block_table=None):  # fmt: skip
+def varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                     softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+                     deterministic=False, return_attn_probs=False, block_table=None):  # fmt: skip
     """flash_attn 2.8.3's flash_attn_varlen_func, signature and checks, in plain torch and in any precision."""
     assert causal and not (
         dropout_p or softmax_scale or softcap or alibi_slopes or return_attn_probs or block_table

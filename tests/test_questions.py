@@ -35,7 +35,8 @@ def test_load_json(tmp_path):
         {"prompt": "?"},
     ]
     assert load(write(tmp_path, json.dumps(rows))) == [
-        Question("1+1?", "2", "7", "math"), Question("Which?", "B", "1", "choice"), Question("?", None, "2", "math")
+        Question("1+1?", "2", "7", "math"), Question("Which?", "B", "1", "choice"),
+        Question("?", None, "2", "math")
     ]  # fmt: skip
 
 

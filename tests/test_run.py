@@ -51,7 +51,8 @@ def finished(tmp_path_factory, few_questions):
 def test_a_run_leaves_every_file(finished):
     out, _ = finished
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "summary.json", "checkpoint", "model"}  # fmt: skip
+        "config.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "summary.json", "checkpoint",
+        "model"}  # fmt: skip
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and (
         out / "curves.png"
     ).stat().st_size > 20_000
@@ -321,8 +322,9 @@ def test_bad_questions_are_one_sentence(tmp_path, content, words):
 
 def test_eval_only_on_other_questions(few_questions, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"prompt": "1+2=?", "answer": "3"}\n')
-    printed = program("--eval-only", "--eval-data", tmp_path / "one.jsonl", "--data", few_questions, "--out", tmp_path / "run",
-                      "--eval-samples", "4", "--eval-temperature", "0.6", "--eval-top-p", "0.95", ranks=2).stdout  # fmt: skip
+    printed = program("--eval-only", "--eval-data", tmp_path / "one.jsonl", "--data", few_questions, "--out",
+                      tmp_path / "run", "--eval-samples", "4", "--eval-temperature", "0.6", "--eval-top-p",
+                      "0.95", ranks=2).stdout  # fmt: skip
     assert "pass@1" in printed and "maj@4" in printed
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"evaluation.json"}
 
@@ -433,8 +435,10 @@ def test_an_error_on_any_rank_is_said(few_questions, tmp_path, failing):
     Alike on all ranks, once.
     """
     done = subprocess.run(
-        command(tmp_path, "--data", few_questions, "--out", tmp_path / "run", *SMALL, ranks=2, script="tests/broken_run.py"),
-        env={**environment(), "RANKS_THAT_CANNOT_READ": failing}, capture_output=True, text=True, timeout=120, cwd="/",
+        command(tmp_path, "--data", few_questions, "--out", tmp_path / "run", *SMALL, ranks=2,
+                script="tests/broken_run.py"),
+        env={**environment(), "RANKS_THAT_CANNOT_READ": failing}, capture_output=True, text=True, timeout=120,
+        cwd="/",
     )  # fmt: skip
     assert done.returncode == 1 and "Connection closed" not in done.stderr
     [line] = [line for line in done.stderr.splitlines() if "ttrl.py: " in line and "disk" in line]

@@ -119,8 +119,9 @@ def write_tokenizer(folder):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = dict(tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None,
-                  clean_up_tokenization_spaces=False, model_max_length=512, chat_template=TEMPLATE)  # fmt: skip
+    config = dict(tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                  unk_token=None, clean_up_tokenization_spaces=False, model_max_length=512,
+                  chat_template=TEMPLATE)  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return AutoTokenizer.from_pretrained(folder)
 
@@ -128,10 +129,11 @@ def write_tokenizer(folder):
 def write_config(folder, tokenizer):
     """config.json and generation_config.json of a small Qwen2."""
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    config = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=len(tokenizer), hidden_size=128,
-                  intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-                  max_position_embeddings=512, rope_theta=10000.0, rms_norm_eps=1e-6, hidden_act="silu",
-                  tie_word_embeddings=True, eos_token_id=end, pad_token_id=pad)  # fmt: skip
+    config = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=len(tokenizer),
+                  hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+                  num_key_value_heads=2, max_position_embeddings=512, rope_theta=10000.0, rms_norm_eps=1e-6,
+                  hidden_act="silu", tie_word_embeddings=True, eos_token_id=end,
+                  pad_token_id=pad)  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {"eos_token_id": [end, pad], "pad_token_id": pad, "do_sample": True, "temperature": 1.0}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
