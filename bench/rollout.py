@@ -162,7 +162,7 @@ class Peer:
         return [(case.prompts[i : i + count], case.samples) for i in range(0, len(case.prompts), count)]
 
     def call(self, case, setting, prompts, samples):
-        """The response lengths of one call; self.stamps has the time after each token, but for a paged cache."""
+        """The response lengths of one call; self.stamps has the time after each token, unless paged."""
         self.stamps = []
         options = dict(
             max_new_tokens=case.new_tokens,
@@ -270,7 +270,7 @@ CANDIDATES = {
 
 
 def screen(peer, case, threads, longest):
-    """Try the settings of a case on a few tokens and print each: [(setting, expected seconds of the case)]."""
+    """Try the settings of a case on a few tokens and print each: [(setting, expected seconds)]."""
 
     def attempt(setting):
         seconds = peer.estimate(case, setting, longest, tokens=13 if case.name == "a" else 7)

@@ -125,7 +125,8 @@ def check_against_transformers(folder):
 
 OPPOSITES = (  # whose answers are one token each, so that six tokens are enough for the box
     "big small, fast slow, light dark, young old, rich poor, hard soft, wet dry, full empty, "
-    "open closed, early late, strong weak, high low, good bad, near far, left right, day night, war peace, begin end"
+    "open closed, early late, strong weak, high low, good bad, near far, left right, "
+    "day night, war peace, begin end"
 )
 PAIRS = [tuple(pair.split()) for pair in OPPOSITES.split(", ")]
 

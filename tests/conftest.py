@@ -1,7 +1,4 @@
-"""What several test files share.
-
-A small random model, a few real questions, and the real program as a subprocess.
-"""
+"""What several test files share: a small random model, a few real questions, the program as a subprocess."""
 
 import json
 import os
@@ -14,14 +11,12 @@ import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parents[1]
-torch.set_num_threads(
-    1
-)  # the machine's other core belongs to the subprocesses, and small matrices gain nothing
+torch.set_num_threads(1)  # the other cores belong to the subprocesses, and small matrices gain nothing
 
 
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory):
-    """A Qwen2 of 3 layers with every parameter drawn at random, biases and norms too, such that nothing is flat."""
+    """A Qwen2 of 3 layers with every parameter random, biases and norms too, so that nothing is flat."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from model import Transformer

@@ -1,6 +1,4 @@
-"""Test-only.
-
-Random models of every family, once as transformers has them and once as we do, and how far they are apart.
+"""Random models of every family, as transformers has them and as we do, and how far they are apart.
 
 Every parity test redraws all parameters, norms and biases included, so that logits have a standard deviation
 of at least 1 and attention is far from flat: with a fresh initialisation half of the possible mistakes would
@@ -202,7 +200,7 @@ def difference(ours, reference, tokens):
 
 
 def flatness(attentions):
-    """Mean entropy of the attention of queries that see several keys, as a share of what equal weights would have."""
+    """Mean entropy of attention where several keys are seen, as a share of that of equal weights."""
     weights = torch.stack(attentions).double()  # [L, B, H, T, T]
     seen = (weights > 0).sum(-1)
     entropy = -torch.xlogy(weights, weights).sum(-1)

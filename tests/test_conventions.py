@@ -1,4 +1,4 @@
-"""The conventions of the source: which way imports run, the length of functions, lines and files, README's tree.
+"""Conventions: which way imports run, how long functions, lines and files are, and README's tree.
 
 Each rule is a function that returns the violations. It is run on this repository, where it must find none,
 and on a planted violation, which it must find.
@@ -45,7 +45,7 @@ def upward_imports(root):
 
 
 def import_cycle(folder):
-    """The modules of a cycle of imports inside a folder, the first one again at the end; [] if there is none."""
+    """The modules of a cycle of imports inside a folder, its first one again at the end; or []."""
     files = {f"{folder.name}.{path.stem}": path for path in folder.glob("*.py")}
     graph = {}
     for module, path in files.items():

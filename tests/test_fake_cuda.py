@@ -61,7 +61,7 @@ EOS = [7, 9]
 
 
 class ScriptedEngine(engine.Engine):
-    """The real engine on a device without numbers; when the host polls, a script says which rows have ended."""
+    """The real engine without numbers; when the host polls, a script says which rows have ended."""
 
     mode = None
 
@@ -210,7 +210,7 @@ def flash_varlen(q, k, v, ends_q, ends_k, longest_q, longest_k, *, causal, windo
 def attention_with_a_fused_kernel(
     q, k, v, attn_mask=None, sdpa=torch.nn.functional.scaled_dot_product_attention, **options
 ):
-    """SDPA, where a fused CUDA kernel exists: none takes a mask and shared heads, all scores would be stored."""
+    """SDPA, refused where no fused CUDA kernel exists (a mask and shared heads): all scores would be stored"""
     if q.is_cuda and attn_mask is not None:
         assert q.dim() == 4 and q.shape[1] == k.shape[1], (
             "a mask and shared heads: [B, H, Tq, Tk] would be written out"
@@ -267,17 +267,18 @@ def gpu(machine, request, monkeypatch):
 
 
 QWEN2 = dict(model_type="qwen2", hidden_size=3584, num_attention_heads=28, num_key_value_heads=4,
-             intermediate_size=18944, vocab_size=20000, tie_word_embeddings=False, max_position_embeddings=4096)  # fmt: skip
+             intermediate_size=18944, vocab_size=20000, tie_word_embeddings=False,
+             max_position_embeddings=4096)  # fmt: skip
 QWEN3 = dict(model_type="qwen3", hidden_size=1024, num_attention_heads=16, num_key_value_heads=8,
-             intermediate_size=3072, head_dim=128, vocab_size=20000, tie_word_embeddings=True, max_position_embeddings=4096,
-             use_sliding_window=True, sliding_window=16, max_window_layers=1)  # fmt: skip
+             intermediate_size=3072, head_dim=128, vocab_size=20000, tie_word_embeddings=True,
+             max_position_embeddings=4096, use_sliding_window=True, sliding_window=16, max_window_layers=1)  # fmt: skip
 
 SMALL = dict(model_type="llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=96, vocab_size=500, num_hidden_layers=1)  # fmt: skip
 
 
 def build(cls, folder, dtype=torch.float32, device="cpu"):
-    """Transformer.from_pretrained without the weights; real widths cost nothing where there are no numbers."""
+    """Transformer.from_pretrained without weights; real widths cost nothing where there are no numbers."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -354,7 +355,7 @@ def fake_models_have_the_right_dtypes(gpu, tmp_path, config):
     (QWEN3, dict(stream="eval", temperature=0.0)),
 ], ids=["qwen2", "qwen3", "nucleus", "greedy"])  # fmt: skip
 def fake_sampling_refills_moves_and_replays(gpu, tmp_path, config, how):
-    """18 rows go through 5 slots: the rollout is whole and on the CPU, steps are recorded at several shapes."""
+    """18 rows through 5 slots: the rollout is whole and on the CPU, steps are recorded at several shapes."""
     run = make_run(tmp_path, config)
     check_sampling(run, **how)
     if gpu.kernels:
@@ -411,7 +412,7 @@ def check_learning(run, gpu, monkeypatch):
     "gpu, config", [(PACKAGES[0], QWEN3), (PACKAGES[1], QWEN2)], indirect=["gpu"], ids=["qwen3", "qwen2"]
 )
 def fake_learning(gpu, tmp_path, config, monkeypatch):
-    """Two updates of several micro-batches: fp32 gradients and moments on the device, bf16 products, few waits."""
+    """Two updates: fp32 gradients and moments on the device, bf16 products, few waits for the device."""
     check_learning(make_run(tmp_path, config), gpu, monkeypatch)
 
 

@@ -1,4 +1,4 @@
-"""Our calls of flash-attn, run against a CPU reference of the same signature (flash_attention.py), and against SDPA.
+"""Our calls of flash-attn against SDPA, on a CPU reference of the same signature (flash_attention.py).
 
 The package itself needs a GPU: there tests/test_gpu.py compares it with SDPA. Here is proven that what we
 hand over is what its signature and its checks ask for, and means what SDPA with our own masks means.
@@ -256,9 +256,9 @@ MISTAKES = {
     "keys and values swapped": (engine, "flash_cached", "k[:, None], v[:, None]", "v[:, None], k[:, None]"),
     "caches swapped": (engine, "flash_cached", "q[:, None], keys, values", "q[:, None], values, keys"),
     "SDPA's layout": (KVCache, "__init__", "(capacity, config.kv_heads) if self.flash else ", ""),
-    "a row copied but for its last place": (KVCache, "move",
-                                            "layer[target, :, :length] = layer[source, :, :length]",
-                                            "layer[target, :, : length - 1] = layer[source, :, : length - 1]"),
+    "a row copied but for its last place": (
+        KVCache, "move", "layer[target, :, :length] = layer[source, :, :length]",
+        "layer[target, :, : length - 1] = layer[source, :, : length - 1]"),
 }  # fmt: skip
 LEARNING_MISTAKES = {
     "the learner's window one too wide": (attention, "flash_window", "(window - 1, 0)", "(window, 0)"),

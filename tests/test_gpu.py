@@ -434,7 +434,8 @@ def test_speed_of_decoding(device, monkeypatch, capsys):
                 )
                 moved = (weights + rows * length * a_token) / lasted / 1e9
                 lines.append(
-                    f"{rows:4}  {'yes' if flash else 'no':5}  {'yes' if graphs else 'no':6} {rows / lasted:11,.0f} {moved:7.0f}"
+                    f"{rows:4}  {'yes' if flash else 'no':5}  {'yes' if graphs else 'no':6} "
+                    f"{rows / lasted:11,.0f} {moved:7.0f}"
                 )
     say(capsys, *lines)
 
@@ -496,6 +497,7 @@ def test_speed_and_memory_of_learning(device, monkeypatch, capsys):
             lasted = seconds(learn, device, repeats=3)
             peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
             lines.append(
-                f"{whole.checkpointing!s:13}  {'yes' if flash else 'no':5} {rows * length / lasted:11,.0f} {peak:8.2f}"
+                f"{whole.checkpointing!s:13}  {'yes' if flash else 'no':5} "
+                f"{rows * length / lasted:11,.0f} {peak:8.2f}"
             )
     say(capsys, *lines)

@@ -112,7 +112,7 @@ def test_autocast_reaches_the_hidden_states_and_nothing_else(forward, backward):
 
 
 class LiveBytes(TorchDispatchMode):
-    """The peak of the bytes held by the tensors that operators return while this is active, each storage counted once.
+    """The peak of the bytes that tensors returned by operators hold, each storage counted once.
 
     only: count the storages of just so many bytes.
     """

@@ -204,7 +204,7 @@ def test_learner_notices_a_wrong_start(monkeypatch):
 
 
 def test_learner_notices_a_prompt_without_gradient(monkeypatch):
-    """Keys and values of the prompt that responses see as constants leave the outputs as they are, but not the gradients."""
+    """A prompt whose keys and values are constants for the responses changes gradients, not outputs."""
     attend = AttentionGroup.attend_rows
 
     def detached(self, window, q, k, v):
@@ -221,7 +221,7 @@ def test_learner_notices_a_prompt_without_gradient(monkeypatch):
 def varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
                      softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
                      deterministic=False, return_attn_probs=False, block_table=None):  # fmt: skip
-    """flash_attn 2.8.3's flash_attn_varlen_func, signature and checks, in plain torch and in any precision."""
+    """flash_attn 2.8.3's flash_attn_varlen_func, signature and checks, in plain torch, in any precision."""
     assert causal and not (
         dropout_p or softmax_scale or softcap or alibi_slopes or return_attn_probs or block_table
     )

@@ -130,7 +130,7 @@ def test_local_copy_of_a_benchmark_is_known_by_its_bytes(tmp_path):
 
 @pytest.fixture
 def web(tmp_path, monkeypatch):
-    """A cache folder of its own, a benchmark of two questions, and a network that serves web.data or raises it."""
+    """A cache folder of its own, a benchmark of two questions, a network that serves or raises web.data."""
 
     class Web:
         data = b'[{"prompt": "one", "answer": "1"}, {"prompt": "two", "id": "b"}]'

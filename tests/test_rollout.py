@@ -52,7 +52,7 @@ def test_mask_holds_the_end_of_sequence_token_and_nothing_after_it(random_model)
 
 
 def nearest_edge(model, rollout, temperature, seed=SEED, stream="train", step=2):
-    """How close the closest uniform number of a rollout came to an edge of the CDF, by a forward pass without a cache."""
+    """The least distance of a rollout's uniform numbers from the CDF's edges, by a pass without a cache."""
     closest = 1.0
     for row in range(len(rollout)):
         length, start = int(rollout.response_length[row]), int(rollout.prompt_length[row])
@@ -98,10 +98,7 @@ def test_a_response_does_not_depend_on_the_batch(random_model):
 
 
 class Recording(TorchDispatchMode):
-    """A CUDA graph on the CPU.
-
-    What was called is called again on the same tensors, and writes to the same addresses.
-    """
+    """A CUDA graph on the CPU: replays the calls on the same tensors, and writes to the same addresses."""
 
     def __init__(self, action, memory=None):
         super().__init__()

@@ -12,9 +12,9 @@ like this:
 
 The pupil is unsure in two ways, and goes on from whatever he wrote down:
 - now and then he slips: the sum is one or two off (SLIP);
-- he forgets to carry, and the result is ten too low. This is a habit more than an accident: the smaller the digit added,
-  the less he expects a carry, so after +9 he rarely forgets it and after +1 or +2 more often than not
-  (FORGET).
+- he forgets to carry, and the result is ten too low. This is a habit more than an accident: the smaller the
+  digit added, the less he expects a carry, so after +9 he rarely forgets it and after +1 or +2 more often
+  than not (FORGET).
 
 The model is trained on that homework until it has settled, so it knows the pupil's mistakes with their
 frequencies, as a language model knows those of its corpus. Nobody tells it which are mistakes. Most single
@@ -97,7 +97,8 @@ WORDS = "Please _reason _step _by _and _put _your _final _answer _within \\boxed
 TEMPLATE = (  # Qwen2.5-Math's, its default system turn included, without the parts for tools
     "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\n"
     "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n{% endif %}"
-    "{%- for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{%- for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -168,10 +169,7 @@ def batch(tokenizer, rng, held_out):
 
 
 def train(model, tokenizer, rng, held_out=()):
-    """Plain next-token training on the answers.
-
-    In the second half the rate falls to zero, so that the model settles.
-    """
+    """Plain next-token training on the answers; the rate falls to zero in the second half, to settle."""
     for name, p in model.named_parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.3 if name == "embed_tokens.weight" else p.shape[1] ** -0.5)
@@ -226,7 +224,8 @@ def measure(model, tokenizer, rows, samples, temperature):
     print(f"{samples} samples at temperature {temperature}: pass@1 {mean:.3f}, maj@{samples} {vote:.3f}; "
           f"{sum(len(set(group)) for group in groups) / len(rows):.1f} different answers a question, "
           f"{out.finished.float().mean():.3f} finished, {answers.count(None)} without an answer, "
-          f"{int(out.response_length.median())} tokens in the median, {int(out.response_length.max())} at most")  # fmt: skip
+          f"{int(out.response_length.median())} tokens in the median, "
+          f"{int(out.response_length.max())} at most")  # fmt: skip
 
 
 def main():
@@ -241,7 +240,8 @@ def main():
     train(model, tokenizer, random.Random(0), held_out={row["prompt"] for row in questions})
     model.save_pretrained(folder)
     print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters in {(time.time() - start) / 60:.1f} minutes"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters "
+        f"in {(time.time() - start) / 60:.1f} minutes"
     )
     measure(model, tokenizer, questions, samples=64, temperature=1.0)
     measure(model, tokenizer, questions, samples=1, temperature=0)
