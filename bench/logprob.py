@@ -181,7 +181,8 @@ def last_line(args, results):
     print(json.dumps({
         "bench": "logprob", "machine": machine, "device": args.device, "threads": args.threads,
         "python": platform.python_version(), "torch": torch.__version__,
-        "triton": logprob.triton and logprob.triton.__version__, "commit": commit.stdout.strip(),
+        "triton": logprob.logprob_triton and logprob.logprob_triton.triton.__version__,
+        "commit": commit.stdout.strip(),
         "tokens": args.tokens, "width": args.width, "vocabulary": args.vocabulary, "rounds": args.rounds,
         "results": results,
     }))  # fmt: skip

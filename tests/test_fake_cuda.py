@@ -210,7 +210,7 @@ def flash_varlen(q, k, v, ends_q, ends_k, longest_q, longest_k, *, causal, windo
 def attention_with_a_fused_kernel(
     q, k, v, attn_mask=None, sdpa=torch.nn.functional.scaled_dot_product_attention, **options
 ):
-    """SDPA, refused where no fused CUDA kernel exists (a mask and shared heads): all scores would be stored"""
+    """SDPA, but not with a mask and shared heads: no fused CUDA kernel takes them."""
     if q.is_cuda and attn_mask is not None:
         assert q.dim() == 4 and q.shape[1] == k.shape[1], (
             "a mask and shared heads: [B, H, Tq, Tk] would be written out"
@@ -271,7 +271,8 @@ QWEN2 = dict(model_type="qwen2", hidden_size=3584, num_attention_heads=28, num_k
              max_position_embeddings=4096)  # fmt: skip
 QWEN3 = dict(model_type="qwen3", hidden_size=1024, num_attention_heads=16, num_key_value_heads=8,
              intermediate_size=3072, head_dim=128, vocab_size=20000, tie_word_embeddings=True,
-             max_position_embeddings=4096, use_sliding_window=True, sliding_window=16, max_window_layers=1)  # fmt: skip
+             max_position_embeddings=4096,
+             use_sliding_window=True, sliding_window=16, max_window_layers=1)  # fmt: skip
 
 SMALL = dict(model_type="llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=96, vocab_size=500, num_hidden_layers=1)  # fmt: skip

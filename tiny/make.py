@@ -93,7 +93,10 @@ def answer(digits, rng):
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # _: space
-WORDS = "Please _reason _step _by _and _put _your _final _answer _within \\boxed boxed system user assistant What _is"
+WORDS = (
+    "Please _reason _step _by _and _put _your _final _answer _within \\boxed boxed system user assistant "
+    "What _is"
+)
 TEMPLATE = (  # Qwen2.5-Math's, its default system turn included, without the parts for tools
     "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\n"
     "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n{% endif %}"
