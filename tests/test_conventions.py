@@ -16,9 +16,6 @@ ROOMS = "ttrl run plan rollout engine model packing kernels support".split()  # 
 LONGEST_LINE, LONGEST_FUNCTION = 110, 40
 LONGEST_FILES = {"ttrl.py": 480, "model.py": 300, "support/*.py": 340, "README.md": 150}  # in lines
 
-# ----------------------------------------------------------------------------------------------------------
-# rules: a folder, or a text -> list of violations
-
 
 def imports(path):
     """Names of the modules that a file imports anywhere; `from support import words` gives support.words."""
@@ -35,10 +32,7 @@ def upward_imports(root):
     """Imports of a room that stands earlier in ROOMS."""
     found = []
     for position, room in enumerate(ROOMS):
-        files = (
-            [root / f"{room}.py"] if (root / f"{room}.py").exists() else sorted((root / room).glob("*.py"))
-        )
-        for path in files:
+        for path in [*root.glob(f"{room}.py"), *sorted(root.glob(f"{room}/*.py"))]:
             above = [name for name in sorted(imports(path)) if name.split(".")[0] in ROOMS[:position]]
             found += [f"{path.relative_to(root)} imports {name}" for name in above]
     return found
@@ -47,10 +41,8 @@ def upward_imports(root):
 def import_cycle(folder):
     """The modules of a cycle of imports inside a folder, its first one again at the end; or []."""
     files = {f"{folder.name}.{path.stem}": path for path in folder.glob("*.py")}
-    graph = {}
-    for module, path in files.items():
-        prefixes = {".".join(name.split(".")[:2]) for name in imports(path)}
-        graph[module] = prefixes & files.keys()
+    modules = {module: {".".join(name.split(".")[:2]) for name in imports(files[module])} for module in files}
+    graph = {module: imported & files.keys() for module, imported in modules.items()}
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -72,9 +64,12 @@ def long_lines(text, tables=False):
 
 
 def long_files(root):
-    paths = [(path, limit) for pattern, limit in LONGEST_FILES.items() for path in sorted(root.glob(pattern))]
-    lengths = [(path.relative_to(root), len(path.read_text("utf-8").splitlines()), n) for path, n in paths]
-    return [f"{path}: {length} lines, at most {limit}" for path, length, limit in lengths if length > limit]
+    found = []
+    for pattern, limit in LONGEST_FILES.items():
+        lengths = {path: len(path.read_text("utf-8").splitlines()) for path in sorted(root.glob(pattern))}
+        long = [path for path in lengths if lengths[path] > limit]
+        found += [f"{path.relative_to(root)}: {lengths[path]} lines, at most {limit}" for path in long]
+    return found
 
 
 def tree_differences(readme, files):
@@ -90,10 +85,6 @@ def tree_differences(readme, files):
     entries = {file.split("/")[0] for file in files}
     wanted = {entry for entry in entries if not entry.startswith(".") and entry != "README.md"}
     return sorted(wanted - named) + sorted(named - entries)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# this repository
 
 
 def tracked(*patterns):
@@ -121,10 +112,6 @@ def test_the_tree_in_the_readme_is_complete():
     assert tree_differences((ROOT / "README.md").read_text(encoding="utf-8"), tracked()) == []
 
 
-# ----------------------------------------------------------------------------------------------------------
-# planted violations
-
-
 @pytest.mark.parametrize("line", ["import ttrl", "from model import Block", "def f():\n    import run.x"])
 def test_an_upward_import_is_found(tmp_path, line):
     (tmp_path / "support").mkdir()
@@ -134,14 +121,12 @@ def test_an_upward_import_is_found(tmp_path, line):
 
 
 def test_a_cycle_of_imports_is_found(tmp_path):
-    for name, text in {
-        "a": "from kernels import b",
-        "b": "from kernels.c import f",
-        "c": "import kernels.a",
-    }.items():
-        (tmp_path / "kernels").mkdir(exist_ok=True)
-        (tmp_path / "kernels" / f"{name}.py").write_text(text)
-    assert sorted(set(import_cycle(tmp_path / "kernels"))) == ["kernels.a", "kernels.b", "kernels.c"]
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    texts = {"a": "from kernels import b", "b": "from kernels.c import f", "c": "import kernels.a"}
+    for name, text in texts.items():
+        (folder / f"{name}.py").write_text(text)
+    assert sorted(set(import_cycle(folder))) == ["kernels.a", "kernels.b", "kernels.c"]
 
 
 def test_what_is_too_long_is_found(tmp_path):

@@ -155,7 +155,8 @@ def test_download_is_checked_cached_and_repaired(web):
     wanted = [Question("one", "1", "0"), Question("two", None, "b")]
     assert load("aime") == wanted and web.cached.read_bytes() == web.data
     assert web.calls == [
-        "https://raw.githubusercontent.com/PRIME-RL/TTRL/3e2cc9376dc7486256f6021b37c4353d0e1abe2b/verl/data/AIME-TTT/train.json"
+        "https://raw.githubusercontent.com/PRIME-RL/TTRL/3e2cc9376dc7486256f6021b37c4353d0e1abe2b"
+        "/verl/data/AIME-TTT/train.json"
     ]
     assert load("aime") == wanted and len(web.calls) == 1  # from the cache
     web.cached.write_bytes(web.data[:20])
