@@ -1,7 +1,4 @@
-"""What the benches share.
-
-The machine, the model, clocks, peaks of memory and of arithmetic, tables, the last line of JSON.
-"""
+"""What the benches share: the machine, the model, clocks, peaks of memory and arithmetic, tables, JSON."""
 
 import contextlib
 import importlib
@@ -89,7 +86,7 @@ def clocked(action, *args, **kwargs):
 
 
 def seconds_of(action, at_least=0.5):
-    """Median seconds of a short action, repeated for about `at_least` seconds after one call that warms it up."""
+    """Median seconds of a short action, repeated for about `at_least` seconds after a call to warm up."""
     action()
     took = []
     while len(took) < 3 or (sum(took) < at_least and len(took) < 1000):
@@ -130,10 +127,7 @@ def peak_memory():
 
 
 def forget_peak():
-    """From here on `peak_memory` counts anew.
-
-    Where the kernel does not allow it, it goes on from the start of the process.
-    """
+    """Let `peak_memory` count from here on; where the kernel refuses, it still counts from the start."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -171,8 +165,11 @@ def table(header, rows):
     """Aligned text: the first column to the left, the others to the right."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-             for row in cells]  # fmt: skip
+    lines = []
+    for row in cells:
+        first, *others = zip(row, widths, strict=True)
+        line = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+        lines.append("  ".join(line).rstrip())
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

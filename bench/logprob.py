@@ -1,4 +1,6 @@
-r"""Time and memory of linear_logprob beside the plain way, forward and backward, the loss of log-probabilities alone.
+r"""Time and memory of linear_logprob beside the plain formula, forward and backward.
+
+The loss is the sum of the log-probabilities alone.
 
     # SmolLM2-135M's head, 2,048 tokens; 3 minutes
     python bench/logprob.py
@@ -145,52 +147,57 @@ def table(results):
     return "\n".join(lines)
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=2048, help="[%(default)s]")
     parser.add_argument("--width", type=int, default=576, help="[%(default)s]")
     parser.add_argument("--vocabulary", type=int, default=49152, help="[%(default)s]")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU [%(default)s]")
     parser.add_argument("--rounds", type=int, default=3, help="[%(default)s]")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument(
-        "--variant", choices=VARIANTS, help="measure one in this process: what the program calls itself with"
-    )
-    args = parser.parse_args()
-    if args.variant:
-        return print(json.dumps(measure(args.variant, args)))
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    only = "measure one in this process: what the program calls itself with"
+    parser.add_argument("--variant", choices=VARIANTS, help=only)
+    return parser.parse_args()
 
+
+def measure_all(args):
+    """Every variant in turn, each time in a process of its own: the least of each number."""
     variants = [name for name in VARIANTS if name != "fused" or args.device == "cuda"]
     command = [sys.executable, __file__, *sys.argv[1:], "--variant"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    options = dict(env={**os.environ, "OMP_NUM_THREADS": str(args.threads)}, text=True, check=True)
     rounds = {name: [] for name in variants}
     for _ in range(args.rounds):
         for name in variants:
-            done = subprocess.run(
-                [*command, name], env=environment, stdout=subprocess.PIPE, text=True, check=True
-            )
+            done = subprocess.run([*command, name], stdout=subprocess.PIPE, **options)
             rounds[name].append(json.loads(done.stdout.splitlines()[-1]))
-    results = {name: least(rows) for name, rows in rounds.items()}
-    print(
-        f"{args.tokens} tokens, width {args.width}, vocabulary {args.vocabulary}, {args.device}, {args.threads} threads"
-    )
-    print(table(results))
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    machine = (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"{platform.machine()}, {os.cpu_count()} cores"
-    )
+    return {name: least(rows) for name, rows in rounds.items()}
+
+
+def last_line(args, results):
+    describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True)
+    on_cpu = f"{platform.machine()}, {os.cpu_count()} cores"
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else on_cpu
     print(json.dumps({
         "bench": "logprob", "machine": machine, "device": args.device, "threads": args.threads,
         "python": platform.python_version(), "torch": torch.__version__,
-        "triton": logprob.triton and logprob.triton.__version__, "commit": commit.stdout.strip(),
-        "tokens": args.tokens, "width": args.width, "vocabulary": args.vocabulary, "rounds": args.rounds, "results": results,
+        "triton": logprob.logprob_triton and logprob.logprob_triton.triton.__version__,
+        "commit": commit.stdout.strip(),
+        "tokens": args.tokens, "width": args.width, "vocabulary": args.vocabulary, "rounds": args.rounds,
+        "results": results,
     }))  # fmt: skip
+
+
+def main():
+    args = parse()
+    if args.variant:
+        return print(json.dumps(measure(args.variant, args)))
+    results = measure_all(args)
+    size = f"{args.tokens} tokens, width {args.width}, vocabulary {args.vocabulary}"
+    print(f"{size}, {args.device}, {args.threads} threads")
+    print(table(results))
+    last_line(args, results)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""Tokens a second.
-
-Our sampler against transformers' generate, the same model, prompts and threads, in turn in one run.
+"""Tokens a second: our sampler against transformers' generate, with the same model, prompts and threads.
 
     python bench/rollout.py                          # SmolLM2-135M-Instruct, all cases; an hour on one core
     python bench/rollout.py --cases a b --threads 1  # minutes
     python bench/rollout.py --model tiny/model       # the embedded model
 
-    (a) 1 row, a prompt of 64 tokens and 64 new ones (b) 4 questions x 16 samples, prompts of 64 tokens, 64
-    new ones, every row to its full length (c) 8 questions x 64 samples in the chat template, up to 128
-    tokens, as long as the model's own end makes them
+    (a) 1 row, a prompt of 64 tokens and 64 new ones
+    (b) 4 questions x 16 samples, prompts of 64 tokens, 64 new ones, every row to its full length
+    (c) 8 questions x 64 samples in the chat template, up to 128 tokens, as long as the model makes them
 
 The peer is first screened: attention, cache, the way rows are repeated, rows a call, threads. Of what was
 tried the best takes part, twice: as `generate` alone, and as `generate` behind a prompt cache filled by hand
@@ -24,6 +22,7 @@ import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from common import (
@@ -133,7 +132,8 @@ class Setting:
     threads: int = 1
 
     def __str__(self):
-        return f"{self.attention}, {self.cache}, {self.repeat}, {self.rows or 'all'} rows a call, {self.threads} threads"
+        rows = self.rows or "all"
+        return f"{self.attention}, {self.cache}, {self.repeat}, {rows} rows a call, {self.threads} threads"
 
 
 class Peer:
@@ -163,10 +163,7 @@ class Peer:
         return [(case.prompts[i : i + count], case.samples) for i in range(0, len(case.prompts), count)]
 
     def call(self, case, setting, prompts, samples):
-        """The response lengths of one call.
-
-        Self.stamps has the time after each token (none if the cache is paged).
-        """
+        """The response lengths of one call; self.stamps has the time after each token, unless paged."""
         self.stamps = []
         options = dict(
             max_new_tokens=case.new_tokens,
@@ -238,9 +235,7 @@ class Peer:
         return Sample(wall, cpu, lengths)
 
     def estimate(self, case, setting, longest, tokens):
-        """Seconds of the case, from a few tokens of its first call.
-
-        The first token's time, and the median of the others'.
+        """Seconds of the case, from the first token's time in its first call and the median of a few others.
 
         longest(n): the longest response of n samples, which is when a call ends; one number a call.
         """
@@ -267,8 +262,8 @@ class Peer:
 # the first of a case is tried with every number of threads, the others with the number that was best
 CANDIDATES = {
     "a": [Setting(), Setting(attention="eager"), Setting(cache="static")],
-    "b": [Setting(), Setting(attention="eager"), Setting(cache="static"), Setting(repeat="rows"), Setting(cache="paged"),
-          Setting(repeat="prefix"), Setting(repeat="prefix", attention="eager")],
+    "b": [Setting(), Setting(attention="eager"), Setting(cache="static"), Setting(repeat="rows"),
+          Setting(cache="paged"), Setting(repeat="prefix"), Setting(repeat="prefix", attention="eager")],
     "c": [Setting(repeat="prefix", rows=64), Setting(repeat="prefix", rows=64, attention="eager"),
           *(Setting(repeat=repeat, rows=rows) for repeat, rows in (("prefix", 128), ("prefix", None),
             ("num_return_sequences", 64), ("num_return_sequences", 128), ("num_return_sequences", None)))],
@@ -276,10 +271,7 @@ CANDIDATES = {
 
 
 def screen(peer, case, threads, longest):
-    """Try the settings of a case on a few tokens, all of them shown.
-
-    [(setting, expected seconds of the case)].
-    """
+    """Try the settings of a case on a few tokens and print each: [(setting, expected seconds)]."""
 
     def attempt(setting):
         seconds = peer.estimate(case, setting, longest, tokens=13 if case.name == "a" else 7)
@@ -303,52 +295,53 @@ def expected(attempt):
 def compare(case, model, peer, threads, repeats):
     """Screen the peer, run both sides in turn, and return what the table and the last line need."""
     say(f"\n{case}")
-    longest = longest_responses(model, case, threads)
-    tried = screen(peer, case, threads, longest)
-    plain = min((attempt for attempt in tried if attempt[0].repeat != "prefix"), key=expected)[0]
-    settings = {"generate": plain}
-    if case.name != "a":
-        prefix = min((attempt for attempt in tried if attempt[0].repeat == "prefix"), key=expected)[0]
-        settings["generate behind a prefix"] = prefix
-        assert prefix.threads == plain.threads
+    tried = screen(peer, case, threads, longest_responses(model, case, threads))
+    settings = best_settings(case, tried)
+    threads = settings["generate"].threads
 
     def our_turn():
-        torch.set_num_threads(plain.threads)
+        torch.set_num_threads(threads)
         return ours(model, case)
 
-    def told(name, action):
-        def run():
-            sample = action()
-            say(
-                f"  run    {name}: {sample.rate:.1f} tokens/s, {sample.wall:.1f} s, {sample.cpu:.1f} CPU-seconds"
-            )
-            return sample
-
-        return run
-
-    torch.set_num_threads(plain.threads)
+    torch.set_num_threads(threads)
     ours(model, replace(case, new_tokens=2))  # warm
-    sides = {
-        "ours": our_turn,
-        **{name: lambda s=setting: peer.run(case, s) for name, setting in settings.items()},
-    }
-    runs = in_turn({name: told(name, action) for name, action in sides.items()}, repeats or case.repeats)
+    sides = {"ours": shown("ours", our_turn)}
+    for name, setting in settings.items():
+        sides[name] = shown(name, partial(peer.run, case, setting))
+    runs = in_turn(sides, repeats or case.repeats)
     results = {name: summary(samples) for name, samples in runs.items()}
     for name, result in results.items():
         result["times_peer"] = results["ours"]["rate"] / result["rate"]
-        result["times_peer_cpu"] = (
-            result["cpu_s"] / results["ours"]["cpu_s"]
-        )  # a shared machine shows in the other one
+        # a shared machine shows in the other ratio
+        result["times_peer_cpu"] = result["cpu_s"] / results["ours"]["cpu_s"]
         result["setting"] = str(settings.get(name, "rollout.generate"))
-    return {"case": case.name, "what": str(case), "threads": plain.threads, "sides": results,
-            "tried": [{"setting": str(setting), "expected_s": seconds} for setting, seconds in tried]}  # fmt: skip
+    screened = [{"setting": str(setting), "expected_s": seconds} for setting, seconds in tried]
+    return {"case": case.name, "what": str(case), "threads": threads, "sides": results, "tried": screened}
+
+
+def best_settings(case, tried):
+    """The fastest settings of the peer: of `generate` alone, and behind a prompt cache filled by hand."""
+    plain = min((attempt for attempt in tried if attempt[0].repeat != "prefix"), key=expected)[0]
+    if case.name == "a":
+        return {"generate": plain}
+    prefix = min((attempt for attempt in tried if attempt[0].repeat == "prefix"), key=expected)[0]
+    assert prefix.threads == plain.threads
+    return {"generate": plain, "generate behind a prefix": prefix}
+
+
+def shown(name, action):
+    """The action of a side, which also prints its rate and times."""
+
+    def run():
+        sample = action()
+        say(f"  run    {name}: {sample.rate:.1f} tokens/s, {sample.wall:.1f} s, {sample.cpu:.1f} CPU-seconds")
+        return sample
+
+    return run
 
 
 def longest_responses(model, case, threads):
-    """A function: prompts -> the longest response to expect of them.
-
-    Where the model ends them, from a quarter of the work.
-    """
+    """A function of prompts: the longest response to expect, measured on a quarter of the samples."""
     if not case.eos_ids:
         return lambda prompts: case.new_tokens
     torch.set_num_threads(threads[0])
@@ -376,56 +369,55 @@ def summary(samples):
 
 
 def bounds(model, cases, threads, repeats):
-    """Peaks of the machine, what the model's matrices reach by themselves, and what decoding reaches, with `threads` threads."""
+    """Peaks of the machine, and what the model's matrices alone and decoding reach of them."""
     torch.set_num_threads(threads)
     say(f"\nbounds, {threads} threads")
     matrices = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    weights = sum(
-        matrix.weight.numel() for matrix in matrices
-    )  # a tied head counts here, its use as embedding is a look-up
+    weights = sum(matrix.weight.numel() for matrix in matrices)  # a tied head counts, the embedding does not
     peaks, (read, copy) = gemm_peaks(), memory_bandwidth()
-    flops = max(peaks.values())
-    result = {
-        "threads": threads,
-        "gemm_flops": peaks,
-        "read_bytes_s": read,
-        "copy_bytes_s": copy,
-        "matrix_weights": weights,
-    }
-    rows = [*([f"2048 x 2048 by {name}", f"{peak / 1e9:.1f} GFLOP/s", f"{peak / flops:.0%}", ""] for name, peak in peaks.items()),
-            ["sum of 1 GiB", f"{read / 1e9:.1f} GB/s", "", "100 %"],
-            ["copy of 1 GiB", f"{copy / 1e9:.1f} GB/s", "", f"{copy / read:.0%}"]]  # fmt: skip
-    bandwidth = max(read, copy)
+    flops, bandwidth = max(peaks.values()), max(read, copy)
+    result = {"threads": threads, "gemm_flops": peaks, "read_bytes_s": read, "copy_bytes_s": copy,
+              "matrix_weights": weights}  # fmt: skip
+    rows = []
+    for name, peak in peaks.items():
+        rows.append([f"2048 x 2048 by {name}", f"{peak / 1e9:.1f} GFLOP/s", f"{peak / flops:.0%}", ""])
+    rows.append(["sum of 1 GiB", f"{read / 1e9:.1f} GB/s", "", "100 %"])
+    rows.append(["copy of 1 GiB", f"{copy / 1e9:.1f} GB/s", "", f"{copy / read:.0%}"])
     for count, case in ((64, cases["b"]), (1, cases["a"])):
-        inputs = {matrix.in_features: torch.randn(count, matrix.in_features) for matrix in matrices}
-        with torch.no_grad():
-            alone = seconds_of(lambda x=inputs: [matrix(x[matrix.in_features]) for matrix in matrices], 3.0)
-        decode = decode_seconds(model, case, repeats)
-        for name, seconds in (
-            (f"the matrices alone, {count} rows", alone),
-            (f"decode, {count} rows", decode),
-        ):
-            share_flops, share_bytes = (
+        alone, decode = matrices_seconds(matrices, count), decode_seconds(model, case, repeats)
+        for name, seconds in (("the matrices alone", alone), ("decode", decode)):
+            of_product, of_bandwidth = (
                 2 * weights * count / seconds / flops,
                 4 * weights / seconds / bandwidth,
             )
-            rows.append([name, f"{1000 * seconds:.1f} ms", f"{share_flops:.0%}", f"{share_bytes:.0%}"])
-        result[f"rows_{count}"] = {"matrices_s": alone, "decode_s": decode, "gemm_share": 2 * weights * count / decode / flops,
-                                   "bandwidth_share": 4 * weights / decode / bandwidth}  # fmt: skip
-    config, context = model.config, len(cases["b"].prompts[0]) + cases["b"].new_tokens // 2
-    attention = 4 * config.layers * config.heads * config.head_dim * context
+            shares = [f"{of_product:.0%}", f"{of_bandwidth:.0%}"]
+            rows.append([f"{name}, {count} rows", f"{1000 * seconds:.1f} ms", *shares])
+        result[f"rows_{count}"] = {"matrices_s": alone, "decode_s": decode, "gemm_share": of_product,
+                                   "bandwidth_share": of_bandwidth}  # fmt: skip
     say(table(["one token a row", "", "of the product", "of the bandwidth"], rows))
-    say(f"Counted are the matrices, {2 * weights / 1e6:.1f} MFLOP a token and {4 * weights / 1e6:.1f} MB a step; attention is "
-        f"not, {attention / 1e6:.1f} MFLOP a token at {context} tokens. Decode is a long run less a short one.")  # fmt: skip
-    result["attention_flops_a_token"] = attention
+    result["attention_flops_a_token"] = uncounted(model.config, cases["b"], weights)
     return result
 
 
-def decode_seconds(model, case, repeats):
-    """Seconds of one decode step.
+def matrices_seconds(matrices, count):
+    """Seconds of the model's matrices by themselves, each on `count` rows."""
+    inputs = {matrix.in_features: torch.randn(count, matrix.in_features) for matrix in matrices}
+    with torch.no_grad():
+        return seconds_of(lambda: [matrix(inputs[matrix.in_features]) for matrix in matrices], 3.0)
 
-    A run to the end less a run of an eighth of it, prefill and all, by the tokens between.
-    """
+
+def uncounted(config, case, weights):
+    """FLOPs a token of attention, which the shares leave out; a sentence says so."""
+    context = len(case.prompts[0]) + case.new_tokens // 2
+    attention = 4 * config.layers * config.heads * config.head_dim * context
+    say(f"Counted are the matrices, {2 * weights / 1e6:.1f} MFLOP a token and {4 * weights / 1e6:.1f} MB a "
+        f"step; attention is not, {attention / 1e6:.1f} MFLOP a token at {context} tokens. "
+        "Decode is a long run less a short one.")  # fmt: skip
+    return attention
+
+
+def decode_seconds(model, case, repeats):
+    """Seconds of one decode step: a full run less a run of an eighth of it, by the tokens between."""
     short = replace(case, new_tokens=case.new_tokens // 8)
     runs = in_turn(
         {"long": lambda: ours(model, case).wall, "short": lambda: ours(model, short).wall}, repeats or 3
@@ -442,9 +434,8 @@ def verdicts(compared, bound):
         name, sides = result["case"], result["sides"]
         for side in list(sides)[1:]:
             reached = sides[side]["times_peer"]
-            lines.append(
-                f"({name}) aim {AIMS[name]} x {side}: {reached:.2f} x, {'met' if reached >= AIMS[name] else 'not met'}"
-            )
+            met = "met" if reached >= AIMS[name] else "not met"
+            lines.append(f"({name}) aim {AIMS[name]} x {side}: {reached:.2f} x, {met}")
     if bound:
         for rows, share, aim in ((1, "bandwidth_share", AIM_BANDWIDTH), (64, "gemm_share", AIM_GEMM)):
             value = bound[f"rows_{rows}"][share]
@@ -472,8 +463,8 @@ def main():
     usual = Counter(result["threads"] for result in compared).most_common(1)[0][0] if compared else threads[0]
     bound = None if args.no_bounds else bounds(model, cases, usual, args.repeats)
     rows = [[f"({result['case']}) {name}", result["threads"], f"{side['rate']:.1f}", f"{side['wall_s']:.1f}",
-             f"{side['cpu_s']:.1f}", f"{side['mean_length']:.1f}", f"{side['times_peer']:.2f}", f"{side['times_peer_cpu']:.2f}",
-             side["setting"]]
+             f"{side['cpu_s']:.1f}", f"{side['mean_length']:.1f}", f"{side['times_peer']:.2f}",
+             f"{side['times_peer_cpu']:.2f}", side["setting"]]
             for result in compared for name, side in result["sides"].items()]  # fmt: skip
     if rows:
         say(

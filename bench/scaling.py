@@ -58,10 +58,7 @@ def random_model(vocabulary, width, folder):
 
 
 def operations(model, size):
-    """Floating-point operations of sampling.
-
-    2 a weight of the matrices, and attention to what lies before, for each token.
-    """
+    """FLOPs of sampling: for each token 2 a weight of the matrices, and attention to what lies before."""
     config, weights = (
         model.config,
         sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)),
@@ -96,7 +93,7 @@ def measure(size):
 
 
 def watched(action):
-    """What an action returns, the CPU-seconds of the faster of two runs, and the most memory that the first one took."""
+    """What an action returns; the CPU-seconds of the faster of two runs, and the peak memory of the first."""
     before = memory()
     forget_peak()
     _, _, first = clocked(action)
@@ -153,10 +150,12 @@ def render(axis, points):
 
 
 WHY = {
-    "rows": "A step of decoding calls torch as often for few rows as for many: below linear until the rows outweigh that.",
+    "rows": "A step of decoding calls torch as often for few rows as for many: "
+            "below linear until the rows outweigh that.",
     "length": "A token attends to all before it: above linear as attention's share of the arithmetic grows. "
               "The prompt, {prompt} tokens of each row, keeps the bytes below linear at first.",
-    "vocabulary": "Only the head and the draw grow with it, the layers do not: below linear until they outweigh the layers. "
+    "vocabulary": "Only the head and the draw grow with it, the layers do not: "
+                  "below linear until they outweigh the layers. "
                   "Learning holds the head's gradient and a tile of logits, never all of them.",
 }  # fmt: skip
 
@@ -175,7 +174,8 @@ def why(axis, points):
         slope = (last[name] - before[name]) / (last[axis] - before[axis])
         fixed = last[name] - slope * last[axis]
         lines.append(
-            f"{name.split()[0]}: about {max(fixed, 0):.2f} s that do not grow, and {1000 * slope:.3g} ms a unit."
+            f"{name.split()[0]}: about {max(fixed, 0):.2f} s that do not grow, "
+            f"and {1000 * slope:.3g} ms a unit."
         )
     return " ".join(lines)
 

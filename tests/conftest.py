@@ -1,7 +1,4 @@
-"""What several test files share.
-
-A small random model, a few real questions, and the real program as a subprocess.
-"""
+"""What several test files share: a small random model, a few real questions, the program as a subprocess."""
 
 import json
 import os
@@ -14,20 +11,19 @@ import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parents[1]
-torch.set_num_threads(
-    1
-)  # the machine's other core belongs to the subprocesses, and small matrices gain nothing
+torch.set_num_threads(1)  # the other cores belong to the subprocesses, and small matrices gain nothing
 
 
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory):
-    """A Qwen2 of 3 layers with every parameter drawn at random, biases and norms too, such that nothing is flat."""
+    """A Qwen2 of 3 layers with every parameter random, biases and norms too, so that nothing is flat."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from model import Transformer
 
-    config = Qwen2Config(vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip
+    config = Qwen2Config(vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=512)  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     hf = Qwen2ForCausalLM(config)
     with torch.no_grad():

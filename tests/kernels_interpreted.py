@@ -153,7 +153,8 @@ def assert_close(exact, eager, got):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens, width, vocabulary, used", [
-    (1, 8, 5, "both"), (37, 70, 301, "both"), (37, 70, 301, "logprob"), (37, 70, 301, "entropy"), (130, 96, 700, "both"),
+    (1, 8, 5, "both"), (37, 70, 301, "both"), (37, 70, 301, "logprob"), (37, 70, 301, "entropy"),
+    (130, 96, 700, "both"),
 ])  # fmt: skip
 def test_values_and_gradients(tokens, width, vocabulary, used, dtype, monkeypatch):
     monkeypatch.setattr(

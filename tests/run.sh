@@ -10,4 +10,4 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 "$PYTHON" -m ruff check --quiet .
 "$PYTHON" -m ruff format --check --quiet .
 "$PYTHON" -m pytest ${tier[@]+"${tier[@]}"} --doctest-modules --durations=10 "$@" \
-    ttrl.py report.py checkpoint.py rollout.py engine.py model.py packing.py questions.py kernels support tests
+    ttrl.py run.py plan.py rollout.py engine.py model.py packing.py kernels support tests

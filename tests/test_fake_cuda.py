@@ -1,5 +1,4 @@
-"""The CUDA path of the real program, sampling and learning, on tensors that only claim to be on a GPU
-(fake_cuda.py).
+"""The CUDA path of the real program, sampling and learning, without a GPU: on the tensors of fake_cuda.py.
 
 It proves that devices and dtypes fit together, that nothing waits for the device but the few places made for
 it, and that what a CUDA graph records stays on the device. It cannot prove that the numbers are right:
@@ -42,10 +41,7 @@ logprob_triton, sampler_triton = fake.triton_halves()
 
 
 def test_the_cuda_path_without_a_gpu():
-    """Runs the functions below that are named fake_*, in a process of their own.
-
-    The fake device stays for good.
-    """
+    """Run the functions below named fake_* in a process of their own, as the fake device stays for good."""
     if torch.cuda.is_available():
         pytest.skip("a real GPU is here: tests/test_gpu.py runs the CUDA path on it")
     if fake.COMPILER is None:
@@ -65,10 +61,7 @@ EOS = [7, 9]
 
 
 class ScriptedEngine(engine.Engine):
-    """The real engine on a device without numbers.
-
-    When the host polls, a script says which rows have ended.
-    """
+    """The real engine without numbers; when the host polls, a script says which rows have ended."""
 
     mode = None
 
@@ -217,10 +210,7 @@ def flash_varlen(q, k, v, ends_q, ends_k, longest_q, longest_k, *, causal, windo
 def attention_with_a_fused_kernel(
     q, k, v, attn_mask=None, sdpa=torch.nn.functional.scaled_dot_product_attention, **options
 ):
-    """SDPA, unless torch would fall back to writing out all scores.
-
-    No fused CUDA kernel takes a mask and shared heads.
-    """
+    """SDPA, but not with a mask and shared heads: no fused CUDA kernel takes them."""
     if q.is_cuda and attn_mask is not None:
         assert q.dim() == 4 and q.shape[1] == k.shape[1], (
             "a mask and shared heads: [B, H, Tq, Tk] would be written out"
@@ -241,10 +231,7 @@ PACKAGES = ["triton and flash-attn", "torch only"]
 
 @pytest.fixture(params=PACKAGES)
 def gpu(machine, request, monkeypatch):
-    """The fake device, with the optional packages and without them.
-
-    `gpu.kernels` counts the launches of each kernel.
-    """
+    """The fake device, with the optional packages or without; `gpu.kernels` counts the launches of each."""
     with fake.fake_cuda() as mode:
         ScriptedEngine.mode = mode
 
@@ -280,23 +267,19 @@ def gpu(machine, request, monkeypatch):
 
 
 QWEN2 = dict(model_type="qwen2", hidden_size=3584, num_attention_heads=28, num_key_value_heads=4,
-             intermediate_size=18944,
-             vocab_size=20000, tie_word_embeddings=False, max_position_embeddings=4096)  # fmt: skip
+             intermediate_size=18944, vocab_size=20000, tie_word_embeddings=False,
+             max_position_embeddings=4096)  # fmt: skip
 QWEN3 = dict(model_type="qwen3", hidden_size=1024, num_attention_heads=16, num_key_value_heads=8,
-             intermediate_size=3072,
-             head_dim=128, vocab_size=20000, tie_word_embeddings=True, max_position_embeddings=4096,
+             intermediate_size=3072, head_dim=128, vocab_size=20000, tie_word_embeddings=True,
+             max_position_embeddings=4096,
              use_sliding_window=True, sliding_window=16, max_window_layers=1)  # fmt: skip
 
 SMALL = dict(model_type="llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
-             intermediate_size=96,
-             vocab_size=500, num_hidden_layers=1)  # fmt: skip
+             intermediate_size=96, vocab_size=500, num_hidden_layers=1)  # fmt: skip
 
 
 def build(cls, folder, dtype=torch.float32, device="cpu"):
-    """Transformer.from_pretrained but for the weights.
-
-    Real widths cost nothing where there are no numbers.
-    """
+    """Transformer.from_pretrained without weights; real widths cost nothing where there are no numbers."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -311,8 +294,8 @@ def build(cls, folder, dtype=torch.float32, device="cpu"):
 def make_run(folder, config):
     """A Run on the device, as run.open_run makes it; the models by run.build_models."""
     (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "rms_norm_eps": 1e-6, **config}))
-    c = configure(dict(model=str(folder), data="amc", votes=6, samples=4, questions_per_step=3, questions_per_update=2,
-                            max_new_tokens=40, temperature=1.0, kl=0.01))  # fmt: skip
+    c = configure(dict(model=str(folder), data="amc", votes=6, samples=4, questions_per_step=3,
+                       questions_per_update=2, max_new_tokens=40, temperature=1.0, kl=0.01))  # fmt: skip
     assert c.checkpointing and c.device == "cuda"
     asked = [SimpleNamespace(id=str(i)) for i in range(3)]
     prompts = [[11, 12, 13, 14, 15], [21, 22], [31] * 9]
@@ -373,10 +356,7 @@ def fake_models_have_the_right_dtypes(gpu, tmp_path, config):
     (QWEN3, dict(stream="eval", temperature=0.0)),
 ], ids=["qwen2", "qwen3", "nucleus", "greedy"])  # fmt: skip
 def fake_sampling_refills_moves_and_replays(gpu, tmp_path, config, how):
-    """18 rows through 5 slots.
-
-    The rollout is whole and on the CPU, and steps were recorded at several shapes.
-    """
+    """18 rows through 5 slots: the rollout is whole and on the CPU, steps are recorded at several shapes."""
     run = make_run(tmp_path, config)
     check_sampling(run, **how)
     if gpu.kernels:
@@ -433,10 +413,7 @@ def check_learning(run, gpu, monkeypatch):
     "gpu, config", [(PACKAGES[0], QWEN3), (PACKAGES[1], QWEN2)], indirect=["gpu"], ids=["qwen3", "qwen2"]
 )
 def fake_learning(gpu, tmp_path, config, monkeypatch):
-    """Two updates of several micro-batches each.
-
-    Fp32 gradients and moments on the device, bf16 products, few waits.
-    """
+    """Two updates: fp32 gradients and moments on the device, bf16 products, few waits for the device."""
     check_learning(make_run(tmp_path, config), gpu, monkeypatch)
 
 
@@ -492,53 +469,67 @@ IN_SAMPLING = {  # what is wrong: (where, function, its text, the text planted, 
     "ends on the CPU": (ENGINE, "__init__", "sorted(eos_ids), device=device)", "sorted(eos_ids))", MIXES),
     "a step reads a number": (ENGINE, "step", STEP, f"{STEP}; num_generated.max().item()", READS),
     "a step asks whether any row goes on": (ENGINE, "step", STEP, f"{STEP}; assert self.alive.any()", READS),
-    "a step polls": (ENGINE, "step", STEP, "_, num_generated = self.poll(count)",
-                     "from the device to the host"),
-    "a step reads responses": (ENGINE, "step", STEP, f"{STEP}; self.tokens[0].cpu()",
-                               "from the device to the host"),
-    "a step brings something along": (ENGINE, "step", STEP, f"{STEP} + torch.ones(count).to(self.key.device)",
-                                      "from the host to the device"),
+    "a step polls":
+        (ENGINE, "step", STEP, "_, num_generated = self.poll(count)", "from the device to the host"),
+    "a step reads responses":
+        (ENGINE, "step", STEP, f"{STEP}; self.tokens[0].cpu()", "from the device to the host"),
+    "a step brings something along":
+        (ENGINE, "step",
+         STEP, f"{STEP} + torch.ones(count).to(self.key.device)", "from the host to the device"),
     "a step indexes by a mask": (ENGINE, "step", STEP, f"{STEP}; self.key[self.alive]", "indexing by a mask"),
-    "rows move by an index on the CPU": (ENGINE, "compact", "order[target].to(self.key.device), ",
-                                         "order[target], ",
-                                         "cuda is indexed by one on cpu"),
-    "slots are numbered on the CPU": (CACHE, "open_step",
-                                      "torch.arange(len(position), device=position.device)",
-                                      "torch.arange(len(position))", "cuda is indexed by one on cpu"),
-    "the mask of keys on the CPU": (CACHE, "open_step", "torch.arange(context, device=position.device)",
-                                    "torch.arange(context)",
-                                    "a CPU tensor in a step"),
-    "the cache in fp32": (CACHE, "__init__", "dtype=weight.dtype", "dtype=torch.float32",
-                          "must have the same dtype"),
-    "flash-attn's lengths in int64": (CACHE, "open_step", "position.to(torch.int32)", "position",
-                                      "lengths: int32"),
-    "flash-attn's cache in SDPA's layout": (CACHE, "attend_cached",
-                                            "keys.transpose(1, 2), values.transpose(1, 2)", "keys, values",
-                                            "must be a multiple"),
-    "prompts stay on the CPU": (rollout, "prefill", "model.config.windows).to(device)", "model.config.windows)", MIXES),
-    "logits in bf16": (Transformer, "next_token_logits", "if hidden.is_cuda:", "if False:", "rounded to bf16"),
-    "the sampler on the CPU": (run_module, "load_models", "run.sampler = Transformer.from_pretrained(run.folder, half, device)",
-                               "run.sampler = Transformer.from_pretrained(run.folder, half)", "the engine is on the CPU"),
+    "rows move by an index on the CPU":
+        (ENGINE, "compact",
+         "order[target].to(self.key.device), ", "order[target], ", "cuda is indexed by one on cpu"),
+    "slots are numbered on the CPU":
+        (CACHE, "open_step",
+         "torch.arange(len(position), device=position.device)",
+         "torch.arange(len(position))", "cuda is indexed by one on cpu"),
+    "the mask of keys on the CPU":
+        (CACHE, "open_step",
+         "torch.arange(context, device=position.device)", "torch.arange(context)", "a CPU tensor in a step"),
+    "the cache in fp32":
+        (CACHE, "__init__", "dtype=weight.dtype", "dtype=torch.float32", "must have the same dtype"),
+    "flash-attn's lengths in int64":
+        (CACHE, "open_step", "position.to(torch.int32)", "position", "lengths: int32"),
+    "flash-attn's cache in SDPA's layout":
+        (CACHE, "attend_cached",
+         "keys.transpose(1, 2), values.transpose(1, 2)", "keys, values", "must be a multiple"),
+    "prompts stay on the CPU":
+        (rollout, "prefill", "model.config.windows).to(device)", "model.config.windows)", MIXES),
+    "logits in bf16":
+        (Transformer, "next_token_logits", "if hidden.is_cuda:", "if False:", "rounded to bf16"),
+    "the sampler on the CPU":
+        (run_module, "load_models",
+         "run.sampler = Transformer.from_pretrained(run.folder, half, device)",
+         "run.sampler = Transformer.from_pretrained(run.folder, half)", "the engine is on the CPU"),
 }  # fmt: skip
 IN_LEARNING = {
-    "advantages on the CPU": (ttrl, "micro_batch_loss", "[:, None].to(device, non_blocking=True)",
-                              "[:, None]", MIXES),
-    "old log-probabilities on the CPU": (ttrl, "micro_batch_loss",
-                                         "mask.shape[1]].to(device, non_blocking=True)",
-                                         "mask.shape[1]]", MIXES),
+    "advantages on the CPU":
+        (ttrl, "micro_batch_loss", "[:, None].to(device, non_blocking=True)", "[:, None]", MIXES),
+    "old log-probabilities on the CPU":
+        (ttrl, "micro_batch_loss", "mask.shape[1]].to(device, non_blocking=True)", "mask.shape[1]]", MIXES),
     "a metric is read": (metrics.Tally, "add", "entropy, 0.0).sum()", "entropy, 0.0).sum().item()", READS),
-    "learning branches on a gap": (metrics.Tally, "add", "self.gap_max = torch", "assert gap.max(); self.gap_max = torch", READS),
-    "the loss branches on a ratio": (ttrl, "grpo_loss", "if ref_logprob is not None:", "if (ratio > 1).any():", READS),
-    "an upload waits": (ttrl, "micro_batch_loss", "mask.to(device, non_blocking=True)", "mask.to(device)", "slow_uploads"),
-    "no autocast": (ttrl, "micro_batch_loss", 'enabled=device.type == "cuda"', "enabled=False", r"\(torch.float32, True\)"),
-    "the policy in bf16": (run_module, "load_models", "half if c.eval_only else torch.float32", "half", "bfloat16, True, True"),
-    "the sampler in fp32": (run_module, "load_models", "run.sampler = Transformer.from_pretrained(run.folder, half, device)",
-                            "run.sampler = Transformer.from_pretrained(run.folder, torch.float32, device)", "torch.float32"),
+    "learning branches on a gap":
+        (metrics.Tally, "add", "self.gap_max = torch", "assert gap.max(); self.gap_max = torch", READS),
+    "the loss branches on a ratio":
+        (ttrl, "grpo_loss", "if ref_logprob is not None:", "if (ratio > 1).any():", READS),
+    "an upload waits":
+        (ttrl, "micro_batch_loss", "mask.to(device, non_blocking=True)", "mask.to(device)", "slow_uploads"),
+    "no autocast":
+        (ttrl, "micro_batch_loss",
+         'enabled=device.type == "cuda"', "enabled=False", r"\(torch.float32, True\)"),
+    "the policy in bf16":
+        (run_module, "load_models", "half if c.eval_only else torch.float32", "half", "bfloat16, True, True"),
+    "the sampler in fp32":
+        (run_module, "load_models",
+         "run.sampler = Transformer.from_pretrained(run.folder, half, device)",
+         "run.sampler = Transformer.from_pretrained(run.folder, torch.float32, device)", "torch.float32"),
     "the sampler on the CPU": (*IN_SAMPLING["the sampler on the CPU"][:-1], "from the device to the host"),
-    "an index stays on the CPU": (packing.PackedBatch, "to", "isinstance(value, torch.Tensor)",
-                                  'isinstance(value, torch.Tensor) and name != "unpacked"', MIXES),
-    "the learner's mask on the CPU": (packing.AttentionGroup, "mask", "device = self.query.device",
-                                      "device = None", MIXES),
+    "an index stays on the CPU":
+        (packing.PackedBatch, "to",
+         "isinstance(value, torch.Tensor)", 'isinstance(value, torch.Tensor) and name != "unpacked"', MIXES),
+    "the learner's mask on the CPU":
+        (packing.AttentionGroup, "mask", "device = self.query.device", "device = None", MIXES),
     "shared heads under a mask": (packing, "sdpa", "if q.is_cuda:", "if False:", "a mask and shared heads"),
 }  # fmt: skip
 ONLY_TORCH = ("slots are numbered on the CPU", "the mask of keys on the CPU", "the learner's mask on the CPU",

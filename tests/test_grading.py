@@ -2,7 +2,7 @@
 
 Hostile text runs in a process that is killed after 10 s.
 """
-# ruff: noqa: E501, RUF001
+# ruff: noqa: RUF001
 
 import itertools
 import json
@@ -207,7 +207,7 @@ def understood(answer):
 
 
 def test_classes_are_those_of_pairwise_comparison():
-    """`classes` looks keys up where the definition compares with all first members, also where equality is not transitive."""
+    """`classes` looks keys up, and finds what comparing with all first members finds, transitive or not."""
     generator = random.Random(5)
     answers = [pair[side] for pair in ANSWER_PAIRS for side in "ab"]
     some = "50%|5000%|5000|0.5|50|x=5|5|y=5|52_8|42|52|1, 2|(1,2)|2, 1|6 cm|6|6 m|2,1".split("|")
@@ -510,28 +510,41 @@ def test_truncated_choice_is_not_guessed():
 # Hostile text
 
 HOSTILE = [
-    "9^{9^{9^9}}", "10^{10^{10}}", "9^9^9^9", "(9^{9999})^{9999}", "9**9**9**9", "2^{99999999}", "1e999999999",
-    "999999999!", "(((5!)!)!)!", "(99999999)_{5}", r"\binom{99999999}{5000000}", r"\binom{x}{100}", "9!!!!!!!!",
-    r"[0, 9^{9^{9^9}}]", r"\sqrt[999999999]{2}", r"\sum_{i=1}^{10^9} i!", r"\int e^{x^2}\sin(x^3) dx", r"\det{(1)}",
-    r"\lim_{x \to 0} x^{x^x}", r"\operatorname{eye}(100000)", r"\prod_{i=1}^{999999} i", r"(x+y+z+1)^{9999}",
-    r"(x^{60}+y)^{60}", r"\begin{pmatrix} 1 & x \\ x & 1 \end{pmatrix}^{9999}", "2^{x}+3^{y}=x^{y}", "x^5-x+1=\\sin x",
-    '__import__("os").system("touch /tmp/ttrl-was-here")', r"\text{__import__('os').system('touch /tmp/ttrl-was-here')}",
-    "__import__('os')._exit(3)", "exec(open(0).read())", r"\variable{__import__('os')}", "exit()", "quit()", "lambda: 0",
-    "{" * 10_000 + "}" * 10_000, "\\boxed{" * 10_000 + "1" + "}" * 10_000, "(" * 90 + "1" + ")" * 90, "-" * 190 + "1",
-    r"\frac{1}{" * 20 + "2" + "}" * 20, r"\frac" * 39 + "1", r"\sqrt" * 39 + "2", r"\frac{2024}{\pi} \pm \sqrt{\sqrt[7]{\sqrt{5}}}", r"\cos(\sqrt{\frac{\infty+97}{x+1}})",
-    r"10001000\log10001000", r"17^{17}\log 99", r"9!9!\ln 5", r"(999)(999)(999)\ln 5", r"9^9999^9999", r"2^{1/97}+3^{1/89}", "{{{{{{{{1", "|" * 150, "[(" * 100,
-    "\x00", "1\x002", "7" * 1_000_000, "1," * 500_000, "\\boxed{" + "7" * 1_000_000 + "}", "\\boxed{" * 140_000,
-    "\\boxed" * 160_000, "answer is " * 100_000, "the answer is " + " " * 1_000_000, "A" * 1_000_000, "A " * 500_000,
-    "$" * 1_000_000, "\\(" * 500_000, "," * 1_000_000, "1/" * 500_000, "-" * 1_000_000, "\\" * 1_000_000, "}" * 1_000_000,
-    "\u202e42\u202c", "\u200b\u200f", "\ud800", "\U0001f600" * 300, "٣٤", "１２", "²", "½", "", " ", "\n" * 100_000, "%", "$", "\\",
-    r"\text{" * 30, r"\text{}", r"\text{ }", r"\boxed{\text{}}", "142.%", "1,000_0", "9_1", r"\frac{}{}", r"\frac{1}{0}", "0/0", "1/0", r"\infty-\infty", "0^0", "0^{-1}", r"\log 0", r"\tan(\pi/2)",
-    r"\cos(\frac{(2^{60})x}{|n|})", r"\sqrt{2+\sqrt{3+\sqrt{5+\sqrt{7+\sqrt{11}}}}}", "x" * 200, "1+" * 99 + "1", "x^" * 99 + "x",
-    r"\boxed{}" * 100_000, r"\boxed{\boxed{}}" * 50_000, "\\boxed{" * 100_000 + "}" * 100_000, "answer:" * 140_000, "answer" + "*" * 1_000_000, "</think>" * 120_000, "<think>" * 140_000,
-    r"\boxed{\text{answer " + ":" * 1_000_000 + "}}", "option is (A) or " * 60_000, "(A) is " * 140_000, r"\boxed{" + "(" * 1_000_000 + "A}", "answer is $" * 90_000, "the answer is " * 70_000,
-    "1 2" * 90, "1 000 " * 45, "1,000," * 45, r"\pm 1" * 50, r"\frac" * 50, "0." + r"\dot{1}" * 30, r"\overline{1}" * 20, "9" * 299, "9" * 140 + "^{" + "9" * 140 + "}", r"\binom{x}{300}" * 20, "x!" * 100,
-    r"e^{e^{e^{9}}}", r"\sin" * 70 + "x", "|" * 299, "|x" * 99, r"\{" * 100, "(1,2)," * 49 + "(1,2)", r"\cup" * 70, r"(1,2)\cup" * 30 + "(3,4)", "x<" * 99 + "x", "x=" * 99 + "1", r"x\ne" * 50 + "1", "f(" * 99 + ")" * 99,
-    r"\text{" * 40 + "}" * 40, "1 cm " * 60, "1 million " * 29, "%" * 299, "5" + " per cm" * 40, r"\mathbb{R}\setminus" * 14 + r"\{1\}", "(-1)^{1/3}" * 29, r"(10^{99}+1)" * 20, r"2^{2^{20}}", r"3000!" * 9, r"\lfloor 10^{99}\pi\rfloor",
-    r"\begin{pmatrix}" + "1&" * 80 + r"1\end{pmatrix}", r"\{" + "1," * 90 + r"1\}", r"1 \pm 2" * 20, "a=b=" * 40, "1<" * 90 + "2",
+    "9^{9^{9^9}}", "10^{10^{10}}", "9^9^9^9", "(9^{9999})^{9999}", "9**9**9**9", "2^{99999999}",
+    "1e999999999", "999999999!", "(((5!)!)!)!", "(99999999)_{5}", r"\binom{99999999}{5000000}",
+    r"\binom{x}{100}", "9!!!!!!!!", r"[0, 9^{9^{9^9}}]", r"\sqrt[999999999]{2}", r"\sum_{i=1}^{10^9} i!",
+    r"\int e^{x^2}\sin(x^3) dx", r"\det{(1)}", r"\lim_{x \to 0} x^{x^x}", r"\operatorname{eye}(100000)",
+    r"\prod_{i=1}^{999999} i", r"(x+y+z+1)^{9999}", r"(x^{60}+y)^{60}",
+    r"\begin{pmatrix} 1 & x \\ x & 1 \end{pmatrix}^{9999}", "2^{x}+3^{y}=x^{y}", "x^5-x+1=\\sin x",
+    '__import__("os").system("touch /tmp/ttrl-was-here")',
+    r"\text{__import__('os').system('touch /tmp/ttrl-was-here')}", "__import__('os')._exit(3)",
+    "exec(open(0).read())", r"\variable{__import__('os')}", "exit()", "quit()", "lambda: 0",
+    "{" * 10_000 + "}" * 10_000, "\\boxed{" * 10_000 + "1" + "}" * 10_000, "(" * 90 + "1" + ")" * 90,
+    "-" * 190 + "1", r"\frac{1}{" * 20 + "2" + "}" * 20, r"\frac" * 39 + "1", r"\sqrt" * 39 + "2",
+    r"\frac{2024}{\pi} \pm \sqrt{\sqrt[7]{\sqrt{5}}}", r"\cos(\sqrt{\frac{\infty+97}{x+1}})",
+    r"10001000\log10001000", r"17^{17}\log 99", r"9!9!\ln 5", r"(999)(999)(999)\ln 5", r"9^9999^9999",
+    r"2^{1/97}+3^{1/89}", "{{{{{{{{1", "|" * 150, "[(" * 100, "\x00", "1\x002", "7" * 1_000_000,
+    "1," * 500_000, "\\boxed{" + "7" * 1_000_000 + "}", "\\boxed{" * 140_000, "\\boxed" * 160_000,
+    "answer is " * 100_000, "the answer is " + " " * 1_000_000, "A" * 1_000_000, "A " * 500_000,
+    "$" * 1_000_000, "\\(" * 500_000, "," * 1_000_000, "1/" * 500_000, "-" * 1_000_000, "\\" * 1_000_000,
+    "}" * 1_000_000, "\u202e42\u202c", "\u200b\u200f", "\ud800", "\U0001f600" * 300, "٣٤", "１２", "²",
+    "½", "",
+    " ", "\n" * 100_000, "%", "$", "\\", r"\text{" * 30, r"\text{}", r"\text{ }", r"\boxed{\text{}}", "142.%",
+    "1,000_0", "9_1", r"\frac{}{}", r"\frac{1}{0}", "0/0", "1/0", r"\infty-\infty", "0^0", "0^{-1}",
+    r"\log 0", r"\tan(\pi/2)", r"\cos(\frac{(2^{60})x}{|n|})",
+    r"\sqrt{2+\sqrt{3+\sqrt{5+\sqrt{7+\sqrt{11}}}}}", "x" * 200, "1+" * 99 + "1", "x^" * 99 + "x",
+    r"\boxed{}" * 100_000, r"\boxed{\boxed{}}" * 50_000, "\\boxed{" * 100_000 + "}" * 100_000,
+    "answer:" * 140_000, "answer" + "*" * 1_000_000, "</think>" * 120_000, "<think>" * 140_000,
+    r"\boxed{\text{answer " + ":" * 1_000_000 + "}}", "option is (A) or " * 60_000, "(A) is " * 140_000,
+    r"\boxed{" + "(" * 1_000_000 + "A}", "answer is $" * 90_000, "the answer is " * 70_000, "1 2" * 90,
+    "1 000 " * 45, "1,000," * 45, r"\pm 1" * 50, r"\frac" * 50, "0." + r"\dot{1}" * 30, r"\overline{1}" * 20,
+    "9" * 299, "9" * 140 + "^{" + "9" * 140 + "}", r"\binom{x}{300}" * 20, "x!" * 100, r"e^{e^{e^{9}}}",
+    r"\sin" * 70 + "x", "|" * 299, "|x" * 99, r"\{" * 100, "(1,2)," * 49 + "(1,2)", r"\cup" * 70,
+    r"(1,2)\cup" * 30 + "(3,4)", "x<" * 99 + "x", "x=" * 99 + "1", r"x\ne" * 50 + "1", "f(" * 99 + ")" * 99,
+    r"\text{" * 40 + "}" * 40, "1 cm " * 60, "1 million " * 29, "%" * 299, "5" + " per cm" * 40,
+    r"\mathbb{R}\setminus" * 14 + r"\{1\}", "(-1)^{1/3}" * 29, r"(10^{99}+1)" * 20, r"2^{2^{20}}",
+    r"3000!" * 9, r"\lfloor 10^{99}\pi\rfloor", r"\begin{pmatrix}" + "1&" * 80 + r"1\end{pmatrix}",
+    r"\{" + "1," * 90 + r"1\}", r"1 \pm 2" * 20, "a=b=" * 40, "1<" * 90 + "2",
 ]  # fmt: skip
 
 
@@ -598,8 +611,10 @@ def test_hostile_text_neither_runs_nor_raises_nor_hangs():
 
 
 LATEX_WORDS = (
-    r"\frac{1}{2} \frac \sqrt{ \sqrt[3]{ \boxed{ } { ^ _ ( ) [ ] | ! , ; : = < > + - * / % $ & \\ . 0 1 2 9 17 99 1000 0.5 x y i e n"
-    r" \pi \infty \pm \cup \in \le \cdot \times \text{ \left( \right) \{ \} ^\circ \% \sin \log \ln \begin{pmatrix} \end{pmatrix}"
+    r"\frac{1}{2} \frac \sqrt{ \sqrt[3]{ \boxed{ } { ^ _ ( ) [ ] | ! , ; : = < > + - * / % $ & \\ . "
+    r"0 1 2 9 17 99 1000 0.5 x y i e n"
+    r" \pi \infty \pm \cup \in \le \cdot \times \text{ \left( \right) \{ \} ^\circ \% \sin \log \ln "
+    r"\begin{pmatrix} \end{pmatrix}"
     r" \binom{5}{2} 2^{10} answer\ is A B (C) and or cm eval __import__ \operatorname \int \sum \lim \det \!"
 ).split()
 ANY_TEXT = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(LATEX_WORDS), max_size=24).map("".join))

@@ -17,7 +17,8 @@ import pytest
 
 @pytest.mark.parametrize("file, interpret", [("kernels_interpreted.py", "1"), ("kernels_compiled.py", "0")])
 def test_triton(file, interpret, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path),
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": interpret,
+                   "TRITON_CACHE_DIR": str(tmp_path),
                    "TRITON_DEFAULT_FP_FUSION": "1"}  # fmt: skip
     command = [
         sys.executable,

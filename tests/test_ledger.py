@@ -16,8 +16,10 @@ def record(answers, truth="7", **fields):
     right = [float(answer == truth) for answer in answers]
     counts = sorted(dict.fromkeys(a for a in answers if a), key=answers.count, reverse=True)
     majority = counts[0] if counts else None
-    return {"id": "0", "kind": "math", "truth": truth, "answers": answers, "right": right, "pass@1": metrics.mean(right),
-            "majority": majority, "majority_right": majority == truth, "any_right": any(right), **fields}  # fmt: skip
+    return {"id": "0", "kind": "math", "truth": truth, "answers": answers, "right": right,
+            "pass@1": metrics.mean(right),
+            "majority": majority, "majority_right": majority == truth, "any_right": any(right),
+            **fields}  # fmt: skip
 
 
 def test_lead_counts_paired_samples_by_hand():

@@ -35,7 +35,8 @@ def test_load_json(tmp_path):
         {"prompt": "?"},
     ]
     assert load(write(tmp_path, json.dumps(rows))) == [
-        Question("1+1?", "2", "7", "math"), Question("Which?", "B", "1", "choice"), Question("?", None, "2", "math")
+        Question("1+1?", "2", "7", "math"), Question("Which?", "B", "1", "choice"),
+        Question("?", None, "2", "math")
     ]  # fmt: skip
 
 
@@ -129,7 +130,7 @@ def test_local_copy_of_a_benchmark_is_known_by_its_bytes(tmp_path):
 
 @pytest.fixture
 def web(tmp_path, monkeypatch):
-    """A cache folder of its own, a benchmark of two questions, and a network that serves web.data or raises it."""
+    """A cache folder of its own, a benchmark of two questions, a network that serves or raises web.data."""
 
     class Web:
         data = b'[{"prompt": "one", "answer": "1"}, {"prompt": "two", "id": "b"}]'
@@ -154,7 +155,8 @@ def test_download_is_checked_cached_and_repaired(web):
     wanted = [Question("one", "1", "0"), Question("two", None, "b")]
     assert load("aime") == wanted and web.cached.read_bytes() == web.data
     assert web.calls == [
-        "https://raw.githubusercontent.com/PRIME-RL/TTRL/3e2cc9376dc7486256f6021b37c4353d0e1abe2b/verl/data/AIME-TTT/train.json"
+        "https://raw.githubusercontent.com/PRIME-RL/TTRL/3e2cc9376dc7486256f6021b37c4353d0e1abe2b"
+        "/verl/data/AIME-TTT/train.json"
     ]
     assert load("aime") == wanted and len(web.calls) == 1  # from the cache
     web.cached.write_bytes(web.data[:20])

@@ -33,10 +33,7 @@ def weights(out):
 
 
 def moved(out):
-    """The largest change of a weight since the base model.
-
-    A comparison of two runs says nothing if neither moved.
-    """
+    """The largest change of a weight since the base model: equal runs prove nothing if neither moved."""
     base = load_file(TINY / "model.safetensors")
     return max((tensor - base[name]).abs().max().item() for name, tensor in weights(out).items())
 
@@ -60,7 +57,8 @@ def finished(tmp_path_factory, few_questions):
 def test_a_run_leaves_every_file(finished):
     out, _ = finished
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "summary.json", "checkpoint", "model"}  # fmt: skip
+        "config.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "summary.json", "checkpoint",
+        "model"}  # fmt: skip
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and (
         out / "curves.png"
     ).stat().st_size > 20_000
@@ -71,16 +69,11 @@ def test_a_run_leaves_every_file(finished):
 def test_metrics_have_a_line_a_step_with_every_name(finished):
     out, _ = finished
     lines = lines_of(out / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and [line["epoch"] for line in lines] == [
-        0,
-        1,
-        1,
-        2,
-        2,
-    ]
-    train = """label_accuracy reward_accuracy majority_ratio ground_truth_ratio reward entropy clip_fraction kl_old_new
-        logprob_gap logprob_gap_max grading_timeouts grad_norm lr response_tokens truncated no_answer zero_variance_groups
-        rollout_tokens_per_s train_tokens_per_s peak_memory_gb pass@8"""
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert [line["epoch"] for line in lines] == [0, 1, 1, 2, 2]
+    train = """label_accuracy reward_accuracy majority_ratio ground_truth_ratio reward entropy clip_fraction
+        kl_old_new logprob_gap logprob_gap_max grading_timeouts grad_norm lr response_tokens truncated
+        no_answer zero_variance_groups rollout_tokens_per_s train_tokens_per_s peak_memory_gb pass@8"""
     for line in lines[1:]:
         assert {f"train/{name}" for name in train.split()} <= line.keys()
     evaluation = {"eval/pass@1", "eval/pass@1_se", "eval/maj@4", "eval/pass@4", "eval/majority_ratio"}
@@ -327,8 +320,9 @@ def test_bad_questions_are_one_sentence(tmp_path, content, words):
 
 def test_eval_only_on_other_questions(few_questions, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"prompt": "1+2=?", "answer": "3"}\n')
-    printed = program("--eval-only", "--eval-data", tmp_path / "one.jsonl", "--data", few_questions, "--out", tmp_path / "run",
-                      "--eval-samples", "4", "--eval-temperature", "0.6", "--eval-top-p", "0.95", ranks=2).stdout  # fmt: skip
+    printed = program("--eval-only", "--eval-data", tmp_path / "one.jsonl", "--data", few_questions, "--out",
+                      tmp_path / "run", "--eval-samples", "4", "--eval-temperature", "0.6", "--eval-top-p",
+                      "0.95", ranks=2).stdout  # fmt: skip
     assert "pass@1" in printed and "maj@4" in printed
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"evaluation.json"}
 
@@ -439,8 +433,10 @@ def test_an_error_on_any_rank_is_said(few_questions, tmp_path, failing):
     Alike on all ranks, once.
     """
     done = subprocess.run(
-        command(tmp_path, "--data", few_questions, "--out", tmp_path / "run", *SMALL, ranks=2, script="tests/broken_run.py"),
-        env={**environment(), "RANKS_THAT_CANNOT_READ": failing}, capture_output=True, text=True, timeout=120, cwd="/",
+        command(tmp_path, "--data", few_questions, "--out", tmp_path / "run", *SMALL, ranks=2,
+                script="tests/broken_run.py"),
+        env={**environment(), "RANKS_THAT_CANNOT_READ": failing}, capture_output=True, text=True, timeout=120,
+        cwd="/",
     )  # fmt: skip
     assert done.returncode == 1 and "Connection closed" not in done.stderr
     [line] = [line for line in done.stderr.splitlines() if "ttrl.py: " in line and "disk" in line]

@@ -12,9 +12,9 @@ like this:
 
 The pupil is unsure in two ways, and goes on from whatever he wrote down:
 - now and then he slips: the sum is one or two off (SLIP);
-- he forgets to carry, and the result is ten too low. This is a habit more than an accident: the smaller the digit added,
-  the less he expects a carry, so after +9 he rarely forgets it and after +1 or +2 more often than not
-  (FORGET).
+- he forgets to carry, and the result is ten too low. This is a habit more than an accident: the smaller the
+  digit added, the less he expects a carry, so after +9 he rarely forgets it and after +1 or +2 more often
+  than not (FORGET).
 
 The model is trained on that homework until it has settled, so it knows the pupil's mistakes with their
 frequencies, as a language model knows those of its corpus. Nobody tells it which are mistakes. Most single
@@ -94,11 +94,15 @@ def answer(digits, rng):
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # _: space
-WORDS = "Please _reason _step _by _and _put _your _final _answer _within \\boxed boxed system user assistant What _is"
+WORDS = (
+    "Please _reason _step _by _and _put _your _final _answer _within \\boxed boxed system user assistant "
+    "What _is"
+)
 TEMPLATE = (  # Qwen2.5-Math's, its default system turn included, without the parts for tools
     "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\n"
     "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n{% endif %}"
-    "{%- for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{%- for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -120,8 +124,9 @@ def write_tokenizer(folder):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = dict(tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None,
-                  clean_up_tokenization_spaces=False, model_max_length=512, chat_template=TEMPLATE)  # fmt: skip
+    config = dict(tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                  unk_token=None, clean_up_tokenization_spaces=False, model_max_length=512,
+                  chat_template=TEMPLATE)  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return AutoTokenizer.from_pretrained(folder)
 
@@ -129,10 +134,11 @@ def write_tokenizer(folder):
 def write_config(folder, tokenizer):
     """config.json and generation_config.json of a small Qwen2."""
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    config = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=len(tokenizer), hidden_size=128,
-                  intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-                  max_position_embeddings=512, rope_theta=10000.0, rms_norm_eps=1e-6, hidden_act="silu",
-                  tie_word_embeddings=True, eos_token_id=end, pad_token_id=pad)  # fmt: skip
+    config = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=len(tokenizer),
+                  hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+                  num_key_value_heads=2, max_position_embeddings=512, rope_theta=10000.0, rms_norm_eps=1e-6,
+                  hidden_act="silu", tie_word_embeddings=True, eos_token_id=end,
+                  pad_token_id=pad)  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {"eos_token_id": [end, pad], "pad_token_id": pad, "do_sample": True, "temperature": 1.0}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
@@ -167,10 +173,7 @@ def batch(tokenizer, rng, held_out):
 
 
 def train(model, tokenizer, rng, held_out=()):
-    """Plain next-token training on the answers.
-
-    In the second half the rate falls to zero, so that the model settles.
-    """
+    """Plain next-token training on the answers; the rate falls to zero in the second half, to settle."""
     for name, p in model.named_parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.3 if name == "embed_tokens.weight" else p.shape[1] ** -0.5)
@@ -225,7 +228,8 @@ def measure(model, tokenizer, rows, samples, temperature):
     print(f"{samples} samples at temperature {temperature}: pass@1 {mean:.3f}, maj@{samples} {vote:.3f}; "
           f"{sum(len(set(group)) for group in groups) / len(rows):.1f} different answers a question, "
           f"{out.finished.float().mean():.3f} finished, {answers.count(None)} without an answer, "
-          f"{int(out.response_length.median())} tokens in the median, {int(out.response_length.max())} at most")  # fmt: skip
+          f"{int(out.response_length.median())} tokens in the median, "
+          f"{int(out.response_length.max())} at most")  # fmt: skip
 
 
 def main():
@@ -240,7 +244,8 @@ def main():
     train(model, tokenizer, random.Random(0), held_out={row["prompt"] for row in questions})
     model.save_pretrained(folder)
     print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters in {(time.time() - start) / 60:.1f} minutes"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters "
+        f"in {(time.time() - start) / 60:.1f} minutes"
     )
     measure(model, tokenizer, questions, samples=64, temperature=1.0)
     measure(model, tokenizer, questions, samples=1, temperature=0)

@@ -1,6 +1,8 @@
-"""The memory plan against what a run on the CPU really allocates."""
+"""The plan: responses and bytes by hand, and its memory against what a run on the CPU really allocates."""
 
+import dataclasses
 import gc
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +16,39 @@ import ttrl
 from model import ModelConfig
 from run import open_run
 from support import config, ranks
+
+
+def test_the_plan_counts_the_responses_of_evaluation():
+    """MATH-500 by the paper: 160 steps, 81 evaluations of 500 x 16 responses, greedy before and after."""
+    c = config.configure({"model": "Qwen2.5-Math-1.5B", "data": "math"})
+    assert plan.planned_responses(c, 500, 500) == {"train": 10 * 500 * 64, "eval": 81 * 500 * 16 + 2 * 500}
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_bytes(tmp_path, monkeypatch):
+    """7B parameters on 80 GB: 16 bytes each and 4 for the reference do not fit, the 4 of evaluation do."""
+    widths = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 4096,
+    }
+    shape = {
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **widths, **shape}))
+    monkeypatch.setattr(plan, "physical_memory", lambda: 80 * 10**9)
+    c = config.configure({"model": "Qwen2.5-Math-7B", "device": "cpu"})
+    options = (ModelConfig.from_pretrained(tmp_path), torch.device("cpu"), 4096)
+    with pytest.raises(
+        ValueError,
+        match=r"needs 154\.5 GB \(weights 30\.46, gradients 30\.46, moments 60\.92, .* has 72\.0 GB",
+    ):
+        plan.budgets(c, *options)
+    rollout_tokens, _ = plan.budgets(dataclasses.replace(c, eval_only=True), *options)
+    assert 32 * 4096 < rollout_tokens < 64 * 4096
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +127,7 @@ def test_the_plan_counts_what_is_held(measured):
 
 
 def test_the_plan_bounds_the_peak_of_learning(measured):
-    """Moments, the head's gradient and a micro-batch of activations.
-
-    What the plan counts is not twice what there is.
-    """
+    """Moments, the head's gradient and a micro-batch of activations are bounded, by less than twice."""
     run, parts, sizes, _ = measured
     active = plan.activation_bytes(run.policy.config, run.config.checkpointing)
     planned = parts["moments"] + parts["head's gradient"] + run.micro_batch_tokens * active
