@@ -463,7 +463,7 @@ def test_edited_sources_are_not_resumed_silently(few_questions, tmp_path):
 
 
 def test_the_plan_comes_before_the_weights(few_questions, tmp_path, monkeypatch, capsys):
-    """From config.json and the tokenizer alone: --dry-run fetches no weights, and neither does what cannot fit."""
+    """From config.json and the tokenizer alone: neither --dry-run nor what cannot fit fetches weights."""
     folder = tmp_path / "model"
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     fetched = []
