@@ -14,7 +14,7 @@ from conftest import ROOT
 
 ROOMS = "ttrl run plan rollout engine model packing kernels support".split()  # each imports only later ones
 LONGEST_LINE, LONGEST_FUNCTION = 110, 40
-LONGEST_FILES = {"ttrl.py": 480, "model.py": 300, "support/*.py": 340, "README.md": 150}  # in lines
+LONGEST_FILES = {"ttrl.py": 510, "model.py": 300, "support/*.py": 340, "README.md": 150}  # in lines
 
 
 def imports(path):
