@@ -94,8 +94,9 @@ def draw_votes(axes, question, answers, label, rewards):
         f"4 vote: the most frequent answer is the pseudo-label, {label}", loc="left", weight="bold"
     )
     agree = sum(rewards)
-    text = f"reward 1: the {agree:.0f} samples that agree with it\nreward 0: the other {len(answers) - agree:.0f}"
-    text += f"\nThe true answer, {question.answer}, is not read."
+    text = f"reward 1: the {agree:.0f} samples that agree with it\n"
+    text += f"reward 0: the other {len(answers) - agree:.0f}\n"
+    text += f"The true answer, {question.answer}, is not read."
     axes.text(0.98, 0.9, text, fontsize=12, ha="right", va="top", transform=axes.transAxes)
     axes.set_ylabel("samples")
     axes.margins(y=0.12)

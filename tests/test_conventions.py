@@ -14,7 +14,7 @@ from conftest import ROOT
 
 ROOMS = "ttrl run plan rollout engine model packing kernels support".split()  # each imports only later ones
 LONGEST_LINE, LONGEST_FUNCTION = 110, 40
-LONGEST_FILES = {"ttrl.py": 510, "model.py": 300, "support/*.py": 340, "README.md": 150}  # in lines
+LONGEST_FILES = {"ttrl.py": 510, "model.py": 300, "support/*.py": 345, "README.md": 150}  # in lines
 
 
 def imports(path):
@@ -138,9 +138,9 @@ def test_what_is_too_long_is_found(tmp_path):
         == long_lines("|" * 111 + "\n" + "x" * 111, tables=True)
     )
     (tmp_path / "support").mkdir()
-    (tmp_path / "support" / "words.py").write_text("\n" * 341)
+    (tmp_path / "support" / "words.py").write_text("\n" * 346)
     (tmp_path / "model.py").write_text("\n" * 300)
-    assert long_files(tmp_path) == ["support/words.py: 341 lines, at most 340"]
+    assert long_files(tmp_path) == ["support/words.py: 346 lines, at most 345"]
 
 
 def test_a_wrong_tree_is_found():
