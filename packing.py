@@ -166,10 +166,7 @@ def micro_batches(rollout, rows, budget):
 
 
 def padded_tokens(rollout, rows):
-    """Tokens of a micro-batch.
-
-    Prompts, one per question, and responses, each padded to the longest of its kind.
-    """
+    """Tokens of a micro-batch: one prompt per question and all responses, both padded to their longest."""
     questions = len(set(rollout.question[rows].tolist()))
     prompts = questions * int(rollout.prompt_length[rows].max())
     return prompts + len(rows) * int(rollout.response_length[rows].max())

@@ -91,10 +91,7 @@ def activation_bytes(model_config, checkpointing):
 
 
 def usable_memory(device):
-    """Bytes that this rank may use.
-
-    Of the machine's total, not of what is free, so that a restart gets the same.
-    """
+    """Bytes that this rank may use: a share of the machine's total, so that a restart gets the same."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     else:

@@ -249,10 +249,7 @@ def environment(c):
 
 
 def compare_with_checkpoint(run, then):
-    """Raise ValueError if questions, flags or sources changed since the checkpoint.
-
-    Name a changed environment.
-    """
+    """Raise ValueError if questions, flags or sources changed since the checkpoint; note a new machine."""
     c, now = run.config, made_with(run)
     if then is None:
         raise ValueError(f"{c.out} holds a run of an older version of this program; choose another --out")

@@ -117,10 +117,7 @@ class Stopwatch:
 
 
 class Tally:
-    """What the updates of a step report.
-
-    Sums over this rank's tokens, which stay on the device until `metrics`.
-    """
+    """What the updates of a step report: sums over this rank's tokens, on the device until `metrics`."""
 
     def __init__(self, device):
         self.sums = Counter()  # over all micro-batches
@@ -140,10 +137,7 @@ class Tally:
             self.gap_max = torch.maximum(self.gap_max, gap.max())
 
     def metrics(self):
-        """Means over the tokens of all ranks.
-
-        Only the counts of updates if no mini-batch had anything to learn.
-        """
+        """Means over all ranks' tokens; only the counts of updates if no mini-batch had anything to learn."""
         counts = {"updates": len(self.norms), "skipped_updates": self.skipped}
         if not self.sums:
             return counts
