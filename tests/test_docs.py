@@ -1,5 +1,7 @@
 """README.md and docs/: links, files, commands, the names to change, and the metrics of a real run."""
 
+import dataclasses
+import doctest
 import importlib
 import os
 import re
@@ -11,7 +13,7 @@ import pytest
 from conftest import ROOT, SMALL, environment, lines_of, program
 
 import ttrl
-from support.config import configure, parse
+from support.config import Config, configure, flag_name, parse
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
@@ -19,6 +21,16 @@ BLOCKS = [
 ]
 COMMANDS = sorted({line.split("  #")[0].strip() for _, block in BLOCKS for line in block.splitlines()
                    if re.match(r"(bash|python|torchrun|pip) ", line)})  # fmt: skip
+RUN_FILES = {
+    "config.json",
+    "metrics.jsonl",
+    "rollouts.jsonl",
+    "curves.png",
+    "summary.json",
+    "checkpoint",
+    "model",
+}
+OTHER_FLAGS = {"--nproc", "--nproc-per-node", "--local-addr", "--help", "--no-build-isolation", "--cases"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -61,15 +73,51 @@ def test_the_readmes_first_command_starts(tmp_path):
     assert done.returncode == 0 and "model    tiny" in done.stdout, done.stderr
 
 
-def test_every_metric_of_a_run_is_explained(few_questions, tmp_path):
-    program("--data", few_questions, "--out", tmp_path / "run", *SMALL, "--kl", "0.01")
-    page = (ROOT / "docs" / "metrics.md").read_text()
-    explained = set(re.findall(r"`([^`]+)`", page))
-    written = {
-        name.split("/", 1)[1]
-        for line in lines_of(tmp_path / "run" / "metrics.jsonl")
-        for name in line
-        if "/" in name
-    }
-    written = {re.sub(r"@(?!1$|1_se$|1 )\d+$", "@N", name).removesuffix("_se") for name in written}
-    assert written - explained == set()
+def code(page):
+    """What stands in backticks on a page, with line breaks as spaces; code blocks are left out."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return [" ".join(text.split()) for text in re.findall(r"`([^`]+)`", prose)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_and_flag_that_a_page_names_exists(page):
+    words = [word.strip(",;:()") for text in code(page) for word in text.split()]
+    files = {word for word in words if re.fullmatch(r"[\w./-]+\.(py|sh|md|png|toml|txt)", word)} - RUN_FILES
+    assert [name for name in files if not ((ROOT / name).exists() or (page.parent / name).exists())] == []
+    flags = set(re.findall(r"--[a-z][a-z-]*", page.read_text(encoding="utf-8")))
+    known = {flag_name(field.name) for field in dataclasses.fields(Config)}
+    assert flags - known - OTHER_FLAGS == set()
+
+
+def test_the_six_steps_name_functions():
+    steps = (ROOT / "README.md").read_text().split("## One step")[1].split("\n## ")[0]
+    names = re.findall(r"`([a-z_]+)`", steps)
+    assert len(names) >= 8 and [name for name in names if not hasattr(ttrl, name)] == []
+
+
+def test_the_python_prompt_of_the_readme(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    test = doctest.DocTestParser().get_doctest(block, {}, "README.md", "README.md", 0)
+    result = doctest.DocTestRunner().run(test)
+    assert result.attempted >= 10 and result.failed == 0
+
+
+def test_the_picture_of_a_step_can_be_drawn(tmp_path):
+    done = program("--out", tmp_path / "step.png", script="docs/one_step.py")
+    assert "31 of 64 samples agree on 25" in done.stdout and (tmp_path / "step.png").stat().st_size > 20_000
+
+
+def test_the_metrics_and_files_of_a_run_are_explained(few_questions, tmp_path):
+    out = tmp_path / "run"
+    program("--data", few_questions, "--out", out, *SMALL, "--kl", "0.01")
+    table, files = (ROOT / "docs" / "metrics.md").read_text().split("## Files")
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("|")]
+    explained = {name.removesuffix("_se") for cell in cells for name in re.findall(r"`([^`]+)`", cell)} - {""}
+    names = {name for line in lines_of(out / "metrics.jsonl") for name in line} - {"step", "epoch"}
+    written = {name.split("/", 1)[1].removesuffix("_se") for name in names}
+    written = {re.sub(r"@(?!1$|1 )\d+$", "@N", name) for name in written}
+    assert written == explained
+    assert {path.name for path in out.iterdir()} == RUN_FILES
+    named = {name.strip("/") for name in re.findall(r"`([\w./]+)`", files)}
+    assert named >= RUN_FILES
