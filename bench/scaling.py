@@ -161,10 +161,7 @@ WHY = {
 
 
 def why(axis, points):
-    """A sentence on what keeps an axis from being linear, and how large that is.
-
-    A line through the two largest points.
-    """
+    """What keeps an axis from being linear, and how much of it, by a line through the two largest points."""
     before, last = points[-2:]
     lines = [WHY[axis].format(prompt=PROMPT)]
     if axis == "length":

@@ -1,10 +1,9 @@
-"""Test-only: the two functions of flash-attn 2.8.3 that we call, in plain torch on the CPU, with its
-signatures and checks.
+"""Test-only: the two functions of flash-attn 2.8.3 that we call, in plain torch on the CPU.
 
-What the package's source says and a call can get wrong: fp16 or bf16 only; a head width that is a multiple of
-8 and at most 256; lengths in int32; the causal mask lines up the last query with the last key; new keys are
-written into the cache in place, at the length that the cache had *before* them; and nobody reports a cache
-that overflows (here it is an error).
+Signatures and checks are those of the package. What its source says and a call can get wrong: fp16 or bf16
+only; a head width that is a multiple of 8 and at most 256; lengths in int32; the causal mask lines up the
+last query with the last key; new keys are written into the cache in place, at the length that the cache had
+*before* them; and nobody reports a cache that overflows (here it is an error).
 """
 
 import inspect
@@ -49,9 +48,7 @@ def check_lengths(lengths, count, like):
 
 
 def only_these(arguments, *names):
-    """The rest of flash-attn's arguments have to be left at their defaults: the reference below knows
-    nothing of them.
-    """
+    """flash-attn's other arguments must keep their defaults: the reference below knows nothing of them."""
     for name, parameter in inspect.signature(globals()[arguments.pop("function")]).parameters.items():
         assert (
             name in names
@@ -61,9 +58,7 @@ def only_these(arguments, *names):
 
 
 def one_row(q, k, v, causal, window_size):
-    """One sequence: q [Tq, H, E], k and v [Tk, K, E] -> [Tq, H, E], in fp32 inside as the kernel
-    accumulates.
-    """
+    """One sequence, in fp32 inside as in the kernel: q [Tq, H, E], k and v [Tk, K, E] -> [Tq, H, E]."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.float().repeat_interleave(groups, 1) for x in (k, v))
     scores = torch.einsum("qhe,khe->hqk", q.float(), k) / q.shape[-1] ** 0.5
@@ -87,8 +82,9 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None
                             window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None,
                             num_splits=0,
                             return_softmax_lse=False):  # fmt: skip
-    """q [B, Tq, H, E], caches [B, T, K, E], k and v [B, Tn, K, E] -> [B, Tq, H, E]; k and v go into the
-    caches.
+    """q [B, Tq, H, E], caches [B, T, K, E], k and v [B, Tn, K, E] -> [B, Tq, H, E].
+
+    k and v are written into the caches.
     """
     used = ("k", "v", "cache_seqlens", "causal", "window_size")
     only_these({"function": "flash_attn_with_kvcache", **locals()}, *used)
@@ -111,8 +107,9 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
                            causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
                            deterministic=False,
                            return_attn_probs=False, block_table=None):  # fmt: skip
-    """q [sum of Tq, H, E], k and v [sum of Tk, K, E], rows one after another -> [sum of Tq, H, E].
-    Differentiable.
+    """q [sum of Tq, H, E], k and v [sum of Tk, K, E] -> [sum of Tq, H, E], differentiable.
+
+    The rows lie one after another.
     """
     only_these({"function": "flash_attn_varlen_func", **locals()}, "causal", "window_size", "deterministic")
     check(q, k, v)

@@ -1,6 +1,4 @@
-"""Run by test_kernels.py.
-
-The kernels compiled ahead of time for GPUs that are not there, and what the machine code uses.
+"""Run by test_kernels.py: kernels compiled for GPUs that are not there, and what the machine code uses.
 
 On A100 (sm_80), H100 (sm_90) and B200 (sm_100) nothing may spill, shared memory must fit (only a launch would
 refuse it) and the products must run on tensor cores. For AMD's MI300 (gfx942) the kernels have to compile.
@@ -29,9 +27,9 @@ SCALARS = {"temperature": "fp32"}  # by the end of the name; any other scalar is
 
 
 def compiled(kernel, target, pointers, constants, aligned, **options):
-    """Compile a kernel as a launch would: pointers name -> dtype.
+    """Compile a kernel as a launch would.
 
-    `aligned` are the scalars that divide by 16.
+    pointers: name -> dtype; aligned: the scalars that are multiples of 16.
     """
     names = [parameter.name for parameter in kernel.params]
     scalar = {name: next((t for end, t in SCALARS.items() if name.endswith(end)), "i32") for name in names}
@@ -47,9 +45,9 @@ def compiled(kernel, target, pointers, constants, aligned, **options):
 
 
 def resources(machine, arch, tmp_path):
-    """(registers, bytes spilled) by ptxas, called as triton/backends/nvidia/compiler.py does.
+    """(registers, bytes spilled) according to ptxas.
 
-    The same cubin comes out.
+    It is called as triton/backends/nvidia/compiler.py calls it, so that the same cubin comes out.
     """
     gpu = re.search(r"^\.target\s+(sm_\w+)", machine.asm["ptx"], re.M).group(1)
     ptx, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
@@ -73,9 +71,9 @@ def resources(machine, arch, tmp_path):
 
 
 def assert_offsets_of_64_bits(machine):
-    """V x D passes 2^31.
+    """What is added to a pointer argument itself must be an i64, as V x D passes 2^31.
 
-    What is added to a pointer argument itself (later steps stay inside a row) must be an i64.
+    Later steps stay inside a row.
     """
     code = machine.asm["ttir"]
     arguments = set(re.findall(r"(%\w+): !tt.ptr", code))

@@ -1,7 +1,6 @@
 """Run by test_kernels.py with TRITON_INTERPRET=1: the kernels against float64, and against their torch twins.
 
-A kernel may not be further from float64 than the plain formula in the same low precision, but for a
-tolerance.
+A kernel may be no further from float64 than the plain formula in the same low precision, plus a tolerance.
 """
 
 from unittest import mock
@@ -35,9 +34,9 @@ def widened(x):
 
 
 def mended():
-    """The patches: bf16 is widened before a product and rounded to nearest even by a cast.
+    """The patches: bf16 is widened before a product, and a cast to it rounds to nearest even.
 
-    Other arithmetic on it fails.
+    Other arithmetic on bf16 fails.
     """
     cast, dot, binary = Builder.cast_impl, Builder.create_dot, Builder.binary_op
 
@@ -115,7 +114,7 @@ def plain(hidden, weight, targets, temperature):
 def results(function, hidden, weight, targets, temperature, grads, dtype):
     """[logprob, entropy, gradient of hidden, gradient of weight] in float64.
 
-    A coefficient of None leaves an output unused.
+    An output whose entry in grads is None stays unused.
     """
     hidden, weight = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
     outputs = function(hidden, weight, targets, temperature)
@@ -124,9 +123,9 @@ def results(function, hidden, weight, targets, temperature, grads, dtype):
 
 
 def inputs(tokens, width, vocabulary, dtype):
-    """Values that dtype holds exactly; targets at both ends of the vocabulary.
+    """Values that dtype holds exactly, with targets at both ends of the vocabulary.
 
-    Logits of a few tokens far apart.
+    The logits of the last tokens are far apart.
     """
     generator = torch.Generator().manual_seed(tokens + vocabulary)
     hidden = torch.randn(tokens, width, generator=generator) * torch.linspace(0.3, 6, tokens)[:, None]
@@ -138,10 +137,7 @@ def inputs(tokens, width, vocabulary, dtype):
 
 
 def assert_close(exact, eager, got):
-    """The gradients are allowed more.
-
-    Their logits come from torch's product, which rounds otherwise than the kernel's.
-    """
+    """Gradients are allowed more: they rest on torch's product, which rounds otherwise than the kernel's."""
     tolerances = {"logprob": 1e-6, "entropy": 1e-6, "grad_hidden": 2e-5, "grad_weight": 2e-5}
     for (name, tolerance), *values in zip(tolerances.items(), exact, eager, got, strict=True):
         scale = max(1.0, values[0].abs().max().item())

@@ -1,5 +1,4 @@
-"""Test-only: random models of every family, once as transformers has them and once as we do, and how far
-they are apart.
+"""Test-only: random models of every family, as transformers and we have them, and how far apart they are.
 
 Every parity test redraws all parameters, norms and biases included, so that logits have a standard deviation
 of at least 1 and attention is far from flat: with a fresh initialisation half of the possible mistakes would
@@ -144,8 +143,9 @@ FIXED = {  # one ordinary configuration, for the tests that need no draw
 
 
 def redraw(reference, seed):
-    """Draw every parameter anew: scores with a deviation of about 2, logits of about 3, norms and biases far
-    from neutral.
+    """Draw every parameter anew, with norms and biases far from neutral.
+
+    Scores get a deviation of about 2, logits of about 3.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, p in reference.named_parameters():
@@ -161,9 +161,7 @@ def redraw(reference, seed):
 
 
 def write_model(folder, config, seed=0):
-    """Write a folder in Hugging Face format whose config.json is just `config`; returns transformers' model
-    of it.
-    """
+    """Write a Hugging Face folder whose config.json is just `config`; returns transformers' model of it."""
     (folder / "config.json").write_text(json.dumps(config))
     reference = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(folder), attn_implementation="eager"
@@ -198,9 +196,7 @@ def difference(ours, reference, tokens):
 
 
 def flatness(attentions):
-    """Mean entropy of the attention of queries that see several keys, as a share of what equal weights would
-    have.
-    """
+    """Mean entropy of the attention of queries that see several keys, as a share of that of equal weights."""
     weights = torch.stack(attentions).double()  # [L, B, H, T, T]
     seen = (weights > 0).sum(-1)
     entropy = -torch.xlogy(weights, weights).sum(-1)

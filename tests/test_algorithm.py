@@ -133,7 +133,7 @@ def test_clipped_surrogate_by_hand(ratio, advantage, loss, gradient, clipped):
 def test_k3_kl_by_hand(d):
     """k3 = exp(d) - d - 1 with d = ref - new; its gradient in new is 1 - exp(d).
 
-    The surrogate is silent at A = 0.
+    At A = 0 the surrogate adds nothing.
     """
     loss, gradient, sums = one_token(1.0, 0.0, ref_logprob=torch.tensor([[d]]), kl=0.5)
     assert loss == pytest.approx(0.5 * (math.exp(d) - d - 1), abs=1e-6) and sums["kl"] == pytest.approx(
@@ -156,10 +156,7 @@ def test_a_token_that_became_all_but_impossible_has_a_finite_gradient(ratio, adv
 
 
 def test_loss_is_a_sum_over_tokens_by_the_global_count():
-    """Three tokens in two rows; what lies behind the mask, even infinities, has no say.
-
-    Shares of micro-batches add up.
-    """
+    """Three tokens in two rows: a masked infinity has no say, and the shares of micro-batches add up."""
     logprob = torch.tensor([[0.1, -0.2], [0.3, float("inf")]])
     old, mask = torch.zeros(2, 2), torch.tensor([[True, True], [True, False]])
     advantage = torch.tensor([[1.0], [-1.0]])

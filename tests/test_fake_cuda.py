@@ -4,9 +4,8 @@ It proves that devices and dtypes fit together, that nothing waits for the devic
 it, and that what a CUDA graph records stays on the device. It cannot prove that the numbers are right:
 tests/test_gpu.py does, on a GPU.
 
-Replaced are the device itself, launches (Triton kernels, flash-attn, graphs), DDP's exchange, and the places
-where the host reads (`Engine.poll`, `Engine.read`, `to_host`): those run too, but what they return is made
-up.
+Replaced are the device, launches (Triton kernels, flash-attn, graphs), DDP's exchange, and the places where
+the host reads (`Engine.poll`, `Engine.read`, `to_host`). Those run too, but what they return is made up.
 """
 
 import contextlib

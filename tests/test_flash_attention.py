@@ -1,7 +1,6 @@
-"""Our calls of flash-attn, run against a CPU reference of the same signature (flash_attention.py), and
-against SDPA.
+"""Our calls of flash-attn, against a CPU reference of its signature (flash_attention.py) and against SDPA.
 
-The package itself needs a GPU: there tests/test_gpu.py compares it with SDPA. Here is proven that what we
+The package itself needs a GPU: there tests/test_gpu.py compares it with SDPA. This file proves that what we
 hand over is what its signature and its checks ask for, and means what SDPA with our own masks means.
 """
 
@@ -59,11 +58,10 @@ def test_the_reference_has_the_signature_of_the_package(name):
 
 @torch.no_grad()
 def decoded(whole, monkeypatch, package, move=True, steps=6):
-    """Logits of `steps` decoding steps of four rows, and the cache. Before the last two the row of slot 0
-    ends.
+    """Logits of `steps` decoding steps of four rows, and the cache.
 
-    With `move` the row of slot 3, the longest, then goes into slot 0, as `Engine.compact` does it; without,
-    all rows go on.
+    Before the last two steps the row of slot 0 ends. With `move` the row of slot 3, the longest, then goes
+    into slot 0, as `Engine.compact` does it; without, all rows go on.
     """
     use_flash(monkeypatch, package)
     device = whole.embed_tokens.weight.device
@@ -90,9 +88,7 @@ def decoded(whole, monkeypatch, package, move=True, steps=6):
 
 
 def check_as_good(flash, plain, exact):
-    """flash-attn's results are as near the fp32 ones as SDPA's are, both in the lower precision: means, and
-    largest errors.
-    """
+    """flash-attn is as near fp32 as SDPA is in the same lower precision, in means and in largest errors."""
     flash_error, plain_error = (flash - exact).abs(), (plain - exact).abs()
     assert flash_error.mean() < 1.3 * plain_error.mean() and flash_error.max() < 2 * plain_error.max()
 
@@ -118,9 +114,7 @@ def test_decoding(monkeypatch, dtype):
 
 @torch.no_grad()
 def test_one_step_against_float64(monkeypatch):
-    """attend_cached() alone, rows of different lengths: its cache and its result by hand, with a window and
-    without.
-    """
+    """attend_cached() alone, cache and result by hand: rows of several lengths, with and without a window."""
     use_flash(monkeypatch)
     whole = small_model()
     cache = KVCache(whole, slots=4, capacity=12)
@@ -152,8 +146,9 @@ def test_one_step_against_float64(monkeypatch):
 
 
 def check_same_but_for_ties(whole, a, b, tie):
-    """Greedy rollouts part only where the logits of the two tokens nearly tie. Returns the tokens that are
-    the same.
+    """Greedy rollouts part only where the logits of the two tokens nearly tie.
+
+    Returns how many tokens are the same.
     """
     same = 0
     for row in range(len(a)):
@@ -207,8 +202,9 @@ def learned(whole, monkeypatch, package, autocast=True):
 
 
 def check_learning(monkeypatch, device="cpu", package=flash_attention):
-    """fp32 weights under autocast, as on a GPU: packed rows by flash-attn and by SDPA, log-probabilities and
-    gradients.
+    """Log-probabilities and gradients of packed rows, by flash-attn and by SDPA.
+
+    The weights are fp32, under autocast, as on a GPU.
     """
     whole = small_model(torch.float32).to(device)
     results = [learned(whole, monkeypatch, *how) for how in ((package,), (None,), (None, False))]

@@ -1,6 +1,4 @@
-"""What only a GPU can show.
-
-Every twin against the other on the same numbers, graphs against plain steps, and speeds.
+"""What only a GPU can show: each twin against the other, graphs against plain steps, and speeds.
 
 Run it first on a machine with a GPU; -s shows the speeds:    python -m pytest tests/test_gpu.py -s
 
@@ -161,9 +159,9 @@ def test_drawing(device, rows, vocabulary, dtype, temperature):
 @on_both
 @torch.no_grad()
 def test_the_head_of_a_bf16_model_does_not_round_its_sums(device):
-    """What the sampler draws from, against float64.
+    """The logits that the sampler draws from, against float64.
 
-    On a GPU fp32's error, where bf16 would make steps of 1/8 at 16.
+    On a GPU they have the error of fp32, where bf16 would make steps of 1/8 at 16.
     """
     whole = small_model(torch.bfloat16).to(device)
     hidden = 20 * torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
@@ -287,9 +285,9 @@ runs_on_both = pytest.mark.parametrize(
 
 @runs_on_both
 def test_sampler_and_learner_agree(tiny_run):
-    """bf16 sampler, cached, against fp32 weights under bf16 autocast, packed.
+    """The metric measures a small gap between sampler and learner.
 
-    A small gap, as the metric measures it.
+    The sampler is bf16 with a cache, the learner has fp32 weights under bf16 autocast and packed rows.
     """
     run, whole, advantage = tiny_run
     measured = ttrl.learn(run, whole, advantage, 1)

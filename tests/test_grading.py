@@ -1,7 +1,4 @@
-"""support/grading.py: extraction, equality, classes.
-
-Hostile text runs in a process that is killed after 10 s.
-"""
+"""support/grading.py: extraction, equality, classes; hostile text in a process that is killed after 10 s."""
 # ruff: noqa: RUF001
 
 import itertools
@@ -262,10 +259,7 @@ def test_equality_does_not_depend_on_the_cache():
 @needs_data
 @pytest.mark.parametrize("name", ["aime", "amc", "math", "gpqa"])
 def test_gold_answers_equal_themselves(name):
-    """100 %, no exception.
-
-    As they stand, in a box, and, so that string equality does not hide it, respelled.
-    """
+    """All of them, as they stand, in a box, and respelled, so that string equality does not hide a defect."""
     for question in load(str(DATA / f"{name}.json")):
         gold, kind = question.answer, question.kind
         assert same_answer(gold, gold, kind)

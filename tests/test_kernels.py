@@ -1,6 +1,4 @@
-"""The Triton kernels on a machine without a GPU.
-
-Run by Triton's interpreter, and compiled for GPUs that are not there.
+"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled for GPUs that are not there.
 
 Both happen in processes of their own: whether Triton interprets is settled when a kernel's module is
 imported, and the interpreter's bf16 has to be mended first. Neither shows speed, races or unmasked accesses

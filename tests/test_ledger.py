@@ -1,7 +1,4 @@
-"""Before and after.
-
-Fates claimed only beyond chance, paired changes, the best evaluation, by hand and by simulation.
-"""
+"""Before and after, by hand and by simulation: fates beyond chance, paired changes, the best evaluation."""
 
 import json
 import random
@@ -23,9 +20,9 @@ def record(answers, truth="7", **fields):
 
 
 def test_lead_counts_paired_samples_by_hand():
-    """Sample by sample 7 is right and 5 the most frequent wrong answer of both evaluations.
+    """Sample by sample: 7 is right and counts 1, 5 counts -1, the others and no answer count 0.
 
-    1 and none count 0.
+    5 is the most frequent wrong answer of both evaluations together.
     """
     before, after = record(["7", "5", "5", "1", None, "5"]), record(["7", "7", "1", "5", "7", "5"])
     # changes: 0, -1 -> 1 rise, -1 -> 0 rise, 0 -> -1 fall, 0 -> 1 rise, 0
@@ -106,10 +103,7 @@ def test_chance_alone_claims_no_more_than_the_table_says():
 
 
 def test_weights_that_do_not_move_change_nothing(few_questions, tmp_path):
-    """The real program with a learning rate too small to move a weight.
-
-    The same responses before and after.
-    """
+    """With a learning rate too small to move a weight the real program responds the same before and after."""
     still = ["--lr", "1e-30", "--weight-decay", "0", "--eval-samples", "8"]
     printed = program("--data", few_questions, "--out", tmp_path / "run", *SMALL, *still).stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -127,9 +121,9 @@ def test_the_error_of_a_change_is_that_of_the_pairs():
 
 
 def test_the_best_evaluation_of_a_policy_that_never_changes_is_no_better_than_it_is():
-    """AIME's 30 questions, 16 samples, 161 evaluations, true pass@1 0.1.
+    """AIME's 30 questions, 16 samples each, 161 evaluations, a true pass@1 of 0.1.
 
-    Their largest mean is .13, but not the best.
+    The largest mean of a run is about 0.13, but the pass@1 reported for the best evaluation is about 0.1.
     """
     chance = random.Random(0)
     best, largest, reported = None, [], []

@@ -72,9 +72,7 @@ def test_far_logits_stay_finite():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_is_no_worse_than_the_plain_formula(dtype):
-    """float64 on inputs that dtype holds exactly is the truth; a gradient comes in the dtype of what it is
-    the gradient of.
-    """
+    """The truth is float64, on inputs that dtype holds exactly; a gradient has the dtype of its tensor."""
     hidden, weight, targets = inputs(40, 24, 200)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     results = []
@@ -90,9 +88,7 @@ def test_low_precision_is_no_worse_than_the_plain_formula(dtype):
 
 @pytest.mark.parametrize("forward, backward", [(True, True), (True, False), (False, True)])
 def test_autocast_reaches_the_hidden_states_and_nothing_else(forward, backward):
-    """A forward pass in its reach: as if the hidden states had been bf16. A backward pass in its reach: no
-    change.
-    """
+    """Around the forward pass it makes the hidden states bf16; around the backward pass it does nothing."""
     hidden, weight, targets = (x.float() if x.is_floating_point() else x for x in inputs(20, 8, 50))
     results = []
     for autocast in (False, True):
@@ -110,8 +106,7 @@ def test_autocast_reaches_the_hidden_states_and_nothing_else(forward, backward):
 
 
 class LiveBytes(TorchDispatchMode):
-    """The peak of the bytes held by the tensors that operators return while this is active, each storage
-    counted once.
+    """The peak of the bytes of tensors that operators return while this is active, each storage once.
 
     only: count the storages of just so many bytes.
     """
@@ -137,9 +132,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def test_only_a_tile_of_the_logits_exists_and_one_gradient_beside_the_sum(monkeypatch):
-    """Three micro-batches: at the peak there are the summed gradient, one more of that size, and a few
-    tiles.
-    """
+    """Three micro-batches hold at most the summed gradient, another of that size, and a few tiles."""
     monkeypatch.setattr(module, "TILE", {"cpu": (32, 100)})
     hidden, weight, targets = (x.float() if x.is_floating_point() else x for x in inputs(512, 32, 1000))
     w = weight.requires_grad_()

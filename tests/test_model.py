@@ -49,9 +49,7 @@ def test_logits_equal_transformers_long(config, length, seed):
 
 @torch.no_grad()
 def check_decode(config, lengths, forced, seed):
-    """Rows of different lengths, prefilled together, then decoded step by step; halfway the first row
-    leaves.
-    """
+    """Rows of different lengths, prefilled together and decoded step by step; the first leaves halfway."""
     ours, reference = both(config, seed)
     rows = [draw_tokens(config, (length + forced,), seed + i) for i, length in enumerate(lengths)]
     want = [reference(row[None]).logits[0] for row in rows]

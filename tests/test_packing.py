@@ -1,6 +1,4 @@
-"""Packed rows: the learner's forward and gradients against transformers, row by row; attention against its
-plain form.
-"""
+"""Packed rows: forward and gradients against transformers, row by row; attention against its plain form."""
 
 import pytest
 import torch
@@ -19,9 +17,7 @@ SHAPE = ([5, 9], [(1, 6), (0, 1), (1, 3), (0, 8)])  # prompt lengths; (question,
 
 
 def plain_attention(q, k, v, window):
-    """Causal attention of one row without packing, padding or a fused kernel: q [T, H, E], k and v [T, K,
-    E].
-    """
+    """Causal attention of one row, no packing, padding or fused kernel: q [T, H, E], k and v [T, K, E]."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = torch.einsum("qhe,khe->hqk", q, k) / q.shape[-1] ** 0.5
@@ -32,8 +28,9 @@ def plain_attention(q, k, v, window):
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_packed_attention_equals_each_row_alone(window):
-    """Two prompts of 5 and 9 tokens, once each, then the responses without their last tokens: values and
-    gradients.
+    """Values and gradients of a packed batch.
+
+    It holds two prompts of 5 and 9 tokens, once each, then the responses without their last tokens.
     """
     rows = make_rollout(FIXED, *SHAPE, 0)
     batch = pack_responses(rows, (window,))
@@ -140,8 +137,9 @@ def gradients(named_parameters, outputs, weights):
 
 
 def learner_difference(ours, reference, rows, temperature, first_only):
-    """(largest difference of the outputs, of the gradients relative to each parameter's largest); asserts
-    that both can show.
+    """(largest difference of the outputs, of the gradients relative to each parameter's largest).
+
+    Asserts that both can show a difference.
     """
     weights = torch.randn(2, *rows.logprob.shape, generator=torch.Generator().manual_seed(1))
     if first_only:  # the token that the prompt predicts
@@ -200,9 +198,7 @@ def test_learner_notices_a_wrong_start(monkeypatch):
 
 
 def test_learner_notices_a_prompt_without_gradient(monkeypatch):
-    """Keys and values of the prompt that responses see as constants leave the outputs as they are, but not
-    the gradients.
-    """
+    """If responses see their prompt's keys and values as constants, only the gradients change."""
     attend = AttentionGroup.attend_rows
 
     def detached(self, window, q, k, v):
@@ -245,8 +241,9 @@ def varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seql
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_learner_with_flash_attn_equals_transformers(monkeypatch, window):
-    """The call that a GPU makes without padding, against a reference of its signature: outputs and
-    gradients.
+    """Outputs and gradients by the call that a GPU makes without padding.
+
+    A reference with the signature of flash-attn takes the call.
     """
     calls = []
 

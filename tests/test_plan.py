@@ -53,9 +53,9 @@ def test_a_model_that_does_not_fit_is_refused_with_the_bytes(tmp_path, monkeypat
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, few_questions):
-    """A run built and one step of learning made, in this process.
+    """Build a run and make one step of learning, in this process.
 
-    (run, plan's parts, bytes held at each stage, gradients).
+    Returns (run, plan's parts, bytes held at each stage, gradients).
     """
     flags = ["--data", str(few_questions), "--out", str(tmp_path_factory.mktemp("memory")), *SMALL,
              "--kl", "0.1", "--micro-batch-tokens", "300", "--questions-per-update", "2"]  # fmt: skip
@@ -102,10 +102,7 @@ def held(profiled):
 
 
 def gradients_outside_the_buckets(run):
-    """Bytes of gradients that lie in storage of their own.
-
-    A bucket of DDP holds those of several parameters.
-    """
+    """Bytes of gradients in storage of their own; a bucket of DDP holds those of several parameters."""
     storages = Counter(p.grad.untyped_storage().data_ptr() for p in run.policy.parameters())
     return sum(
         p.grad.nbytes for p in run.policy.parameters() if storages[p.grad.untyped_storage().data_ptr()] == 1

@@ -1,6 +1,4 @@
-"""The sampler: same tokens whatever the batch, log-probs of the distribution drawn from, right ends, right
-frequencies.
-"""
+"""The sampler: the same tokens in any batch, log-probs of what it draws from, right ends and frequencies."""
 
 import copy
 
@@ -51,9 +49,7 @@ def test_mask_holds_the_end_of_sequence_token_and_nothing_after_it(random_model)
 
 
 def nearest_edge(model, rollout, temperature, seed=SEED, stream="train", step=2):
-    """How close the closest uniform number of a rollout came to an edge of the CDF, by a forward pass
-    without a cache.
-    """
+    """How close a rollout's uniform numbers come to an edge of the CDF, by a forward pass without a cache."""
     closest = 1.0
     for row in range(len(rollout)):
         length, start = int(rollout.response_length[row]), int(rollout.prompt_length[row])
@@ -99,8 +95,9 @@ def test_a_response_does_not_depend_on_the_batch(random_model):
 
 
 class Recording(TorchDispatchMode):
-    """A CUDA graph on the CPU: what was called is called again on the same tensors, and writes to the same
-    addresses.
+    """A CUDA graph on the CPU.
+
+    What was called is called again on the same tensors, and writes to the same addresses.
     """
 
     def __init__(self, action, memory=None):

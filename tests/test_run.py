@@ -1,7 +1,4 @@
-"""The real program as a subprocess.
-
-What it leaves, that it never reads the answers, ranks, and being killed.
-"""
+"""The real program as a subprocess: what it leaves, that it never reads the answers, ranks, being killed."""
 
 import dataclasses
 import hashlib
@@ -176,7 +173,7 @@ RANKS = """--votes 9 --samples 7 --questions-per-step 3 --questions-per-update 2
 def test_two_ranks_are_one(few_questions, tmp_path):
     """9 votes and 7 samples are not shared evenly, and micro-batches are small.
 
-    The ranks have different numbers of them.
+    So the ranks have different numbers of micro-batches.
     """
     recorded = {}
     for ranks in (None, 2):
@@ -263,10 +260,7 @@ def test_a_stopped_run_goes_on_bitwise_without_any_of_its_leftovers(finished, fe
 
 
 def test_another_number_of_ranks_goes_on(finished, few_questions, tmp_path):
-    """What memory allows a rank is no flag.
-
-    Two ranks take up the run of one, say so, and agree with it to rounding.
-    """
+    """What memory allows a rank is no flag: two ranks resume a run of one, say so and agree to rounding."""
     out = tmp_path / "run"
     arguments = ["--data", few_questions, "--out", out, *SMALL]
     program(*arguments, "--max-minutes", "0.001")
@@ -407,7 +401,7 @@ def test_separators_inside_a_line_survive_a_resume(tmp_path):
 def test_updates_that_are_never_finite_do_not_end_as_if_all_were_well(few_questions, tmp_path):
     """The real program with a gradient norm that is always nan.
 
-    A line a step, and at the end a sentence and no table.
+    It prints a line for each step, and at the end a sentence and no table.
     """
     out = tmp_path / "run"
     done = program(
@@ -430,7 +424,7 @@ def moved_nowhere(out):
 def test_an_error_on_any_rank_is_said(few_questions, tmp_path, failing):
     """A rank that cannot read the questions says its number and why, and no rank waits for it.
 
-    Alike on all ranks, once.
+    An error that all ranks share is said once.
     """
     done = subprocess.run(
         command(tmp_path, "--data", few_questions, "--out", tmp_path / "run", *SMALL, ranks=2,
