@@ -16,11 +16,8 @@ from triton.compiler import ASTSource
 from kernels import logprob_triton as logprob
 from kernels import sampler_triton as sampler
 
-SHARED_LIMIT = {
-    80: 163 * 1024,
-    90: 227 * 1024,
-    100: 227 * 1024,
-}  # bytes a block, CUDA C++ Programming Guide, table 24
+# bytes a block, CUDA C++ Programming Guide, table 24
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma", 100: "tcgen05.mma"}
 TARGETS = [*SHARED_LIMIT, "gfx942"]
 SCALARS = {"temperature": "fp32"}  # by the end of the name; any other scalar is an i32

@@ -18,8 +18,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Builder = interpreter.InterpreterBuilder
 
 # -----------------------------------------------------------------------------------------------------------
-# triton's interpreter (3.7.1 and 3.9.0) holds bf16 as its bits in uint16, and multiplies those as if they
-# were integers
+# triton's interpreter (3.7.1 and 3.9.0) holds bf16 as bits in uint16, and multiplies those as integers
 
 
 def is_bf16(x):
@@ -92,9 +91,8 @@ def on_gpu(monkeypatch):
         monkeypatch.setattr(Builder, name, patch)
     monkeypatch.setattr(logprob, "on_gpu", lambda x: True)
     monkeypatch.setattr(logprob_triton, "programs_wanted", lambda device: 3)
-    monkeypatch.setattr(
-        logprob, "product", lambda a, b: a.float() @ b.float()
-    )  # what torch.mm(out_dtype=) does on a GPU
+    # what torch.mm(out_dtype=) does on a GPU
+    monkeypatch.setattr(logprob, "product", lambda a, b: a.float() @ b.float())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -153,9 +151,8 @@ def assert_close(exact, eager, got):
     (130, 96, 700, "both"),
 ])  # fmt: skip
 def test_values_and_gradients(tokens, width, vocabulary, used, dtype, monkeypatch):
-    monkeypatch.setattr(
-        logprob, "TILE", {"cpu": (100, 200)}
-    )  # several tiles of the backward pass, the last ones smaller
+    # several tiles of the backward pass, the last ones smaller
+    monkeypatch.setattr(logprob, "TILE", {"cpu": (100, 200)})
     hidden, weight, targets, grads = inputs(tokens, width, vocabulary, dtype)
     grads = [
         g if used in ("both", name) else None for name, g in zip(("logprob", "entropy"), grads, strict=True)

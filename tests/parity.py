@@ -19,10 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from model import Transformer
 from support.pretrained import FAMILIES, ROPE_TYPES
 
-TOLERANCE, NOTICED = (
-    1e-4,
-    1e-3,
-)  # a correct model differs by less than the first, a wrong one by more than the second
+# a correct model differs by less than the first, a wrong one by more than the second
+TOLERANCE, NOTICED = 1e-4, 1e-3
 MAX_POSITIONS = 64
 LLAMA3 = {
     "factor": 8.0,
@@ -114,9 +112,8 @@ def configs(draw, families=FAMILIES):
         "tie_word_embeddings": draw(st.booleans()),
         "dtype": "float32",
     }
-    if family in ("qwen3", "ministral") or draw(
-        st.booleans()
-    ):  # the others take hidden_size / heads where it is not given
+    # the other families take hidden_size / heads where head_dim is not given
+    if family in ("qwen3", "ministral") or draw(st.booleans()):
         config["head_dim"] = head_dim
     for field in ("attention_bias", "mlp_bias"):  # fields that some families ignore
         if draw(st.booleans()):

@@ -395,9 +395,8 @@ def check_learning(run, gpu, monkeypatch):
     assert gpu.slow_uploads == uploads  # nor does a copy to the device wait for the micro-batch before it
     assert {"entropy", "clip_fraction", "kl_old_new", "kl"} < metrics.keys()
     assert {"logprob_gap", "logprob_gap_max", "grad_norm"} < metrics.keys()
-    assert (
-        set(seen) == {(torch.bfloat16, True)} and len(seen) == 14
-    )  # policy and reference, seven micro-batches
+    # policy and reference, seven micro-batches
+    assert set(seen) == {(torch.bfloat16, True)} and len(seen) == 14
     state = run.optimizer.state[run.policy.norm.weight]
     assert {name: (x.dtype, x.is_cuda) for name, x in state.items()} == dict.fromkeys(
         state, (torch.float32, True)

@@ -101,9 +101,8 @@ def check_decoding(monkeypatch, dtype=torch.bfloat16, device="cpu", package=flas
     exact, _ = decoded(copy.deepcopy(whole).float(), monkeypatch, None, move=False)
     check_as_good(*(logits.log_softmax(-1) for logits in (flash, plain, exact)))
     for of_flash, of_plain in ((flash_cache.k, plain_cache.k), (flash_cache.v, plain_cache.v)):
-        assert of_flash[0, :3].equal(
-            of_plain[0, [3, 1, 2]]
-        )  # of the first layer, whose input no attention has touched
+        # the first layer, whose input no attention has touched
+        assert of_flash[0, :3].equal(of_plain[0, [3, 1, 2]])
     assert flash_cache.k[0].transpose(1, 2).is_contiguous()  # as flash-attn wants it in memory
 
 
@@ -133,9 +132,8 @@ def test_one_step_against_float64(monkeypatch):
         for row, at in enumerate(place.tolist()):
             first = 0 if window is None else max(0, at + 1 - window)
             assert cache.k[layer, row, :, at].equal(k[row]) and cache.v[layer, row, :, at].equal(v[row])
-            keys, values = (
-                x[layer, row, :, first : at + 1].double() for x in (cache.k, cache.v)
-            )  # [K, T, E]
+            # both [K, T, E]
+            keys, values = (x[layer, row, :, first : at + 1].double() for x in (cache.k, cache.v))
             for head in range(4):
                 weight = (keys[head // 2] @ q[row, head].double() / 4).softmax(-1)
                 assert (weight @ values[head // 2] - out[row, head]).abs().max() < 0.02
@@ -221,9 +219,8 @@ def test_learning(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype, head_dim, takes", [
-    (torch.bfloat16, 64, True), (torch.float16, 256, True), (torch.float32, 64, False), (torch.bfloat16, 20,
-    False),
-    (torch.bfloat16, 264, False),
+    (torch.bfloat16, 64, True), (torch.float16, 256, True), (torch.float32, 64, False),
+    (torch.bfloat16, 20, False), (torch.bfloat16, 264, False),
 ])  # fmt: skip
 def test_what_flash_attn_refuses_goes_to_sdpa(monkeypatch, dtype, head_dim, takes):
     """The reference raises where `flash_available` says no, and then the model still runs."""

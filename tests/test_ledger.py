@@ -36,15 +36,8 @@ def test_the_rival_is_one_answer_however_it_is_spelled():
 
 @pytest.mark.parametrize(
     "rises, falls, expected",
-    [
-        (5, 0, 0),
-        (6, 0, 1),
-        (0, 6, -1),
-        (7, 1, 0),
-        (8, 1, 1),
-        (0, 0, 0),
-        (9, 9, 0),
-    ],  # 2/2^6 = .031, 2 (1 + 8)/2^8 = .070
+    # 2/2^6 = .031, 2 (1 + 8)/2^8 = .070
+    [(5, 0, 0), (6, 0, 1), (0, 6, -1), (7, 1, 0), (8, 1, 1), (0, 0, 0), (9, 9, 0)],
 )
 def test_sign_test_by_hand(rises, falls, expected):
     assert ledger.direction(rises, falls) == expected
@@ -64,11 +57,8 @@ def test_false_alarms_by_hand():
         (["5"] * 9 + ["7"], ["7"] * 9 + ["5"], "learned"),
         (["7"] * 9 + ["5"], ["5"] * 9 + ["7"], "corrupted"),
         (["7"] * 6 + ["5"] * 4, ["7"] * 4 + ["5"] * 6, "unsure"),  # two samples tipped the vote
-        (
-            ["7"] * 3 + [str(i) for i in range(10, 20)],
-            ["7"] * 3 + ["5"] * 10,
-            "corrupted",
-        ),  # as often right, but outvoted
+        # as often right, but outvoted
+        (["7"] * 3 + [str(i) for i in range(10, 20)], ["7"] * 3 + ["5"] * 10, "corrupted"),
         (["7"] * 6 + ["5"] * 8, ["7"] * 6 + ["7"] * 8, "learned"),
         (["7"] * 7 + [None] * 6, ["7"] * 13, "sharpened"),
         (["7"] * 13, ["7"] * 7 + [None] * 6, "weakened"),

@@ -157,9 +157,8 @@ def test_a_tied_weight_has_one_gradient_beside_the_sum(random_model, tmp_path):
     for row in range(2):
         rows.fill(row, torch.arange(7) + row, torch.zeros(7), [1])
     with LiveBytes(only=4001 * 64 * 4) as memory:
-        memory.seen.add(
-            model.lm_head.weight.untyped_storage()
-        )  # not the weight itself, only what is made beside it
+        # not the weight itself, only what is made beside it
+        memory.seen.add(model.lm_head.weight.untyped_storage())
         for _ in range(3):
             model(rows)[0].sum().backward()
     assert memory.peak == 2 * 4001 * 64 * 4

@@ -150,9 +150,8 @@ def learner_difference(ours, reference, rows, temperature, first_only):
     want_grad = gradients(reference.named_parameters(), want, weights)
     got_grad = hf_tensors(ours.config, gradients(ours.named_parameters(), got, weights))
     assert got_grad.keys() == want_grad.keys() and want_grad["model.norm.weight"].abs().max() > 0
-    scale = (
-        max(grad.abs().max() for grad in want_grad.values()) * 1e-3
-    )  # some gradients are nothing but rounding
+    # some gradients are nothing but rounding
+    scale = max(grad.abs().max() for grad in want_grad.values()) * 1e-3
     worst = max((got_grad[n] - g).abs().max() / max(g.abs().max(), scale) for n, g in want_grad.items())
     return outputs, worst.item()
 
@@ -229,9 +228,8 @@ def varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seql
     for q_from, q_to, k_from, k_to in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
         queries, keys = q_to - q_from, k_to - k_from
         assert queries <= max_seqlen_q and keys <= max_seqlen_k
-        behind = (
-            torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
-        )  # lined up at the bottom right
+        # lined up at the bottom right
+        behind = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
         seen = (behind >= 0) & ((behind <= window_size[0]) | (window_size[0] < 0))
         scores = torch.einsum("qhe,khe->hqk", q[q_from:q_to], k[k_from:k_to]) / q.shape[-1] ** 0.5
         probability = scores.masked_fill(~seen, float("-inf")).softmax(-1)

@@ -135,21 +135,12 @@ def test_the_plan_bounds_the_peak_of_learning(measured):
     "own, files, limit",
     [
         ("0::/\n", {"memory.max": "1000"}, 1000),
-        (
-            "0::/a/b\n",
-            {"a/memory.max": "500", "a/b/memory.max": "max"},
-            500,
-        ),  # the group above limits as well
-        (
-            "4:memory:/docker/x\n0::/\n",
-            {"memory/memory.limit_in_bytes": "700"},
-            700,
-        ),  # version 1, seen from inside
-        (
-            "4:memory:/y\n",
-            {"memory/y/memory.limit_in_bytes": "9223372036854771712"},
-            None,
-        ),  # version 1 without a limit
+        # the group above limits as well
+        ("0::/a/b\n", {"a/memory.max": "500", "a/b/memory.max": "max"}, 500),
+        # version 1, seen from inside
+        ("4:memory:/docker/x\n0::/\n", {"memory/memory.limit_in_bytes": "700"}, 700),
+        # version 1 without a limit
+        ("4:memory:/y\n", {"memory/y/memory.limit_in_bytes": "9223372036854771712"}, None),
         ("3:cpu,cpuacct:/y\n", {"y/memory.max": "5"}, None),  # of another controller
         ("", {}, None),
     ],

@@ -137,9 +137,8 @@ def test_tied_head_is_one_parameter(tmp_path):
     assert ours.lm_head.weight is ours.embed_tokens.weight
     assert "lm_head.weight" not in dict(ours.named_parameters())
     embedding = "model.embed_tokens.weight"
-    edit_weights(
-        tmp_path, lambda weights: weights.update({"lm_head.weight": weights[embedding].clone()})
-    )  # some files have both
+    # some files have both
+    edit_weights(tmp_path, lambda weights: weights.update({"lm_head.weight": weights[embedding].clone()}))
     Transformer.from_pretrained(tmp_path)
     edit_weights(tmp_path, lambda weights: weights["lm_head.weight"].add_(1))
     refused(tmp_path, "config.json", "tie_word_embeddings", "lm_head.weight")

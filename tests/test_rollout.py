@@ -142,9 +142,8 @@ def test_replayed_steps_and_rare_polls_sample_the_same(random_model, monkeypatch
     graphs = engine.graphs.graphs
     replayed = [graph for graph in graphs.values() if isinstance(graph, Recording)]
     assert {shape[0] for shape in graphs} <= {1, 2, 4, 8, 16, 20} and len(replayed) >= 3
-    check_equal(
-        [sampled(random_model, engine=engine, step=3)], sampled(random_model, step=3)
-    )  # the engine is used again
+    # the engine is used again
+    check_equal([sampled(random_model, engine=engine, step=3)], sampled(random_model, step=3))
 
 
 @torch.no_grad()
@@ -235,9 +234,8 @@ def test_uniform_numbers_are_uniform_and_unrelated():
         (grid[:-1].flatten(), grid[1:].flatten()),
         (grid[:, :-1].flatten(), grid[:, 1:].flatten()),
     ):
-        assert (
-            torch.corrcoef(torch.stack((a, b)))[0, 1].abs() < 0.05
-        )  # neighbours in position, question and sample
+        # neighbours in position, question and sample
+        assert torch.corrcoef(torch.stack((a, b)))[0, 1].abs() < 0.05
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (1.0, 0.8), (0.6, 0.95)])
@@ -263,9 +261,8 @@ def test_a_token_that_cannot_be_is_never_drawn():
     assert token.tolist()[::2] == [1, 3] and token[1] in (1, 3) and logprob.isfinite().all()
     nearly = torch.full((1, 1000), -3e4)
     nearly[0, 10] = 0.0
-    assert (
-        sample_inverse_cdf(nearly, torch.tensor([1 - 0.5 / 2**23]))[0].item() == 10
-    )  # u * total rounds up to total
+    # u * total rounds up to total
+    assert sample_inverse_cdf(nearly, torch.tensor([1 - 0.5 / 2**23]))[0].item() == 10
 
 
 def test_fill_gaps_moves_as_few_rows_as_there_are_gaps():

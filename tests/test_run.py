@@ -230,13 +230,8 @@ def test_a_killed_run_goes_on_bitwise(finished, few_questions, tmp_path):
     printed = program(*arguments).stdout
     assert f"resume   from step {step}" in printed
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    assert lines[: step + 1] == done and [json.loads(line)["step"] for line in lines] == [
-        0,
-        1,
-        2,
-        3,
-        4,
-    ]  # none made twice
+    # no step is made twice
+    assert lines[: step + 1] == done and [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert same_weights(finished[0], out) and moved(out) > 1e-3
 
 
