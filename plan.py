@@ -80,9 +80,9 @@ def kv_bytes(model_config, cuda):
 
 
 def activation_bytes(model_config, checkpointing):
-    """Bytes that learning holds per token: some 16 widths and 5 MLP widths a layer.
+    """Bytes that learning holds per token.
 
-    With checkpointing it is one width a layer, and all of one layer.
+    Each layer keeps about 16 widths and 5 MLP widths; with checkpointing one width, and all of one layer.
     """
     layer = 4 * (16 * model_config.hidden_size + 5 * model_config.intermediate_size)
     if checkpointing:

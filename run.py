@@ -55,9 +55,8 @@ class Run:
     sampler: Transformer | None = None
     reference: Transformer | None = None
     optimizer: torch.optim.Optimizer | None = None
-    engine: Engine | None = (
-        None  # kept on a GPU for its CUDA graphs; a CPU gives the memory back to the learner
-    )
+    # Kept on a GPU for its CUDA graphs; a CPU gives the memory back to the learner.
+    engine: Engine | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -65,11 +64,10 @@ class Run:
 
 
 def open_run(c, device, given):
-    """Questions, tokenizer, the printed plan, and then the models.
+    """Load questions and tokenizer, print the plan, then build the models.
 
-    Raises ValueError for whatever cannot work.
-
-    given: the flags that the user set. The weights are fetched last, when all else is known to work.
+    given: the flags that the user set. The weights are fetched last, when all else is known to work. Raises
+    ValueError for what cannot work.
     """
     folder = HERE / "tiny" / "model" if c.model == "tiny" else first_on_node(lambda: fetch_config(c.model))
     train_set = first_on_node(lambda: questions.load(c.data))
@@ -288,10 +286,7 @@ def save_checkpoint(run, state):
 
 
 def save_model(run):
-    """Write out/model: the policy in Hugging Face format with its tokenizer.
-
-    Transformers and vLLM load it.
-    """
+    """Write out/model in Hugging Face format, with the tokenizer; transformers and vLLM load it."""
 
     def fill(folder):
         run.policy.save_pretrained(folder)
@@ -304,10 +299,7 @@ def save_model(run):
 
 
 def log(run, line, shown):
-    """Append a step to metrics.jsonl and some responses to rollouts.jsonl.
-
-    Redraw the curves if it evaluated.
-    """
+    """Append a step to metrics.jsonl and rollouts.jsonl; redraw the curves after an evaluation."""
     if not is_rank0():
         return
     out = Path(run.config.out)

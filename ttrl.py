@@ -491,9 +491,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(
-        errors="backslashreplace"
-    )  # a prompt may have characters that the terminal has not
+    sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal cannot show
     torch.use_deterministic_algorithms(not torch.cuda.is_available())
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     try:

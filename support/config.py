@@ -89,11 +89,8 @@ GROUPS = {"what": "model", "sampling": "votes", "learning": "samples", "evaluati
 # The embedded pair learns in minutes with these; `differences` lists them in the plan.
 TINY = dict(temperature=1.0, lr=5e-5, epochs=5, max_new_tokens=96, questions_per_update=2, kl=0.0,
             eval_every=8, eval_samples=64, eval_temperature=1.0, eval_top_p=1.0)  # fmt: skip
-REASONING_MODELS = (
-    "qwen2.5-math",
-    "deepseek-r1",
-    "skywork-or1",
-)  # part of the name: temperature 1.0 (paper, 3.1)
+# Part of the name: temperature 1.0 (paper, 3.1)
+REASONING_MODELS = ("qwen2.5-math", "deepseek-r1", "skywork-or1")
 RESUME_MAY_CHANGE = {"out", "max_minutes", "allow_changed_flags", "dry_run", "wandb", "save_every"}
 # What is evaluated before the first step and after the last besides: samples, temperature, top-p
 LOWER_TEMPERATURES = {"greedy": (1, 0.0, 1.0), "pass@1 at 0.6/0.95": (16, 0.6, 0.95)}
@@ -176,8 +173,6 @@ def decide(c):
 
 def differences(c, given):
     """Hyperparameters that are not the paper's, each with its reason.
-
-    ["--lr 5e-05 (paper 5e-07, tiny's preset)"].
 
     >>> differences(configure({"model": "Qwen2.5-Math-1.5B", "lr": 1e-6}), {"lr": 1e-6})
     ['--lr 1e-06 (paper 5e-07, given)']

@@ -1,9 +1,7 @@
-"""Processes and what they exchange.
+"""Processes and what they exchange. A single process is a group of one, so one and many share one path.
 
-A single process is a group of one, so there is one path for one and many.
-
-x = shard(rows)     this rank's rows        gather(items)       rank 0 gets the items of all ranks
-print0(text)        on rank 0 only          broadcast(value)    all ranks get rank 0's value
+shard(rows)     this rank's rows        gather(items)       rank 0 gets the items of all ranks
+print0(text)    on rank 0 only          broadcast(value)    all ranks get rank 0's value
 """
 
 import datetime
@@ -13,8 +11,7 @@ import socket
 import torch
 import torch.distributed as dist
 
-# A rank may have to wait for the slowest rollout, or for rank 0 to write a checkpoint: hours for a large
-# model.
+# A rank may wait for the slowest rollout, or for rank 0 to write a checkpoint: hours for a large model.
 TIMEOUT = datetime.timedelta(hours=4)
 
 
