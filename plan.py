@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -50,6 +51,19 @@ def planned_responses(c, question_count, eval_question_count):
 
 # ----------------------------------------------------------------------------------------------------------
 # bytes
+
+
+class Split(NamedTuple):
+    """What ranks share out beside the rows."""
+
+    shard: int = 1  # ranks that hold one set of weights, gradients and moments; 1 is DDP
+    sampler_ranks: int = 1  # ranks that hold one sampler
+    offload: bool = False  # the set lies in host memory
+
+
+def choose_split(c):
+    """The split of the flags; where they are silent, the smallest that fits."""
+    return Split(c.shard or 1, c.sampler_ranks or 1, bool(c.offload))
 
 
 def memory_parts(c, model_config, cuda):

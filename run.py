@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import Engine
 from model import ModelConfig, Transformer
-from plan import budgets, print_plan, steps_per_epoch
+from plan import Split, budgets, choose_split, print_plan, steps_per_epoch
 from support import checkpoint, questions, report
 from support.config import RESUME_MAY_CHANGE, Config, flag_name
 from support.curves import draw_curves
@@ -50,6 +50,7 @@ class Run:
     longest: int  # tokens of the longest prompt and response
     rollout_tokens: int  # --rollout-tokens, or what memory allows
     micro_batch_tokens: int  # --micro-batch-tokens, or what memory allows
+    split: Split  # what the ranks share out beside the rows
     policy: Transformer | None = None
     learner: DistributedDataParallel | None = None
     sampler: Transformer | None = None
@@ -92,7 +93,7 @@ def prepare(c, device, given, folder, train_set, eval_set):
     longest = max(map(len, train[1] + evaluation[1])) + c.max_new_tokens
     check_against_data(c, model_config, train[0], longest)
     tokens = budgets(c, model_config, device, longest)
-    run = Run(c, folder, tokenizer, eos_ids, *train, *evaluation, longest, *tokens)
+    run = Run(c, folder, tokenizer, eos_ids, *train, *evaluation, longest, *tokens, choose_split(c))
     print_plan(run, model_config, device, given, show_prompt(tokenizer, run.train_prompts[0]))
     return run
 

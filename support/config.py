@@ -66,6 +66,15 @@ class Config:
     eval_data: str | None = flag(None, "evaluate on other questions than --data [the same]", type=str)
     eval_only: bool = flag(False, "evaluate and exit")
     # memory
+    shard: int | None = flag(
+        None, "ranks that split weights, gradients and moments; 1: each holds all (DDP) [the fewest]", type=int
+    )
+    sampler_ranks: int | None = flag(
+        None, "ranks that split the sampler's copy by attention heads [the fewest]", type=int
+    )
+    offload: bool | None = flag(
+        None, "keep weights, gradients and moments in host memory, update there [if all else fails]", type=bool
+    )
     rollout_tokens: int | None = flag(None, "tokens in the KV cache of a rank [by memory]", type=int)
     micro_batch_tokens: int | None = flag(None, "tokens of a micro-batch of learning [by memory]", type=int)
     checkpointing: bool | None = flag(
@@ -81,17 +90,19 @@ class Config:
     )
     allow_changed_flags: bool = flag(False, "resume although flags or the program's files have changed")
     dry_run: bool = flag(False, "print the plan and exit")
+    gpus: str | None = flag(None, "with --dry-run: plan for GPUs that are not here, 8x80 is 8 of 80 GB", type=str)
     wandb: bool = flag(False, "log to Weights & Biases too")
 
 
 GROUPS = {"what": "model", "sampling": "votes", "learning": "samples", "evaluation": "eval_every",
-          "memory": "rollout_tokens", "the run": "out"}  # fmt: skip  # each begins with this field
+          "memory": "shard", "the run": "out"}  # fmt: skip  # each begins with this field
 # The embedded pair learns in minutes with these; `differences` lists them in the plan.
 TINY = dict(temperature=1.0, lr=5e-5, epochs=5, max_new_tokens=96, questions_per_update=2, kl=0.0,
             eval_every=8, eval_samples=64, eval_temperature=1.0, eval_top_p=1.0)  # fmt: skip
 # Part of the name: temperature 1.0 (paper, 3.1)
 REASONING_MODELS = ("qwen2.5-math", "deepseek-r1", "skywork-or1")
-RESUME_MAY_CHANGE = {"out", "max_minutes", "allow_changed_flags", "dry_run", "wandb", "save_every"}
+RESUME_MAY_CHANGE = {"out", "max_minutes", "allow_changed_flags", "dry_run", "wandb", "save_every",
+                     "shard", "sampler_ranks", "offload", "gpus"}  # fmt: skip
 # What is evaluated before the first step and after the last besides: samples, temperature, top-p
 LOWER_TEMPERATURES = {"greedy": (1, 0.0, 1.0), "pass@1 at 0.6/0.95": (16, 0.6, 0.95)}
 
@@ -190,7 +201,7 @@ def differences(c, given):
 
 def check(c):
     """Raise ValueError for the first flag whose value cannot work."""
-    positive = """votes samples questions_per_step questions_per_update epochs max_prompt_tokens
+    positive = """shard sampler_ranks votes samples questions_per_step questions_per_update epochs max_prompt_tokens
         max_new_tokens eval_every eval_samples save_every rollout_tokens micro_batch_tokens max_minutes lr
         clip grad_clip"""
     rules = [(name, lambda v: 0 < v < math.inf, "must be above 0") for name in positive.split()]
