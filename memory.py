@@ -120,44 +120,56 @@ def count_parameters(model_config, sampler_ranks=1):
     return Parameters(block, model.lm_head.weight.numel(), total)
 
 
-def memory_parts(c, model_config, split, cuda):
-    """{part: bytes of it on each rank}, without activations and rows; "host" is what offload moves there."""
-    whole, half = count_parameters(model_config), 2 if cuda else 4
+def memory_parts(c, model_config, split, cuda, tokens):
+    """{part: bytes of it on each rank} with micro-batches of `tokens`; "host" is what offload moves there."""
+    half, total = 2 if cuda else 4, count_parameters(model_config).total
     sampler = half * count_parameters(model_config, split.sampler_ranks).total
     if c.eval_only:
         return {"sampler": sampler}
-    sharded = split.shard > 1 or split.offload
-    parts = {"state": 16 * whole.total // split.shard}
-    parts["reference"] = half * whole.total // split.shard if c.kl > 0 else 0
+    parts = {"state": 16 * total // split.shard}
+    if c.kl > 0:
+        parts["reference"] = half * total // split.shard
     if split.offload and cuda:
         parts = {"host": sum(parts.values())}
-    if cuda or sharded or split.sampler_ranks > 1:
+    if cuda or split != Split():
         parts["sampler"] = sampler
-    parts["gathered"] = gathered_bytes(whole, half) if sharded else 4 * whole.vocabulary
-    return {name: size for name, size in parts.items() if size}
+    return parts | learning_bytes(model_config, split, c.checkpointing, cuda, tokens)
 
 
-def gathered_bytes(whole, half):
-    """Bytes that a sharded model makes whole for a moment."""
-    return (3 * half + 4) * whole.vocabulary + 2 * half * whole.block
+def learning_bytes(model_config, split, checkpointing, cuda, tokens):
+    """{"gathered", "activations"}: the peak of a forward and backward pass.
+
+    Autograd keeps about 4 MLP widths and 6 widths of each layer, or with checkpointing one width; and about
+    two thirds more of the layer at work. Half precision but for the residual stream, fp32 under autocast.
+
+    A sharded model has a peak at the head (and embedding), whose weight and gradient are whole, the gradient
+    in fp32 too; and one at each layer, where these wait in half precision, and the weights and gradients of
+    two layers are whole. Fitted to a simulation of `fully_shard` (tests/test_plan.py).
+    """
+    half, sharded = 2 if cuda else 4, split.shard > 1 or split.offload
+    width, inner = model_config.hidden_size, model_config.intermediate_size
+    norms = 6 * width if model_config.qk_norm else 0
+    layer = half * tokens * (6.5 * inner + 12 * width + norms)
+    kept = half * tokens * (4 * inner + 6 * width + norms)
+    if checkpointing:
+        kept = (half if sharded else 4) * tokens * width
+    activations = int((model_config.layers - 1) * kept + layer)
+    block, vocabulary, _ = count_parameters(model_config)
+    if not sharded:
+        return {"gathered": 4 * vocabulary, "activations": activations}  # the head's gradient
+    matrices = 1 if model_config.tie_word_embeddings else 2
+    at_head = (matrices + 1) * half * vocabulary + 4 * vocabulary
+    at_layer = (matrices + 1) * half * vocabulary + 4 * half * block
+    if split.offload:  # fp32 slices on their way from the host and back
+        at_head += 4 * vocabulary // split.shard
+        at_layer += 8 * block // split.shard
+    return {"gathered": max(at_layer, at_head - int(layer)), "activations": activations}
 
 
 def kv_bytes(model_config, cuda, sampler_ranks=1):
     """Bytes of the keys and values of a token, on each of the ranks of a sampler."""
     kv_heads = model_config.kv_heads // sampler_ranks
     return 2 * model_config.layers * kv_heads * model_config.head_dim * (2 if cuda else 4)
-
-
-def activation_bytes(model_config, checkpointing, split, cuda):
-    """Bytes that learning holds per token.
-
-    Each layer keeps about 16 widths and 5 MLP widths; with checkpointing one width, and all of one layer.
-    """
-    half = 2 if cuda and (split.shard > 1 or split.offload) else 4
-    layer = half * (16 * model_config.hidden_size + 5 * model_config.intermediate_size)
-    if checkpointing:
-        return model_config.layers * half * model_config.hidden_size + layer
-    return model_config.layers * layer
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -185,31 +197,32 @@ class Layout(NamedTuple):
 
 def lay_out(c, model_config, machine, split, longest):
     """The Layout of a split. longest: tokens of the longest prompt and response."""
-    parts = memory_parts(c, model_config, split, machine.cuda)
+    cuda = machine.cuda
+    tokens = micro_batch_tokens(c, model_config, machine, split, longest)
+    parts = memory_parts(c, model_config, split, cuda, max(tokens, longest))  # at least one row
     host = machine.per_node * parts.pop("host", 0)
-    left, tokens = machine.memory - sum(parts.values()), longest
-    if not c.eval_only:
-        each = activation_bytes(model_config, c.checkpointing, split, machine.cuda)
-        room = left // 4 if machine.cuda else min(left // 4, 10**9)  # a GB keeps a CPU busy
-        affordable = min(LARGEST_MICRO_BATCH[machine.cuda], room // each)
-        tokens = max(longest, c.micro_batch_tokens or affordable)  # at least one row
-        parts["activations"] = tokens * each
-        left -= parts["activations"]
-    if not machine.cuda:
+    left = machine.memory - sum(parts.values())
+    if not cuda:
         left //= 2  # other programs use this memory too
-    row = longest * kv_bytes(model_config, machine.cuda, split.sampler_ranks) + 4 * model_config.vocab_size
+    row = longest * kv_bytes(model_config, cuda, split.sampler_ranks) + 4 * model_config.vocab_size
     rows = c.rollout_tokens // longest if c.rollout_tokens else max(0, left // row)
     needed = row * (min(FEWEST_ROWS, rows) if c.rollout_tokens else FEWEST_ROWS)
-    return Layout(
-        split,
-        parts,
-        host,
-        row,
-        rows,
-        rollout_tokens=c.rollout_tokens or rows * longest,
-        micro_batch_tokens=c.micro_batch_tokens or tokens,
-        missing=max(0, needed - left),
-    )
+    rollout_tokens, missing = c.rollout_tokens or rows * longest, max(0, needed - left)
+    return Layout(split, parts, host, row, rows, rollout_tokens, tokens, missing)
+
+
+def micro_batch_tokens(c, model_config, machine, split, longest):
+    """--micro-batch-tokens, or what takes a quarter of the memory that is left; a GB keeps a CPU busy."""
+    if c.micro_batch_tokens or c.eval_only:
+        return c.micro_batch_tokens or longest
+
+    def left(tokens):
+        parts = memory_parts(c, model_config, split, machine.cuda, tokens)
+        return machine.memory - sum(size for part, size in parts.items() if part != "host")
+
+    room = left(0) // 4 if machine.cuda else min(left(0) // 4, 10**9)
+    each = (left(0) - left(10**6)) // 10**6  # bytes
+    return max(longest, min(LARGEST_MICRO_BATCH[machine.cuda], room // each))
 
 
 def splits(c, model_config, machine):
