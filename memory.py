@@ -149,7 +149,7 @@ def learning_bytes(model_config, split, checkpointing, cuda, tokens):
     half, sharded = 2 if cuda else 4, split.shard > 1 or split.offload
     width, inner = model_config.hidden_size, model_config.intermediate_size
     norms = 6 * width if model_config.qk_norm else 0
-    layer = half * tokens * (6.5 * inner + 12 * width + norms)
+    layer = half * tokens * (7 * inner + 12 * width + norms)
     kept = half * tokens * (4 * inner + 6 * width + norms)
     if checkpointing:
         kept = (half if sharded else 4) * tokens * width
