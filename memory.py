@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from model import Transformer
 from support.gpus import NODE, Card, card_called, parse_gpus
 from support.ranks import all_reduce
 
@@ -105,19 +104,15 @@ class Parameters(NamedTuple):
 
 def count_parameters(model_config, sampler_ranks=1):
     """Parameters of the model, or of what one of `sampler_ranks` ranks samples with."""
-    n = sampler_ranks
-    part = dataclasses.replace(
-        model_config,
-        layers=1,
-        heads=model_config.heads // n,
-        kv_heads=model_config.kv_heads // n,
-        intermediate_size=model_config.intermediate_size // n,
-    )
-    with torch.device("meta"):
-        model = Transformer(part)
-    block = sum(p.numel() for p in model.layers[0].parameters())
-    total = sum(p.numel() for p in model.parameters()) + (model_config.layers - 1) * block
-    return Parameters(block, model.lm_head.weight.numel(), total)
+    c, n = model_config, sampler_ranks
+    width, heads, inner = c.hidden_size, c.heads // n * c.head_dim, c.intermediate_size // n
+    qkv = heads + 2 * (c.kv_heads // n) * c.head_dim
+    block = width * (qkv + heads + 3 * inner) + 2 * width  # and the two norms
+    block += c.qkv_bias * qkv + c.o_bias * width + c.mlp_bias * (2 * inner + width)
+    block += c.qk_norm * 2 * c.head_dim
+    vocabulary = c.vocab_size * width
+    matrices = 1 if c.tie_word_embeddings else 2
+    return Parameters(block, vocabulary, c.layers * block + matrices * vocabulary + width)
 
 
 def memory_parts(c, model_config, split, cuda, tokens):
@@ -139,8 +134,8 @@ def memory_parts(c, model_config, split, cuda, tokens):
 def learning_bytes(model_config, split, checkpointing, cuda, tokens):
     """{"gathered", "activations"}: the peak of a forward and backward pass.
 
-    Autograd keeps about 4 MLP widths and 6 widths of each layer, or with checkpointing one width; and about
-    two thirds more of the layer at work. Half precision but for the residual stream, fp32 under autocast.
+    Autograd keeps about 4 MLP widths and 10 widths of each layer, or with checkpointing one width, and about
+    half as much again of the layer at work. With autocast the residual stream is fp32.
 
     A sharded model has a peak at the head (and embedding), whose weight and gradient are whole, the gradient
     in fp32 too; and one at each layer, where these wait in half precision, and the weights and gradients of
@@ -148,12 +143,12 @@ def learning_bytes(model_config, split, checkpointing, cuda, tokens):
     """
     half, sharded = 2 if cuda else 4, split.shard > 1 or split.offload
     width, inner = model_config.hidden_size, model_config.intermediate_size
-    norms = 6 * width if model_config.qk_norm else 0
-    layer = half * tokens * (7 * inner + 12 * width + norms)
-    kept = half * tokens * (4 * inner + 6 * width + norms)
+    norms = 5 * width if model_config.qk_norm else 0
+    layer = half * tokens * (6 * inner + 14 * width + norms)
+    kept = half * tokens * (4 * inner + 10 * width + norms)
     if checkpointing:
         kept = (half if sharded else 4) * tokens * width
-    activations = int((model_config.layers - 1) * kept + layer)
+    activations = (model_config.layers - 1) * kept + layer
     block, vocabulary, _ = count_parameters(model_config)
     if not sharded:
         return {"gathered": 4 * vocabulary, "activations": activations}  # the head's gradient
@@ -163,7 +158,7 @@ def learning_bytes(model_config, split, checkpointing, cuda, tokens):
     if split.offload:  # fp32 slices on their way from the host and back
         at_head += 4 * vocabulary // split.shard
         at_layer += 8 * block // split.shard
-    return {"gathered": max(at_layer, at_head - int(layer)), "activations": activations}
+    return {"gathered": max(at_layer, at_head - layer), "activations": activations}
 
 
 def kv_bytes(model_config, cuda, sampler_ranks=1):
@@ -314,15 +309,20 @@ def refusal(*where):
     """
     c, model_config, machine, longest, _ = where
     tried = [lay_out(c, model_config, machine, split, longest) for split in splits(c, model_config, machine)]
-    nearest = min(tried, key=lambda layout: layout.missing)
-    flags = other_flags(*where)
-    would = [flags] if flags else filter(None, [more_gpus(*where), more_host_memory(*where)])
+    short = [layout for layout in tried if layout.missing]
+    flags, host = other_flags(*where), more_host_memory(*where)
+    would = [flags] if flags else [change for change in (more_gpus(*where), host) if change]
+    if c.offload and host:
+        reason, would = f"it needs {host}", [change for change in would if change != host]
+    else:
+        nearest = min(short, key=lambda layout: layout.missing)
+        reason = (
+            f"each rank needs {sum(nearest.parts.values()) / 1e9:.1f} GB ({listed(nearest.parts)}) and "
+            f"{FEWEST_ROWS * nearest.row / 1e9:.2f} GB to sample eight rows, "
+            f"and has {machine.memory / 1e9:.1f} GB"
+        )
     would = " or ".join(would) or shorter_responses(*where)
-    return (
-        f"{c.model} does not fit: each rank needs {sum(nearest.parts.values()) / 1e9:.1f} GB "
-        f"({listed(nearest.parts)}) and {FEWEST_ROWS * nearest.row / 1e9:.2f} GB to sample eight rows, "
-        f"and has {machine.memory / 1e9:.1f} GB" + (f"; it would fit with {would}" if would else "")
-    )
+    return f"{c.model} does not fit: {reason}" + (f"; it would fit with {would}" if would else "")
 
 
 def listed(parts):
@@ -377,8 +377,7 @@ def more_host_memory(c, model_config, machine, longest, _):
     if not hosts:
         return None
     return (
-        f"--offload, which needs {min(hosts) / 1e9:.0f} GB of host memory on each node "
-        f"(there are {machine.host / 1e9:.0f})"
+        f"{min(hosts) / 1e9:.0f} GB of host memory on each node for --offload, not {machine.host / 1e9:.0f}"
     )
 
 

@@ -152,11 +152,7 @@ def memory_lines(c, model_config, machine, layout, longest):
         "free": f"of the {machine.memory / 1e9:.1f} GB that a rank may use",
     }
     sizes = {**parts, "rows": rows, "logits": logits, "free": machine.memory - used - rows - logits}
-    table = [
-        f"         {sizes[name] / 1e9:8.2f}  {name:12} {note}"
-        for name, note in notes.items()
-        if name in sizes
-    ]
+    table = [f"         {sizes[name] / 1e9:8.2f}  {name:12} {notes[name]}" for name in notes if name in sizes]
     flags = " ".join(split_flags(layout.split._asdict()).values())
     return [f"memory   GB on each rank, {flags}", *table, *host_lines(c, machine, layout)]
 
@@ -172,12 +168,12 @@ def host_lines(c, machine, layout):
 
 def time_lines(c, machine, hours, responses):
     """Tokens, and the least hours."""
-    step = c.questions_per_step * c.max_new_tokens
-    tokens = sum(responses.values()) * c.max_new_tokens
+    step = c.questions_per_step * c.max_new_tokens / 1e6
+    tokens = sum(responses.values()) * c.max_new_tokens / 1e6
     parts = ", ".join(f"{name} {value:.1f}" for name, value in hours.items())
     return [
-        f"tokens   a step samples up to {step * c.votes / 1e6:.2f} M and trains on {step * c.samples / 1e6:.2f} M"
-        f"; the run samples up to {tokens / 1e6:,.0f} M, with evaluation",
-        f"time     at least {sum(hours.values()):.1f} hours ({parts}) for so many tokens, by the vendor's peaks "
-        f"of {machine.card.name}: a bound, not a promise",
+        f"tokens   a step samples up to {step * c.votes:.2f} M and trains on {step * c.samples:.2f} M; "
+        f"the run samples up to {tokens:,.0f} M, with evaluation",
+        f"time     at least {sum(hours.values()):.1f} hours ({parts}) for so many, by the vendor's peaks of "
+        f"{machine.card.name}: a bound, not a promise",
     ]

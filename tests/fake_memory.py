@@ -1,4 +1,4 @@
-"""Test-only: the bytes that a forward and backward pass of the learner would allocate, without allocating any.
+"""Test-only: the bytes that a forward and backward pass would allocate, without allocating any.
 
 torch's FakeTensorMode runs the real model on tensors without numbers, and `fully_shard` on a process group
 that exchanges nothing. `Held` adds up the storages that are alive after each operation.
