@@ -126,6 +126,16 @@ def test_flags_decide_what_they_name():
     assert (layout.rollout_tokens, layout.rows, layout.micro_batch_tokens) == (9 * 4096, 9, 5000)
 
 
+def test_a_row_is_keys_values_and_logits():
+    """32B: 64 layers of 8 heads of 128 numbers, twice, in bf16; each of 8 ranks has one of the heads."""
+    layout = models.layout(MODELS["32B"], "16x80", sampler_ranks=8)
+    assert layout.row == 4096 * 2 * 64 * 128 * 2 + 4 * 152064
+    whole = models.layout(MODELS["32B"], "16xH200", sampler_ranks=1)
+    assert whole.row == 4096 * 2 * 64 * 1024 * 2 + 4 * 152064
+    used = sum(layout.parts.values()) + layout.rows * layout.row
+    assert 0.9 * 0.98 * 80 * 2**30 - layout.row < used <= 0.9 * 0.98 * 80 * 2**30
+
+
 def test_evaluation_holds_the_sampler_alone():
     layout = models.layout(MODELS["32B"], "8x80", eval_only=True)
     assert layout.split == (1, 2, False) and layout.parts.keys() == {"sampler"}
