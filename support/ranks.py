@@ -10,6 +10,7 @@ import socket
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 # A rank may wait for the slowest rollout, or for rank 0 to write a checkpoint: hours for a large model.
 TIMEOUT = datetime.timedelta(hours=4)
@@ -44,9 +45,21 @@ def print0(*lines):
         print(*lines, sep="\n", flush=True)
 
 
-def shard(rows):
-    """This rank's rows: every world-size-th one, so that long and short questions fall to all ranks alike."""
-    return rows[dist.get_rank() :: world_size()]
+def mesh(device, names, inner):
+    """All ranks as a grid, world size / inner by inner, with a name for each axis: neighbours share a row."""
+    return init_device_mesh(device.type, (world_size() // inner, inner), mesh_dim_names=names)
+
+
+def shard(rows, group_size=1):
+    """This rank's rows: every world-size-th one, so that long and short questions fall to all ranks alike.
+
+    Returns the rows of the `group_size` neighbouring ranks that sample together, and the indices of its own
+    among them.
+    """
+    rank, size = dist.get_rank(), world_size()
+    together = [index for index in range(len(rows)) if index % size // group_size == rank // group_size]
+    own = [place for place, index in enumerate(together) if index % size == rank]
+    return [rows[index] for index in together], own
 
 
 def gather(items):
