@@ -6,6 +6,7 @@ and the field or tensor. What the fields mean to the forward pass is written at 
 
 import json
 import math
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -296,14 +297,11 @@ def write_model(folder, source, config, shapes, tensors):
         stale.unlink()
     planned = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     file_of = plan_files({name: 4 * part.numel() for name, part in hf_tensors(config, planned).items()})
-    pending = {}
-    for name, tensor in tensors:
-        for hf_name, part in hf_tensors(config, {name: tensor}).items():
-            if pending and file_of[hf_name] != file_of[next(iter(pending))]:
-                save_file(pending, folder / file_of[next(iter(pending))], {"format": "pt"})
-                pending = {}
-            pending[hf_name] = part.to("cpu", torch.float32, copy=True)  # views cannot be saved
-    save_file(pending, folder / file_of[next(iter(pending))], {"format": "pt"})
+    parts = (item for name, tensor in tensors for item in hf_tensors(config, {name: tensor}).items())
+    for file, group in groupby(parts, key=lambda item: file_of[item[0]]):
+        # copies, because views cannot be saved
+        held = {name: part.to("cpu", torch.float32, copy=True) for name, part in group}
+        save_file(held, folder / file, {"format": "pt"})
     if len(set(file_of.values())) > 1:
         index = {"metadata": {"total_size": 4 * sum(map(math.prod, shapes.values()))}, "weight_map": file_of}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
