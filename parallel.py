@@ -45,9 +45,10 @@ def shard(model, ranks, *, device, compute_dtype, offload=False):
         reshard_after_forward=True,
         offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
     )
-    # A tied embedding is the head's weight, and a weight cannot be in two units: it belongs to the model.
-    untied = () if model.config.tie_word_embeddings else (model.embed_tokens, model.lm_head)
-    for unit in (*untied, *model.layers, model):
+    # The head belongs to the model, whose forward takes its weight without calling it. So does an embedding
+    # that is the head's weight.
+    embedding = () if model.config.tie_word_embeddings else (model.embed_tokens,)
+    for unit in (*embedding, *model.layers, model):
         fully_shard(unit, **options)
     return torch.device("cpu") if offload else device
 
