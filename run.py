@@ -35,7 +35,16 @@ from support.hub import TOKENIZER_FILES, fetch_config, fetch_weights
 from support.ledger import summarize
 from support.pretrained import check_vocabulary
 from support.prompts import encode_prompt, load_tokenizer, show_prompt
-from support.ranks import first_on_node, is_rank0, on_every_rank, print0, world_size
+from support.ranks import (
+    check_same,
+    check_shared,
+    first_on_node,
+    is_rank0,
+    on_every_rank,
+    on_rank0,
+    print0,
+    world_size,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -74,15 +83,18 @@ def open_run(c, device, given):
     given: the flags that the user set. The weights are fetched last, when all else is known to work. Raises
     ValueError for what cannot work.
     """
+    check_same({"flags": dataclasses.asdict(c), "sources": SOURCES})
     folder = HERE / "tiny" / "model" if c.model == "tiny" else first_on_node(lambda: fetch_config(c.model))
     train_set = first_on_node(lambda: questions.load(c.data))
     eval_set = train_set
     if c.eval_data != c.data:
         eval_set = first_on_node(lambda: questions.load(c.eval_data))
     run = on_every_rank(lambda: prepare(c, device, given, folder, train_set, eval_set))
+    check_same({"questions": fingerprint(run)})
     if not c.dry_run:
         if c.model != "tiny":
             run.folder = first_on_node(lambda: fetch_weights(c.model))
+            check_same({"revisions of the model": run.folder.name})
         build_models(run, device)
     return run
 
@@ -191,37 +203,48 @@ def refresh_sampler(run):
 
 
 def open_out(run):
-    """Make the run's folder, or find a run in it and resume it: the state that `train` starts from."""
-    c, out = run.config, Path(run.config.out)
-    state = {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0}
-    if is_rank0():
-        out.mkdir(parents=True, exist_ok=True)
-    if c.eval_only:
-        return state
-    folder = checkpoint.newest(out / "checkpoint")
-    if folder:
-        state = checkpoint.read_state(folder)
-        compare_with_checkpoint(run, state.pop("made_with", None))
-        checkpoint.restore(folder, run.policy, run.optimizer)
-        refresh_sampler(run)
-        last = c.epochs * steps_per_epoch(c, len(run.train_set))
-        if state["step"] < last:
-            print0(f"resume   from step {state['step']}")
-        else:
-            print0(
-                f"finished {c.out} has all its {last} steps: nothing is trained; another --out starts anew"
-            )
-    if is_rank0():
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            checkpoint.forget_after(out / name, state["step"] if folder else -1)
-        checkpoint.write_whole(out / "config.json", json.dumps(dataclasses.asdict(c), indent=1))
-        if c.wandb:
-            import wandb
+    """Make the run's folder, or find a run in it and resume it: the state that `train` starts from.
 
-            wandb.init(
-                project="ttrl", name=out.name, config=dataclasses.asdict(c), resume="allow", id=out.name
-            )
+    Rank 0 alone decides what is resumed: another node may see a file of the shared folder later.
+    """
+    out = Path(run.config.out)
+    if run.config.eval_only:
+        on_rank0(lambda: out.mkdir(parents=True, exist_ok=True))
+        return {}
+    check_shared(out)
+    folder, state = on_rank0(lambda: find_checkpoint(run, out))
+    if folder:
+        on_every_rank(lambda: checkpoint.restore(folder, run.policy, run.optimizer))
+        refresh_sampler(run)
+    on_rank0(lambda: prepare_files(run, out, state["step"] if folder else -1))
     return state
+
+
+def find_checkpoint(run, out):
+    """(folder, state) of the newest checkpoint; (None, the state of a new run) if there is none."""
+    c, folder = run.config, checkpoint.newest(out / "checkpoint")
+    if folder is None:
+        return None, {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0}
+    state = checkpoint.read_state(folder)
+    compare_with_checkpoint(run, state.pop("made_with", None))
+    last = c.epochs * steps_per_epoch(c, len(run.train_set))
+    if state["step"] < last:
+        print0(f"resume   from step {state['step']}")
+    else:
+        print0(f"finished {c.out} has all its {last} steps: nothing is trained; another --out starts anew")
+    return folder, state
+
+
+def prepare_files(run, out, step):
+    """Drop the lines of steps after `step`, which are made again, and note the settings."""
+    c = run.config
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        checkpoint.forget_after(out / name, step)
+    checkpoint.write_whole(out / "config.json", json.dumps(dataclasses.asdict(c), indent=1))
+    if c.wandb:
+        import wandb
+
+        wandb.init(project="ttrl", name=out.name, config=dataclasses.asdict(c), resume="allow", id=out.name)
 
 
 def made_with(run):

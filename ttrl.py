@@ -474,7 +474,7 @@ def main(argv=None):
         run = open_run(c, device, given)
         if c.dry_run:
             return
-        state = ranks.on_every_rank(lambda: open_out(run))
+        state = open_out(run)
     except (ValueError, OSError) as error:
         if rank == 0 or not dist.is_initialized():  # once there is a group, all ranks raise the same
             print(f"ttrl.py: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
