@@ -26,8 +26,9 @@ import transformers
 
 import parallel
 from engine import Engine
+from memory import Split, choose_layout, find_machine
 from model import ModelConfig, Transformer
-from plan import Split, budgets, choose_split, print_plan, steps_per_epoch
+from plan import print_plan, steps_per_epoch
 from support import checkpoint, questions, report
 from support.config import RESUME_MAY_CHANGE, Config, flag_name
 from support.curves import draw_curves
@@ -89,7 +90,8 @@ def open_run(c, device, given):
     eval_set = train_set
     if c.eval_data != c.data:
         eval_set = first_on_node(lambda: questions.load(c.eval_data))
-    run = on_every_rank(lambda: prepare(c, device, given, folder, train_set, eval_set))
+    machine = find_machine(c, device)
+    run = on_every_rank(lambda: prepare(c, device, machine, given, folder, train_set, eval_set))
     check_same({"questions": fingerprint(run)})
     if not c.dry_run:
         if c.model != "tiny":
@@ -99,7 +101,7 @@ def open_run(c, device, given):
     return run
 
 
-def prepare(c, device, given, folder, train_set, eval_set):
+def prepare(c, device, machine, given, folder, train_set, eval_set):
     """The run without its models: tokenizer, prompts and memory budgets. Prints the plan."""
     model_config = ModelConfig.from_pretrained(folder)
     tokenizer, eos_ids = load_tokenizer(folder)
@@ -107,10 +109,12 @@ def prepare(c, device, given, folder, train_set, eval_set):
     train = load_prompts(c, tokenizer, c.data, train_set)
     evaluation = train if eval_set is train_set else load_prompts(c, tokenizer, c.eval_data, eval_set)
     longest = max(map(len, train[1] + evaluation[1])) + c.max_new_tokens
-    check_against_data(c, model_config, train[0], longest)
-    tokens = budgets(c, model_config, device, longest)
-    run = Run(c, device, folder, tokenizer, eos_ids, *train, *evaluation, longest, *tokens, choose_split(c))
-    print_plan(run, model_config, device, given, show_prompt(tokenizer, run.train_prompts[0]))
+    check_against_data(c, model_config, machine, train[0], longest)
+    most_rows = max(c.questions_per_step * c.votes, len(evaluation[0]) * c.eval_samples)
+    layout = choose_layout(c, model_config, machine, longest, most_rows)
+    budgets = layout.rollout_tokens, layout.micro_batch_tokens
+    run = Run(c, device, folder, tokenizer, eos_ids, *train, *evaluation, longest, *budgets, layout.split)
+    print_plan(run, model_config, machine, layout, given, show_prompt(tokenizer, run.train_prompts[0]))
     return run
 
 
@@ -133,7 +137,7 @@ def load_prompts(c, tokenizer, name, loaded):
     return kept, prompts
 
 
-def check_against_data(c, model_config, train_set, longest):
+def check_against_data(c, model_config, machine, train_set, longest):
     """Raise ValueError for settings that do not go with these questions, this model or this many ranks."""
     if c.reward == "gold" and any(question.answer is None for question in train_set):
         raise ValueError(f"--reward gold: {c.data} has questions without an answer")
@@ -142,9 +146,9 @@ def check_against_data(c, model_config, train_set, longest):
             f"--max-new-tokens {c.max_new_tokens}: with the longest prompt that is {longest} tokens, "
             f"but {c.model} takes {model_config.max_positions} (max_position_embeddings)"
         )
-    if world_size() > c.votes:
+    if machine.ranks > c.votes:
         raise ValueError(
-            f"--votes {c.votes}: fewer than the {world_size()} processes, each needs a response to learn from"
+            f"--votes {c.votes}: fewer than the {machine.ranks} ranks, each needs a response to learn from"
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from support import questions
+from support.gpus import parse_gpus
 
 
 def flag(default, text, *, type=None, choices=None):
@@ -67,17 +68,13 @@ class Config:
     eval_only: bool = flag(False, "evaluate and exit")
     # memory
     shard: int | None = flag(
-        None,
-        "ranks that split weights, gradients and moments; 1: each holds all (DDP) [the fewest]",
-        type=int,
+        None, "ranks that split weights, gradients and moments; 1: each holds all (DDP) [by memory]", type=int
     )
     sampler_ranks: int | None = flag(
-        None, "ranks that split the sampler's copy by attention heads [the fewest]", type=int
+        None, "ranks that split the sampler's copy by attention heads [by memory]", type=int
     )
     offload: bool | None = flag(
-        None,
-        "keep weights, gradients and moments in host memory, update there [if all else fails]",
-        type=bool,
+        None, "weights, gradients and moments lie in host memory [where nothing else fits]", type=bool
     )
     rollout_tokens: int | None = flag(None, "tokens in the KV cache of a rank [by memory]", type=int)
     micro_batch_tokens: int | None = flag(None, "tokens of a micro-batch of learning [by memory]", type=int)
@@ -95,7 +92,7 @@ class Config:
     allow_changed_flags: bool = flag(False, "resume although flags or the program's files have changed")
     dry_run: bool = flag(False, "print the plan and exit")
     gpus: str | None = flag(
-        None, "with --dry-run: plan for GPUs that are not here, 8x80 is 8 of 80 GB", type=str
+        None, "with --dry-run: plan for GPUs that are not here: 8x80 (GB), 16xH100, 4x4090", type=str
     )
     wandb: bool = flag(False, "log to Weights & Biases too")
 
@@ -181,7 +178,7 @@ def decide(c):
         "questions_per_step": benchmark.questions_per_step if benchmark else 8,
         "epochs": benchmark.epochs if benchmark else questions.USER_FILE_EPOCHS,
         "temperature": 1.0 if c.thinking or any(part in name for part in REASONING_MODELS) else 0.6,
-        "checkpointing": device == "cuda",
+        "checkpointing": device == "cuda" or c.gpus is not None,
         "out": f"runs/{Path(c.model).name}-{Path(data).stem}",
     }
     missing = {field: value for field, value in decided.items() if getattr(c, field) is None}
@@ -207,8 +204,8 @@ def differences(c, given):
 
 def check(c):
     """Raise ValueError for the first flag whose value cannot work."""
-    positive = """votes samples questions_per_step questions_per_update epochs max_prompt_tokens
-        max_new_tokens eval_every eval_samples save_every shard sampler_ranks rollout_tokens
+    positive = """shard sampler_ranks votes samples questions_per_step questions_per_update epochs
+        max_prompt_tokens max_new_tokens eval_every eval_samples save_every rollout_tokens
         micro_batch_tokens max_minutes lr clip grad_clip"""
     rules = [(name, lambda v: 0 < v < math.inf, "must be above 0") for name in positive.split()]
     rules += [
@@ -226,6 +223,10 @@ def check(c):
         value = getattr(c, name)
         if value is not None and not holds(value):
             raise ValueError(f"{flag_name(name)} {value}: {sentence}")
+    if c.gpus:
+        parse_gpus(c.gpus)
+        if not c.dry_run:
+            raise ValueError(f"--gpus {c.gpus}: plans for GPUs that are not here, so --dry-run goes with it")
     if c.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             "--wandb: the package wandb is not installed; `pip install wandb`, or leave the flag out"
