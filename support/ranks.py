@@ -64,7 +64,8 @@ def network_interface():
 def mesh(device, names, inner):
     """All ranks as a grid, world size / inner by inner, with a name for each axis: neighbours share a row.
 
-    A DeviceMesh whose groups wait as long as the group of all ranks does. The groups of torch's init_device_mesh give up after 10 minutes (NCCL) or 30 (gloo).
+    A DeviceMesh whose groups wait as long as the group of all ranks does. Those of torch's init_device_mesh
+    give up after 10 minutes (NCCL) or 30 (gloo).
     """
     ranks, groups = torch.arange(world_size()).view(-1, inner), []
     for dim, size in enumerate(ranks.shape):
