@@ -60,6 +60,10 @@ class Split(NamedTuple):
     sampler_ranks: int = 1  # ranks that hold one sampler
     offload: bool = False  # the set lies in host memory
 
+    @property
+    def in_slices(self):
+        return self.shard > 1 or self.offload
+
 
 def choose_split(c):
     """The split of the flags; where they are silent, the smallest that fits."""

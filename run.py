@@ -1,11 +1,12 @@
 """A run: what its steps share, how it is opened from the flags, resumed from a checkpoint, and saved.
 
     policy      fp32 master weights, the ones that learn
-    learner     the policy as DDP wraps it: its gradients are averaged over the ranks
-    sampler     the policy itself on a CPU; on a GPU a copy in bf16, refreshed in place after every step
+    learner     the policy as DDP wraps it: its gradients are averaged over the ranks; or in slices
+    sampler     the policy itself on a CPU; on a GPU, or beside slices, a copy, refreshed after every step
     reference   the initial policy, frozen, where --kl is above 0
 
-Every rank holds all of them. What the ranks share out is the rows: responses to sample and to learn from.
+What the ranks share out is the rows: responses to sample and to learn from. Where a model does not fit, also
+the learner's state and the sampler: parallel.py.
 """
 
 import dataclasses
@@ -15,13 +16,15 @@ import math
 import os
 import platform
 import shutil
+from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from torch.nn.parallel import DistributedDataParallel
 
+import parallel
 from engine import Engine
 from model import ModelConfig, Transformer
 from plan import Split, budgets, choose_split, print_plan, steps_per_epoch
@@ -49,6 +52,7 @@ HERE = Path(__file__).resolve().parent
 @dataclass
 class Run:
     config: Config
+    device: torch.device
     folder: Path  # of the model
     tokenizer: object
     eos_ids: list
@@ -61,7 +65,7 @@ class Run:
     micro_batch_tokens: int  # --micro-batch-tokens, or what memory allows
     split: Split  # what the ranks share out beside the rows
     policy: Transformer | None = None
-    learner: DistributedDataParallel | None = None
+    learner: torch.nn.Module | None = None
     sampler: Transformer | None = None
     reference: Transformer | None = None
     optimizer: torch.optim.Optimizer | None = None
@@ -105,7 +109,7 @@ def prepare(c, device, given, folder, train_set, eval_set):
     longest = max(map(len, train[1] + evaluation[1])) + c.max_new_tokens
     check_against_data(c, model_config, train[0], longest)
     tokens = budgets(c, model_config, device, longest)
-    run = Run(c, folder, tokenizer, eos_ids, *train, *evaluation, longest, *tokens, choose_split(c))
+    run = Run(c, device, folder, tokenizer, eos_ids, *train, *evaluation, longest, *tokens, choose_split(c))
     print_plan(run, model_config, device, given, show_prompt(tokenizer, run.train_prompts[0]))
     return run
 
@@ -147,30 +151,45 @@ def check_against_data(c, model_config, train_set, longest):
 def build_models(run, device):
     """Fill in policy, sampler, learner, reference and optimizer."""
     c = run.config
-    on_every_rank(lambda: load_models(run, device))
+    group = parallel.sampler_group(device, run.split.sampler_ranks)
+    on_every_rank(lambda: load_models(run, device, group))
     if device.type == "cuda":
         most_rows = max(c.questions_per_step * c.votes, len(run.eval_set) * c.eval_samples)
-        slots = min(run.rollout_tokens // run.longest, math.ceil(most_rows / world_size()))
+        most_rows = math.ceil(most_rows * run.split.sampler_ranks / world_size())
+        slots = min(run.rollout_tokens // run.longest, most_rows)
         run.engine = Engine(run.sampler, slots, run.longest, c.max_new_tokens, run.eos_ids)
     if c.eval_only:
         return
     run.policy.checkpointing = c.checkpointing
-    run.learner = DistributedDataParallel(run.policy, gradient_as_bucket_view=True)
+    run.learner = run.policy if run.split.in_slices else parallel.data_parallel(run.policy)
     run.optimizer = torch.optim.AdamW(
         run.policy.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True
     )
 
 
-def load_models(run, device):
-    """Read the weights: the policy's, on a GPU the sampler's copy in bf16, and with --kl the reference's."""
-    c, cuda = run.config, device.type == "cuda"
-    half = torch.bfloat16 if cuda else torch.float32
-    precision = half if c.eval_only else torch.float32
-    run.policy = run.sampler = Transformer.from_pretrained(run.folder, precision, device)
-    if cuda and not c.eval_only:
-        run.sampler = Transformer.from_pretrained(run.folder, half, device)
+def load_models(run, device, group):
+    """Read the weights of the sampler, and for training of policy and reference, each once or in slices."""
+    c, split = run.config, run.split
+    compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shard = None
+    if split.in_slices:
+        shard = partial(
+            parallel.shard,
+            ranks=split.shard,
+            device=device,
+            compute_dtype=compute_dtype,
+            offload=split.offload,
+        )
+    if not c.eval_only:
+        run.policy = Transformer.from_pretrained(run.folder, torch.float32, device, shard)
+    shared = device.type == "cpu" and group is None and not split.in_slices
+    if shared and run.policy:
+        run.sampler = run.policy
+    else:
+        run.sampler = Transformer.from_pretrained(run.folder, compute_dtype, device, group=group)
     if c.kl > 0 and not c.eval_only:
-        run.reference = Transformer.from_pretrained(run.folder, half, device).requires_grad_(False)
+        run.reference = Transformer.from_pretrained(run.folder, compute_dtype, device, shard)
+        run.reference.requires_grad_(False)
 
 
 def refresh_sampler(run):
@@ -304,13 +323,16 @@ def compare_with_checkpoint(run, then):
 
 
 def save_checkpoint(run, state):
-    """Write out/checkpoint: weights, moments, and the state that `open_out` reads."""
+    """Write out/checkpoint: weights, moments, and the state that `open_out` reads. On all ranks."""
     whole = {**state, "made_with": made_with(run)}
     checkpoint.save(Path(run.config.out) / "checkpoint", run.policy, run.optimizer, whole)
 
 
 def save_model(run):
-    """Write out/model in Hugging Face format, with the tokenizer; transformers and vLLM load it."""
+    """On all ranks: write out/model in Hugging Face format, with the tokenizer, for transformers or vLLM."""
+    if not is_rank0():
+        deque(run.policy.whole_parameters(), maxlen=0)  # rank 0 may need this rank's slices
+        return
 
     def fill(folder):
         run.policy.save_pretrained(folder)
@@ -341,6 +363,8 @@ def log(run, line, shown):
 def finish(run, state):
     """The model, summary.json, and on the screen the before/after table, the ledger and a few responses."""
     save_model(run)
+    if not is_rank0():
+        return
     c = run.config
     summary = {**summarize(state), "seconds": state["seconds"], **report.speeds(Path(c.out))}
     summary.update(environment=environment(c), config=dataclasses.asdict(c))

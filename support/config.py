@@ -67,13 +67,17 @@ class Config:
     eval_only: bool = flag(False, "evaluate and exit")
     # memory
     shard: int | None = flag(
-        None, "ranks that split weights, gradients and moments; 1: each holds all (DDP) [the fewest]", type=int
+        None,
+        "ranks that split weights, gradients and moments; 1: each holds all (DDP) [the fewest]",
+        type=int,
     )
     sampler_ranks: int | None = flag(
         None, "ranks that split the sampler's copy by attention heads [the fewest]", type=int
     )
     offload: bool | None = flag(
-        None, "keep weights, gradients and moments in host memory, update there [if all else fails]", type=bool
+        None,
+        "keep weights, gradients and moments in host memory, update there [if all else fails]",
+        type=bool,
     )
     rollout_tokens: int | None = flag(None, "tokens in the KV cache of a rank [by memory]", type=int)
     micro_batch_tokens: int | None = flag(None, "tokens of a micro-batch of learning [by memory]", type=int)
@@ -90,7 +94,9 @@ class Config:
     )
     allow_changed_flags: bool = flag(False, "resume although flags or the program's files have changed")
     dry_run: bool = flag(False, "print the plan and exit")
-    gpus: str | None = flag(None, "with --dry-run: plan for GPUs that are not here, 8x80 is 8 of 80 GB", type=str)
+    gpus: str | None = flag(
+        None, "with --dry-run: plan for GPUs that are not here, 8x80 is 8 of 80 GB", type=str
+    )
     wandb: bool = flag(False, "log to Weights & Biases too")
 
 
@@ -201,9 +207,9 @@ def differences(c, given):
 
 def check(c):
     """Raise ValueError for the first flag whose value cannot work."""
-    positive = """shard sampler_ranks votes samples questions_per_step questions_per_update epochs max_prompt_tokens
-        max_new_tokens eval_every eval_samples save_every rollout_tokens micro_batch_tokens max_minutes lr
-        clip grad_clip"""
+    positive = """votes samples questions_per_step questions_per_update epochs max_prompt_tokens
+        max_new_tokens eval_every eval_samples save_every shard sampler_ranks rollout_tokens
+        micro_batch_tokens max_minutes lr clip grad_clip"""
     rules = [(name, lambda v: 0 < v < math.inf, "must be above 0") for name in positive.split()]
     rules += [
         (name, lambda v: 0 <= v < math.inf, "must not be negative")

@@ -61,19 +61,19 @@ def network_interface():
     return loopback  # all of 127.0.0.0/8, of which 127.0.0.1 alone is an interface's address
 
 
-def mesh(device, shape, names):
-    """A DeviceMesh of all ranks, row-major, whose groups wait as long as the group of all ranks does.
+def mesh(device, names, inner):
+    """All ranks as a grid, world size / inner by inner, with a name for each axis: neighbours share a row.
 
-    The groups of torch's init_device_mesh give up after 10 minutes (NCCL) or 30 (gloo).
+    Its groups wait as long as the group of all ranks. Those of torch's init_device_mesh would give up after
+    10 minutes (NCCL) or 30 (gloo).
     """
-    ranks, groups = torch.arange(world_size()).view(shape), []
-    for dim, size in enumerate(shape):
-        lines = ranks.movedim(dim, -1).reshape(-1, size).tolist()
+    grid, groups = torch.arange(world_size()).view(-1, inner), []
+    for lines in (grid.T.tolist(), grid.tolist()):
         if len(lines) == 1:
             groups.append(dist.group.WORLD)
         else:
             groups.append(dist.new_subgroups_by_enumeration(lines, timeout=TIMEOUT)[0])
-    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=names)
+    return DeviceMesh.from_group(groups, device.type, grid, mesh_dim_names=names)
 
 
 def world_size():
@@ -90,9 +90,16 @@ def print0(*lines):
         print(*lines, sep="\n", flush=True)
 
 
-def shard(rows):
-    """This rank's rows: every world-size-th one, so that long and short questions fall to all ranks alike."""
-    return rows[dist.get_rank() :: world_size()]
+def shard(rows, group_size=1):
+    """This rank's rows: every world-size-th one, so that long and short questions fall to all ranks alike.
+
+    Returns the rows of the `group_size` neighbouring ranks that sample together, and the indices of its own
+    among them.
+    """
+    rank, size = dist.get_rank(), world_size()
+    together = [index for index in range(len(rows)) if index % size // group_size == rank // group_size]
+    own = [place for place, index in enumerate(together) if index % size == rank]
+    return [rows[index] for index in together], own
 
 
 def gather(items):

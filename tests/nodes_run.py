@@ -55,7 +55,7 @@ def show_late(folder):
 def note(folder):
     device, node, names = ranks.start_processes("cpu"), os.environ["NODE"], ("replicate", "shard")
     noted = {"node": node, "found": ranks.first_on_node(lambda: fetch(folder / node))}
-    meshes = {"grid": ranks.mesh(device, (2, 2), names), "line": ranks.mesh(device, (1, 4), names)}
+    meshes = {"grid": ranks.mesh(device, names, 2), "line": ranks.mesh(device, names, 4)}
     for shape, mesh in meshes.items():
         groups = [mesh[name].get_group() for name in names]
         noted[shape] = [dist.get_process_group_ranks(group) for group in groups]

@@ -12,9 +12,11 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-ROOMS = "ttrl run plan rollout engine model packing kernels support".split()  # each imports only later ones
+ROOMS = (
+    "ttrl run plan rollout engine model packing parallel kernels support".split()
+)  # each imports only later ones
 LONGEST_LINE, LONGEST_FUNCTION = 110, 40
-LONGEST_FILES = {"ttrl.py": 510, "model.py": 300, "support/*.py": 345, "README.md": 150}  # in lines
+LONGEST_FILES = {"ttrl.py": 510, "model.py": 310, "support/*.py": 345, "README.md": 150}  # in lines
 
 
 def imports(path):
@@ -139,7 +141,7 @@ def test_what_is_too_long_is_found(tmp_path):
     )
     (tmp_path / "support").mkdir()
     (tmp_path / "support" / "words.py").write_text("\n" * 346)
-    (tmp_path / "model.py").write_text("\n" * 300)
+    (tmp_path / "model.py").write_text("\n" * 310)
     assert long_files(tmp_path) == ["support/words.py: 346 lines, at most 345"]
 
 

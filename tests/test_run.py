@@ -241,7 +241,7 @@ def test_a_stopped_run_goes_on_bitwise_without_any_of_its_leftovers(finished, fe
     arguments = ["--data", few_questions, "--out", out, *SMALL]
     assert "the same command goes on" in program(*arguments, "--max-minutes", "0.001").stdout
     shutil.copytree(out / "checkpoint" / "step-000001", out / "checkpoint" / "step-000003.tmp")
-    (out / "checkpoint" / "step-000003.tmp" / "weights.safetensors").write_bytes(b"half")
+    (out / "checkpoint" / "step-000003.tmp" / "weights-1-of-1.safetensors").write_bytes(b"half")
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "train/rew')
     program(*arguments)
@@ -281,7 +281,7 @@ def test_other_flags_are_not_resumed(finished, few_questions):
 def test_the_checkpoint_of_another_model_is_one_sentence(finished, few_questions, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
-    path = out / "checkpoint" / "step-000004" / "weights.safetensors"
+    path = out / "checkpoint" / "step-000004" / "weights-1-of-1.safetensors"
     save_file({f"old.{name}": tensor.clone() for name, tensor in load_file(path).items()}, path)
     error = program("--data", few_questions, "--out", out, *SMALL, "--allow-changed-flags", code=2).stderr
     assert error.count("\n") == 1 and "step-000004: holds the parameters of another model" in error
@@ -411,7 +411,7 @@ def test_updates_that_are_never_finite_do_not_end_as_if_all_were_well(few_questi
 
 def moved_nowhere(out):
     base = load_file(TINY / "model.safetensors")
-    with safe_open(out / "checkpoint" / "step-000004" / "weights.safetensors", "pt") as file:
+    with safe_open(out / "checkpoint" / "step-000004" / "weights-1-of-1.safetensors", "pt") as file:
         return torch.equal(file.get_tensor("embed_tokens.weight"), base["model.embed_tokens.weight"])
 
 
