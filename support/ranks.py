@@ -64,17 +64,16 @@ def network_interface():
 def mesh(device, names, inner):
     """All ranks as a grid, world size / inner by inner, with a name for each axis: neighbours share a row.
 
-    A DeviceMesh whose groups wait as long as the group of all ranks does. Those of torch's init_device_mesh
-    give up after 10 minutes (NCCL) or 30 (gloo).
+    Its groups wait as long as the group of all ranks. Those of torch's init_device_mesh would give up after
+    10 minutes (NCCL) or 30 (gloo).
     """
-    ranks, groups = torch.arange(world_size()).view(-1, inner), []
-    for dim, size in enumerate(ranks.shape):
-        lines = ranks.movedim(dim, -1).reshape(-1, size).tolist()
+    grid, groups = torch.arange(world_size()).view(-1, inner), []
+    for lines in (grid.T.tolist(), grid.tolist()):
         if len(lines) == 1:
             groups.append(dist.group.WORLD)
         else:
             groups.append(dist.new_subgroups_by_enumeration(lines, timeout=TIMEOUT)[0])
-    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=names)
+    return DeviceMesh.from_group(groups, device.type, grid, mesh_dim_names=names)
 
 
 def world_size():
