@@ -227,9 +227,11 @@ def open_out(run):
 def find_checkpoint(run, out):
     """(folder, state) of the newest checkpoint; (None, the state of a new run) if there is none."""
     c, folder = run.config, checkpoint.newest(out / "checkpoint")
+    # labels: {question id: label of its last vote in training}
+    state = {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0, "labels": {}}
     if folder is None:
-        return None, {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0}
-    state = checkpoint.read_state(folder)
+        return None, state
+    state.update(checkpoint.read_state(folder))
     compare_with_checkpoint(run, state.pop("made_with", None))
     last = c.epochs * steps_per_epoch(c, len(run.train_set))
     if state["step"] < last:
@@ -242,7 +244,7 @@ def find_checkpoint(run, out):
 def prepare_files(run, out, step):
     """Drop the lines of steps after `step`, which are made again, and note the settings."""
     c = run.config
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
+    for name in ("metrics.jsonl", "rollouts.jsonl", "votes.jsonl"):
         checkpoint.forget_after(out / name, step)
     checkpoint.write_whole(out / "config.json", json.dumps(dataclasses.asdict(c), indent=1))
     if c.wandb:
@@ -348,14 +350,18 @@ def save_model(run):
     checkpoint.replace_folder(Path(run.config.out) / "model", fill)
 
 
-def log(run, line, shown):
-    """Append a step to metrics.jsonl and rollouts.jsonl; redraw the curves after an evaluation."""
+def log(run, line, others):
+    """Append a step to metrics.jsonl, and to the other files its lines; redraw curves after an evaluation.
+
+    others: {"rollouts.jsonl": lines, "votes.jsonl": lines}, or {}.
+    """
     if not is_rank0():
         return
     out = Path(run.config.out)
     finite = {name: value for name, value in line.items() if math.isfinite(value)}  # JSON has no nan
     checkpoint.append(out / "metrics.jsonl", [finite])
-    checkpoint.append(out / "rollouts.jsonl", shown)
+    for name, lines in others.items():
+        checkpoint.append(out / name, lines)
     if any(name.startswith("eval/") for name in line):
         draw_curves(out, run.config.eval_samples)
     if run.config.wandb:
@@ -375,7 +381,8 @@ def finish(run, state):
     checkpoint.write_whole(Path(c.out) / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
     print(report.render(summary, state))
     minutes = f"{state['seconds'] / 60:.1f} minutes"
-    print(f"\n{c.out}: curves.png, summary.json, metrics.jsonl, rollouts.jsonl, model/ ({minutes})")
+    files = "curves.png, summary.json, metrics.jsonl, rollouts.jsonl, votes.jsonl, model/"
+    print(f"\n{c.out}: {files} ({minutes})")
 
 
 def save_evaluation(run, metrics):

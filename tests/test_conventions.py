@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 # Each imports only later ones.
-ROOMS = "ttrl run plan memory rollout engine model packing parallel kernels support".split()
+ROOMS = "ttrl rewards run plan memory rollout engine model packing parallel kernels support".split()
 LONGEST_LINE, LONGEST_FUNCTION = 110, 40
 LONGEST_FILES = {"ttrl.py": 510, "model.py": 310, "support/*.py": 345, "README.md": 150}  # in lines
 
