@@ -9,12 +9,14 @@ Every rank holds all of them. What the ranks share out is the rows: responses to
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import platform
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from support.config import RESUME_MAY_CHANGE, Config, flag_name
 from support.curves import draw_curves
 from support.hub import TOKENIZER_FILES, fetch_config, fetch_weights
 from support.ledger import summarize
+from support.page import write_page
 from support.pretrained import check_vocabulary
 from support.prompts import encode_prompt, load_tokenizer, show_prompt
 from support.ranks import first_on_node, is_rank0, on_every_rank, print0, world_size
@@ -233,6 +236,17 @@ def source_hashes():
 SOURCES = source_hashes()  # at the start: what runs is what was read then, not what is edited meanwhile
 
 
+@functools.cache
+def commit():
+    """The commit of this program, with "-dirty" if files differ from it; "unknown" where git cannot tell."""
+    command = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
 def environment(c):
     """Where a run is made: a run that goes on elsewhere is not bitwise the same."""
     cpu = f"{platform.machine()}, {os.cpu_count()} cores"
@@ -298,8 +312,8 @@ def save_model(run):
     checkpoint.replace_folder(Path(run.config.out) / "model", fill)
 
 
-def log(run, line, shown):
-    """Append a step to metrics.jsonl and rollouts.jsonl; redraw the curves after an evaluation."""
+def log(run, line, shown, state):
+    """Append a step to metrics.jsonl and rollouts.jsonl; redraw curves and page after an evaluation."""
     if not is_rank0():
         return
     out = Path(run.config.out)
@@ -308,22 +322,32 @@ def log(run, line, shown):
     checkpoint.append(out / "rollouts.jsonl", shown)
     if any(name.startswith("eval/") for name in line):
         draw_curves(out, run.config.eval_samples)
+        draw_page(run, state)
     if run.config.wandb:
         import wandb
 
         wandb.log(line, step=line["step"])
 
 
+def draw_page(run, state):
+    """Write out/report.html, the run as a page."""
+    about = {"commit": commit(), **environment(run.config)}
+    write_page(run.config.out, state, run.config, run.train_set, about)
+
+
 def finish(run, state):
-    """The model, summary.json, and on the screen the before/after table, the ledger and a few responses."""
+    """The model, summary.json, the page, and on the screen before/after table, ledger and a few responses."""
     save_model(run)
     c = run.config
     summary = {**summarize(state), "seconds": state["seconds"], **report.speeds(Path(c.out))}
     summary.update(environment=environment(c), config=dataclasses.asdict(c))
     checkpoint.write_whole(Path(c.out) / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    draw_page(run, state)
     print(report.render(summary, state))
     minutes = f"{state['seconds'] / 60:.1f} minutes"
-    print(f"\n{c.out}: curves.png, summary.json, metrics.jsonl, rollouts.jsonl, model/ ({minutes})")
+    print(
+        f"\n{c.out}: report.html, curves.png, summary.json, metrics.jsonl, rollouts.jsonl, model/ ({minutes})"
+    )
 
 
 def save_evaluation(run, metrics):
