@@ -162,15 +162,16 @@ def votes(name, lines, truth, kind, planned):
         if line["label"] is not None:
             paths[classes[line["label"]]] += f"M{x} {height + strip}v{strip}"
     drawn = "".join(f'<path class="{css}" d="{path}"/>' for css, path in paths.items() if path)
-    width = max(len(shown), min(planned, MOST_BARS), 4)
-    svg = f'<svg class="bars" viewBox="-.5 0 {width} {height + 2 * strip}" preserveAspectRatio="none" '
+    width = max(len(shown), min(planned, MOST_BARS))
+    svg = f'<svg class="bars" viewBox="-.5 0 {width} {height + 2 * strip}" preserveAspectRatio="none" width='
+    steps = f"step {lines[0]['step']} → {lines[-1]['step']}:"
     key = [f'<li><i class="{css}"></i>{label} {counts[css][0]} → {counts[css][-1]}</li>'
            for css, label in labels.items() if any(counts[css])]  # fmt: skip
     none = f'<li><i class="n"></i>no answer {lines[0]["none"]} → {lines[-1]["none"]}</li>'
     return (
-        f'{svg}aria-hidden="true"><g id="{name}">{drawn}</g></svg>',
-        f'{svg}aria-hidden="true"><use href="#{name}"/></svg>',
-        f'<ul class="key">{"".join(key)}{none}</ul>',
+        f'{svg}"{24 * width}" aria-hidden="true"><g id="{name}">{drawn}</g></svg>',
+        f'{svg}"{64 * width}" aria-hidden="true"><use href="#{name}"/></svg>',
+        f'<ul class="key"><li class="soft">{steps}</li>{"".join(key)}{none}</ul>',
     )
 
 

@@ -6,6 +6,7 @@ and the page's Content-Security-Policy allows no script but the one that sorts t
 
 import base64
 import hashlib
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -55,7 +56,7 @@ def page(lines, votes, state, c, train_set, about):
         title=text(f"{Path(c.model).name} on {Path(c.data).name}"),
         subtitle=f"Test-time reinforcement learning (arXiv 2504.16084): {c.votes} responses to each question "
         f"are sampled, and rewarded by “{text(c.reward)}”.",
-        facts=facts(state, lines),
+        facts=facts(state, c, train_set),
         warnings=warning_box(warnings(lines, c, state)),
         charts="\n".join(charts(lines, c)),
         metrics=metrics_table(state, summary),
@@ -79,7 +80,7 @@ def hash_of(template, tag):
 # above the curves
 
 
-def facts(state, lines):
+def facts(state, c, train_set):
     """The few numbers that a reader looks for first."""
     newest = state.get("after", state["before"])
     pairs = [
@@ -87,7 +88,8 @@ def facts(state, lines):
         for name, value in newest["metrics"].items()
         if name == "pass@1" or re.fullmatch(r"maj@\d+", name)
     ]
-    pairs.append(("steps", f"{state['step']}"))
+    steps = c.epochs * math.ceil(len(train_set) / c.questions_per_step)
+    pairs.append(("steps", f"{state['step']} of {steps}"))
     pairs.append(("minutes", f"{state['seconds'] / 60:.1f}"))
     return "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in pairs)
 
@@ -186,7 +188,7 @@ def fates(summary):
     if not summary or not summary["questions"]:
         return ""
     items = "".join(
-        f'<dt class="n">{count}</dt><dt class="{name}">{name}</dt><dd class="soft">{FATES[name]}</dd>'
+        f'<dt>{count}</dt><dt class="{name}">{name}</dt><dd class="soft">{FATES[name]}</dd>'
         for name, count in summary["ledger"].items()
     )
     chance = text(CHANCE.format(summary["expected_by_chance"]))
@@ -252,7 +254,9 @@ def ledger_table(rows, c):
     heads = ["question", "what became of it", "truth"] if known else ["question"]
     score = "pass@1" if known else "agreement"
     heads += ["majority", f"{score} before", "after", "change", "votes over the steps"]
-    head = "".join(f"<th scope=col>{name}</th>" for name in heads)
+    right = ' class="r"'
+    numbers = heads[-4:-1]
+    head = "".join(f"<th scope=col{right if name in numbers else ''}>{name}</th>" for name in heads)
     bodies = (body(number, row, heads, c) for number, row in enumerate(rows))
     return f"<thead><tr>{head}</tr></thead>\n" + "\n".join(bodies)
 
@@ -264,7 +268,6 @@ def body(number, row, heads, c):
     records = [record for record in (row.before, row.after) if record]
     majority = " → ".join(code(record["majority"]) for record in records)
     change = "" if before is None or after is None else f"{after - before:+.2f}"
-    way = "up" if change > "+0.00" and change[0] == "+" else "down" if change.startswith("-") else ""
     small, large, key = drawing.votes(f"v{number}", row.votes, row.truth, row.kind, c.epochs)
     order = [*FATES, row.fate].index(row.fate) if row.fate else ""
     cells = {
@@ -274,7 +277,7 @@ def body(number, row, heads, c):
         "majority": f'<td data-l="majority">{majority}</td>',
         f"{heads[-4]}": number_cell("before", "" if before is None else f"{before:.2f}"),
         "after": number_cell("after", "" if after is None else f"{after:.2f}"),
-        "change": number_cell("change", change, way),
+        "change": number_cell("change", change),
         "votes over the steps": f'<td class="votes" data-v="{share_of_label(row.votes)}">{small}</td>',
     }
     return (
@@ -284,8 +287,8 @@ def body(number, row, heads, c):
     )
 
 
-def number_cell(label, shown, way=""):
-    return f'<td class="r {way}" data-l="{label}">{shown}</td>'
+def number_cell(label, shown):
+    return f'<td class="r" data-l="{label}">{shown}</td>'
 
 
 def share_of_label(votes):
@@ -304,9 +307,7 @@ def opened(row, bars, key):
         else []
     )
     if row.votes:
-        first, last = row.votes[0]["step"], row.votes[-1]["step"]
-        parts.append(bars)
-        parts.append(f'<p class="ends"><span>step {first}</span><span>step {last}</span></p>{key}')
+        parts.append(bars + key)
     figures = [
         f"<figure><figcaption>{when}: {agreement(record)}</figcaption>"
         f"<pre>{marked(record['response'], record['answer'])}</pre></figure>"
@@ -320,7 +321,7 @@ def opened(row, bars, key):
 def agreement(record):
     """What the response beside it stands for."""
     if record["majority"] is None:
-        return "no response has an answer; the first of them"
-    share = f"{record['majority_ratio']:.0%} of {len(record['answers'])} responses answer"
-    verdict = "" if record["truth"] is None else ", right" if record["majority_right"] else ", wrong"
-    return f"{share} {code(record['majority'])}{verdict}; the first of them"
+        return "no response has an answer; one of them"
+    count, of = round(record["majority_ratio"] * len(record["answers"])), len(record["answers"])
+    verdict = "" if record["truth"] is None else " (right)" if record["majority_right"] else " (wrong)"
+    return f"{count} of {of} responses say {code(record['majority'])}{verdict}; one of them"

@@ -17,8 +17,8 @@ TIMEOUT = 60  # seconds for an answer
 
 
 @contextlib.contextmanager
-def opened(path):
-    """Open a file as a page in Chromium of its own; yields a Page and ends the browser afterwards."""
+def opened():
+    """A Page in a Chromium of its own, which ends with the block."""
     ours_in, theirs_out = os.pipe()
     theirs_in, ours_out = os.pipe()
     # Chromium reads commands from 3 and answers on 4; from 10 on, the shell can move both without a clash.
@@ -31,9 +31,7 @@ def opened(path):
         for end in (theirs_in, theirs_out, *theirs):
             os.close(end)
         try:
-            page = Page(ours_in, ours_out)
-            page.open(path)
-            yield page
+            yield Page(ours_in, ours_out)
         finally:
             process.terminate()
             process.wait(timeout=TIMEOUT)
@@ -83,7 +81,7 @@ class Page:
         if event["method"] in self.COMPLAINTS:
             self.complaints.append((event["method"], event["params"]))
 
-    def open(self, path, **options):
+    def open(self, path):
         """Load a file; its own request is no complaint."""
         self.loaded = False
         address = path.as_uri()
