@@ -68,7 +68,7 @@ def draw_policy(axes, lines):
         drawn += axes.plot(
             steps, values, color=color, label=name + (" (nats a token)" if name == "entropy" else "")
         )
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=min(0, *axes.get_ylim()))  # some rewards are negative
     lengths = axes.twinx()
     steps, values = series(lines, "train/response_tokens")
     drawn += lengths.plot(steps, values, color="C4", ls=":", label="response tokens (right axis)")

@@ -142,32 +142,47 @@ def warning_box(sentences):
 # curves and tables
 
 
+# The pictures: {title: {metric: label}}. Shares are drawn from 0 to 1, numbers from 0 to their largest.
+SHARES = {
+    "training: is the vote right?": {
+        "train/label_accuracy": "label right",
+        "train/reward_accuracy": "reward right",
+        "train/majority_ratio": "majority ratio",
+        "train/ground_truth_ratio": "samples right",
+    },
+    "training: what is lost": {
+        "train/truncated": "cut at the limit",
+        "train/no_answer": "without an answer",
+        "train/zero_variance_groups": "questions that teach nothing",
+    },
+    "training: does the vote settle?": {
+        "train/flip_rate": "another label than last time",
+        "train/locked_wrong": "wrong, and the same as last time",
+    },
+}
+NUMBERS = {
+    "training: entropy of the policy": {"train/entropy": "nats a token"},
+    "training: length of responses": {"train/response_tokens": "tokens"},
+}
+
+
 def charts(lines, c):
     """A picture with its legend for each group of metrics that the run has."""
-    maj = f"maj@{c.eval_samples}"
-    accuracy = {"eval/pass@1": "pass@1", f"eval/{maj}": maj}
+    names = {"eval/pass@1": "pass@1", f"eval/maj@{c.eval_samples}": f"maj@{c.eval_samples}"}
     if not any("eval/pass@1" in line for line in lines):
-        accuracy = {"eval/majority_ratio": "agreement with the majority"}
-    votes = {"label_accuracy": "label right", "reward_accuracy": "reward right",
-             "majority_ratio": "majority ratio", "ground_truth_ratio": "samples right"}  # fmt: skip
-    lost = {"truncated": "cut at the limit", "no_answer": "without an answer",
-            "zero_variance_groups": "questions that teach nothing"}  # fmt: skip
-    groups = [
-        ("evaluation", accuracy, 1),
-        ("training: is the vote right?", {f"train/{name}": label for name, label in votes.items()}, 1),
-        ("training: what is lost", {f"train/{name}": label for name, label in lost.items()}, 1),
-        ("entropy of the policy", {"train/entropy": "nats a token"}, None),
-        ("length of responses", {"train/response_tokens": "tokens"}, None),
-        ("gradient norm before clipping", {"train/grad_norm": "mean of the step's updates"}, None),
-    ]
+        names = {"eval/majority_ratio": "agreement with the majority"}
     drawn = []
-    for title, names, top in groups:
-        curves = {label: [(line["step"], line[name]) for line in lines if name in line]
-                  for name, label in names.items()}  # fmt: skip
-        curves = {label: points for label, points in curves.items() if points}
-        errors = [(line["step"], line["eval/pass@1"], line["eval/pass@1_se"]) for line in lines
-                  if "eval/pass@1_se" in line] if "eval/pass@1" in names else []  # fmt: skip
+    for title, metrics in {"evaluation": names, **SHARES, **NUMBERS}.items():
+        found = {label: [(line["step"], line[name]) for line in lines if name in line]
+                 for name, label in metrics.items()}  # fmt: skip
+        curves = {label: points for label, points in found.items() if points}
+        errors = [
+            (line["step"], line["eval/pass@1"], line["eval/pass@1_se"])
+            for line in lines
+            if "eval/pass@1" in metrics and "eval/pass@1_se" in line
+        ]
         if curves:
+            top = None if title in NUMBERS else 1
             drawn.append(chart(title, curves, top, lines[-1]["step"], errors))
     return drawn
 

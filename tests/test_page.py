@@ -1,4 +1,4 @@
-"""out/report.html: its numbers by hand, escaping, size, and what a browser shows of it, hostile text included."""
+"""out/report.html: its numbers by hand, escaping, size, and what a browser shows, hostile text included."""
 
 import dataclasses
 import html.parser
@@ -29,7 +29,7 @@ def record(number, wrong_first, samples, prompt="What is 2+2?", response=None):
     majority = max(sorted(set(answers)), key=answers.count)
     right = [float(answer == "44") for answer in answers]
     return {"id": f"q-{number}", "prompt": prompt, "kind": "math", "truth": "44", "answers": answers,
-            "response": response or f"Let us add: 34 or 44. So it is \\boxed{{{majority}}}.", "answer": majority,
+            "response": response or f"34 or 44? It is \\boxed{{{majority}}}.", "answer": majority,
             "majority": majority, "majority_ratio": answers.count(majority) / samples, "right": right,
             "pass@1": sum(right) / samples, "any_right": any(right), "majority_right": majority == "44",
             "reward_accuracy": 1.0}  # fmt: skip
@@ -51,8 +51,8 @@ def state_of(before, after, step=4):
 def metrics_of(steps, **courses):
     """Lines of metrics.jsonl; courses: {metric: (value at the first step, at the last)}."""
     usual = {"entropy": (0.5, 0.4), "majority_ratio": (0.5, 0.8), "label_accuracy": (0.5, 0.8),
-             "truncated": (0, 0), "no_answer": (0, 0), "response_tokens": (40, 50), "logprob_gap": (1e-6, 1e-6),
-             "zero_variance_groups": (0, 0.2), "grad_norm": (1, 1), "grading_timeouts": (0, 0)}  # fmt: skip
+             "truncated": (0, 0), "no_answer": (0, 0), "response_tokens": (40, 50),
+             "logprob_gap": (1e-6, 1e-6), "zero_variance_groups": (0, 0.2), "grad_norm": (1, 1), "grading_timeouts": (0, 0)}  # fmt: skip
     lines = [{"step": 0, "eval/pass@1": 0.25, "eval/pass@1_se": 0.02, "eval/maj@8": 0.3}]
     for step in range(1, steps + 1):
         share = (step - 1) / max(1, steps - 1)
@@ -73,7 +73,7 @@ SMALL_RUN = dict(
     votes=[vote_line(1, "q-0", {"34": 6, "44": 1}, none=1), vote_line(3, "q-0", {"44": 7, "34": 1})],
     state=state_of([record(0, 8, 8), record(1, 0, 8), record(2, 5, 8)],
                    [record(0, 0, 8), record(1, 8, 8), record(2, 5, 8)]),
-    c=SETTINGS, train_set=[], about=ABOUT,
+    c=SETTINGS, train_set=[Question('What is 2+2?', '44', f'q-{n}') for n in range(3)], about=ABOUT,
 )  # fmt: skip
 
 
@@ -129,9 +129,9 @@ def test_the_bars_are_the_votes_by_hand():
     small, large, key = drawing.votes("v0", SMALL_RUN["votes"], "44.0", "math", planned=2)
     assert '<path class="t" d="M0 8v-1M1 8v-7M1 9v1"/>' in small  # the truth lies at the bottom
     assert '<path class="a" d="M0 7v-6M0 9v1M1 1v-1"/>' in small  # and the label is marked below the bar
-    assert 'viewBox="-.5 0 4 10"' in small and '<use href="#v0"/>' in large
+    assert 'viewBox="-.5 0 2 10"' in small and '<use href="#v0"/>' in large
     shown = re.sub("<.*?>", "", key.replace("</li>", "|"))
-    assert shown == "44.0 (true) 1 → 7|34 6 → 1|no answer 1 → 0|"
+    assert shown == "step 1 → 3:|44.0 (true) 1 → 7|34 6 → 1|no answer 1 → 0|"
 
 
 def test_the_bars_without_a_true_answer_a_label_or_votes():
@@ -169,7 +169,8 @@ def test_warnings(courses, words):
 def test_warnings_of_updates_and_of_accuracy():
     worse = state_of([record(0, 0, 8)], [record(0, 8, 8)])
     found = page.warnings(metrics_of(20), SETTINGS, {**worse, "skipped_updates": 2})
-    assert found == ["pass@1 fell from 1.000 to 0.000.", "2 of 10 updates were skipped, their gradient was not finite."]  # fmt: skip
+    skipped = "2 of 10 updates were skipped, their gradient was not finite."
+    assert found == ["pass@1 fell from 1.000 to 0.000.", skipped]
 
 
 @pytest.mark.parametrize(
@@ -245,12 +246,10 @@ def hostile_run():
 
 def test_hostile_text_adds_no_tag_and_no_attribute():
     shown = page.page(**hostile_run())
-    tame = page.page(**{**hostile_run(), **{"c": SETTINGS, "about": ABOUT}})
+    tame = page.page(**{**hostile_run(), "c": SETTINGS, "about": {"commit": "0123456789ab"}})
     read = Reader(shown)
-    assert {"img", "b", "h3"} & set(read.tags) == set() and read.tags.count("script") == 1 == read.tags.count(
-        "h1"
-    )
-    assert read.tags.count("a") == 0 and read.tags.count("style") == 1
+    assert {"img", "b", "a"} & set(read.tags) == set()
+    assert [read.tags.count(tag) for tag in ("script", "style", "h1")] == [1, 1, 1]
     assert not [name for name, _ in read.attributes if name.startswith("on")]
     assert Reader(tame).tags == read.tags
     shown.encode("utf-8")  # a lone surrogate could not be written
