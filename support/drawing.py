@@ -7,6 +7,7 @@ import html
 import math
 import re
 from collections import Counter
+from itertools import groupby
 
 from support import grading
 
@@ -147,32 +148,57 @@ def votes(name, lines, truth, kind, planned):
         return "", "", ""
     classes, labels = classes_of(lines, truth, kind)
     shown = thinned(lines, MOST_BARS)
+    tallies = [tally(line, classes) for line in shown]
+    marks = [classes.get(line["label"]) for line in shown]
     height = max(map(size, lines))
     strip = max(1, round(height / 10))
-    paths, counts = dict.fromkeys(labels, ""), {css: [] for css in labels}
-    for x, line in enumerate(shown):
-        y, heights = height, Counter({"o": line.get("other", 0)})
-        for spelling, count in line["votes"].items():
-            heights[classes[spelling]] += count
-        for css in labels:
-            counts[css].append(heights[css])
-            if heights[css]:
-                paths[css] += f"M{x} {y}v-{heights[css]}"
-                y -= heights[css]
-        if line["label"] is not None:
-            paths[classes[line["label"]]] += f"M{x} {height + strip}v{strip}"
-    drawn = "".join(f'<path class="{css}" d="{path}"/>' for css, path in paths.items() if path)
+    tops, paths = [height] * len(shown), {}
+    for css in labels:
+        tops = [top - counts[css] for top, counts in zip(tops, tallies, strict=True)]
+        if any(counts[css] for counts in tallies):
+            paths[css] = f"M0 {height}{runs(tops)}V{height}z" + marked_runs(marks, css, height + strip, strip)
+    # Each color is painted down to the ground, and what lies below it over it.
+    drawn = "".join(f'<path class="{css}" d="{path}"/>' for css, path in reversed(paths.items()))
+    gaps = f'<path class="gap" d="M0 {height / 2:g}H{len(shown)}"/>'
     width = max(len(shown), min(planned, MOST_BARS))
-    svg = f'<svg class="bars" viewBox="-.5 0 {width} {height + 2 * strip}" preserveAspectRatio="none" width='
-    steps = f"step {lines[0]['step']} → {lines[-1]['step']}:"
-    key = [f'<li><i class="{css}"></i>{label} {counts[css][0]} → {counts[css][-1]}</li>'
-           for css, label in labels.items() if any(counts[css])]  # fmt: skip
-    none = f'<li><i class="n"></i>no answer {lines[0]["none"]} → {lines[-1]["none"]}</li>'
+    svg = f'<svg class="bars" viewBox="0 0 {width} {height + 2 * strip}" preserveAspectRatio="none" width='
+    first, last = lines[0], lines[-1]
+    key = [f'<li><i class="{css}"></i>{labels[css]} {tallies[0][css]} → {tallies[-1][css]}</li>'
+           for css in paths]  # fmt: skip
+    key.append(f'<li><i class="n"></i>no answer {first["none"]} → {last["none"]}</li>')
+    steps = f'<li class="soft">step {first["step"]} → {last["step"]}:</li>'
     return (
-        f'{svg}"{24 * width}" aria-hidden="true"><g id="{name}">{drawn}</g></svg>',
+        f'{svg}"{24 * width}" aria-hidden="true"><g id="{name}">{drawn}{gaps}</g></svg>',
         f'{svg}"{64 * width}" aria-hidden="true"><use href="#{name}"/></svg>',
-        f'<ul class="key"><li class="soft">{steps}</li>{"".join(key)}{none}</ul>',
+        f'<ul class="key">{steps}{"".join(key)}</ul>',
     )
+
+
+def tally(line, classes):
+    """How many votes of a line are drawn in each color."""
+    counts = Counter(o=line.get("other", 0))
+    for spelling, count in line["votes"].items():
+        counts[classes[spelling]] += count
+    return counts
+
+
+def runs(tops):
+    """The upper edge of bars that are 1 wide, as part of an SVG path.
+
+    >>> runs([7, 7, 3])
+    'V7h2V3h1'
+    """
+    return "".join(f"V{top}h{len(list(same))}" for top, same in groupby(tops))
+
+
+def marked_runs(marks, css, y, height):
+    """Boxes below the bars whose label has the color `css`."""
+    boxes, x = "", 0
+    for mark, same in groupby(marks):
+        width = len(list(same))
+        boxes += f"M{x} {y}h{width}v{height}h-{width}z" if mark == css else ""
+        x += width
+    return boxes
 
 
 def classes_of(lines, truth, kind):
