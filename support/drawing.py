@@ -38,16 +38,16 @@ def visible(value):
 
 
 def shorten_middle(shown, longest):
-    """At most `longest` characters of a text, its start and its end, and how many are left out between.
+    """At most `longest` characters of a text: its start and its end. A long one says how many are left out.
 
     >>> shorten_middle("abcdefghij", 4)
-    'ab … 6 characters left out … ij'
+    'ab … ij'
     """
     if longest is None or len(shown) <= longest:
         return shown
     half = longest // 2
-    space = "\n" if longest > 200 else " "
-    return f"{shown[:half]}{space}… {len(shown) - 2 * half:,} characters left out …{space}{shown[-half:]}"
+    left_out = f"\n… {len(shown) - 2 * half:,} characters left out …\n" if longest > 200 else " … "
+    return shown[:half] + left_out + shown[-half:]
 
 
 def code(value, longest=LONGEST_ANSWER):

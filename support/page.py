@@ -325,7 +325,7 @@ def opened(row, bars, key):
         parts.append(bars + key)
     figures = [
         f"<figure><figcaption>{when}: {agreement(record)}</figcaption>"
-        f"<pre>{marked(record['response'], record['answer'])}</pre></figure>"
+        f"<pre>{marked(record['response'], record.get('answer'))}</pre></figure>"
         for when, record in (("Before", row.before), ("After", row.after))
         if record
     ]
