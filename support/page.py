@@ -336,7 +336,7 @@ def opened(row, bars, key):
 def agreement(record):
     """What the response beside it stands for."""
     if record["majority"] is None:
-        return "no response has an answer; one of them"
+        return "no response has an answer. One of them:"
     count, of = round(record["majority_ratio"] * len(record["answers"])), len(record["answers"])
     verdict = "" if record["truth"] is None else " (right)" if record["majority_right"] else " (wrong)"
-    return f"{count} of {of} responses say {code(record['majority'])}{verdict}; one of them"
+    return f"{count} of {of} responses say {code(record['majority'])}{verdict}. One of them:"
