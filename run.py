@@ -10,12 +10,14 @@ the learner's state and the sampler: parallel.py.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import platform
 import shutil
+import subprocess
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +36,7 @@ from support.config import RESUME_MAY_CHANGE, Config, flag_name
 from support.curves import draw_curves
 from support.hub import TOKENIZER_FILES, fetch_config, fetch_weights
 from support.ledger import summarize
+from support.page import write_page
 from support.pretrained import check_vocabulary
 from support.prompts import encode_prompt, load_tokenizer, show_prompt
 from support.ranks import (
@@ -282,6 +285,17 @@ def source_hashes():
 SOURCES = source_hashes()  # at the start: what runs is what was read then, not what is edited meanwhile
 
 
+@functools.cache
+def commit():
+    """The commit of this program, with "-dirty" if files differ from it; "unknown" where git cannot tell."""
+    command = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
 def environment(c):
     """Where a run is made: a run that goes on elsewhere is not bitwise the same."""
     cpu = f"{platform.machine()}, {os.cpu_count()} cores"
@@ -350,8 +364,8 @@ def save_model(run):
     checkpoint.replace_folder(Path(run.config.out) / "model", fill)
 
 
-def log(run, line, others):
-    """Append a step to metrics.jsonl, and to the other files its lines; redraw curves after an evaluation.
+def log(run, line, others, state):
+    """Append a step to metrics.jsonl and to the other files; after an evaluation redraw curves and page.
 
     others: {"rollouts.jsonl": lines, "votes.jsonl": lines}, or {}.
     """
@@ -364,14 +378,21 @@ def log(run, line, others):
         checkpoint.append(out / name, lines)
     if any(name.startswith("eval/") for name in line):
         draw_curves(out, run.config.eval_samples)
+        draw_page(run, state)
     if run.config.wandb:
         import wandb
 
         wandb.log(line, step=line["step"])
 
 
+def draw_page(run, state):
+    """Write out/report.html, the run as a page."""
+    about = {"commit": commit(), **environment(run.config)}
+    write_page(run.config.out, state, run.config, run.train_set, about)
+
+
 def finish(run, state):
-    """The model, summary.json, and on the screen the before/after table, the ledger and a few responses."""
+    """The model, summary.json, the page, and on the screen before/after table, ledger and a few responses."""
     save_model(run)
     if not is_rank0():
         return
@@ -379,9 +400,10 @@ def finish(run, state):
     summary = {**summarize(state), "seconds": state["seconds"], **report.speeds(Path(c.out))}
     summary.update(environment=environment(c), config=dataclasses.asdict(c))
     checkpoint.write_whole(Path(c.out) / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    draw_page(run, state)
     print(report.render(summary, state))
     minutes = f"{state['seconds'] / 60:.1f} minutes"
-    files = "curves.png, summary.json, metrics.jsonl, rollouts.jsonl, votes.jsonl, model/"
+    files = "report.html, curves.png, summary.json, metrics.jsonl, rollouts.jsonl, votes.jsonl, model/"
     print(f"\n{c.out}: {files} ({minutes})")
 
 

@@ -398,7 +398,8 @@ def train(run, state):
         metrics, records = evaluate_fully(run)
         state["before"] = {"step": 0, "metrics": metrics, "records": records}
         state["best"] = better(None, 0, records)
-        log(run, {"step": 0, "epoch": 0, **{f"eval/{name}": value for name, value in metrics.items()}}, {})
+        line = {"step": 0, "epoch": 0, **{f"eval/{name}": value for name, value in metrics.items()}}
+        log(run, line, {}, state)
     bar = tqdm(total=steps, initial=state["step"], disable=not is_rank0(), unit="step", dynamic_ncols=True)
     for step in range(state["step"] + 1, steps + 1):
         metrics, lines = train_step(run, step, state["labels"])
@@ -412,7 +413,7 @@ def train(run, state):
             state["best"] = better(state["best"], step, records)
         state["step"], state["seconds"] = step, seconds_before + time.monotonic() - entered
         count_updates(state, line, bar)
-        log(run, line, lines)
+        log(run, line, lines, state)
         show_progress(bar, line, state)
         minutes = (time.monotonic() - entered) / 60
         out_of_time = ranks.broadcast(c.max_minutes is not None and minutes > c.max_minutes)

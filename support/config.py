@@ -191,15 +191,19 @@ def differences(c, given):
     >>> differences(configure({"model": "Qwen2.5-Math-1.5B", "lr": 1e-6}), {"lr": 1e-6})
     ['--lr 1e-06 (paper 5e-07, given)']
     """
+    return [
+        f"{flag_name(name)} {getattr(c, name)} (paper {value}, "
+        f"{'given' if name in given else 'preset of tiny'})"
+        for name, value in papers_values(c).items()
+    ]
+
+
+def papers_values(c):
+    """{field: the paper's value} of the hyperparameters that have another value in `c`."""
     paper = decide(Config(model=c.model, data=c.data, thinking=c.thinking))
     names = [field.name for field in dataclasses.fields(Config)]
     names = names[names.index("votes") : names.index("eval_data")]  # sampling, learning, evaluation
-    changed = [name for name in names if getattr(c, name) != getattr(paper, name)]
-    return [
-        f"{flag_name(name)} {getattr(c, name)} (paper {getattr(paper, name)}, "
-        f"{'given' if name in given else 'preset of tiny'})"
-        for name in changed
-    ]
+    return {name: getattr(paper, name) for name in names if getattr(c, name) != getattr(paper, name)}
 
 
 def check(c):

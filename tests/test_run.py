@@ -54,13 +54,24 @@ def finished(tmp_path_factory, few_questions):
 def test_a_run_leaves_every_file(finished):
     out, _ = finished
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "rollouts.jsonl", "votes.jsonl", "curves.png", "summary.json",
-        "checkpoint", "model"}  # fmt: skip
+        "config.json", "metrics.jsonl", "rollouts.jsonl", "votes.jsonl", "curves.png", "report.html",
+        "summary.json", "checkpoint", "model"}  # fmt: skip
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and (
         out / "curves.png"
     ).stat().st_size > 20_000
     assert json.loads((out / "config.json").read_text())["votes"] == 8
     assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-000004"]
+
+
+def test_the_page_of_a_run_shows_what_its_files_hold(finished):
+    out, printed = finished
+    page = (out / "report.html").read_text(encoding="utf-8")
+    summary = json.loads((out / "summary.json").read_text())
+    assert f"{summary['before']['pass@1']:.3f} → {summary['after']['pass@1']:.3f}" in page
+    assert "4 of 4" in page and "report.html" in printed and summary["environment"]["torch"] in page
+    for row in summary["questions"]:
+        assert f"<code>{row['id']}</code>" in page
+    assert page.count('<g id="v') == 6 and page.count("step 1 → ") + page.count("step 2 → ") == 6
 
 
 def test_metrics_have_a_line_a_step_with_every_name(finished):
