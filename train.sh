@@ -40,7 +40,7 @@ if [ "$nproc $nnodes $restarts" = '1 1 0' ]; then
     exec "${ttrl[@]}"
 fi
 # A wrong flag is one sentence here; from inside torchrun it would come with a page about failed processes.
-plan=$("${ttrl[@]}" --dry-run) || exit $?
+plan=$(WORLD_SIZE=$nproc LOCAL_WORLD_SIZE=$nproc "${ttrl[@]}" --dry-run) || exit $?
 case " ${flags[*]-} " in *" --help "* | *" -h "* | *" --dry-run "*) echo "$plan"; exit ;; esac
 # Processes share a machine better than threads do: they meet once an update, threads at every matrix product.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -32,7 +32,15 @@ RUN_FILES = {
     "checkpoint",
     "model",
 }
-OTHER_FLAGS = {"--nproc", "--nproc-per-node", "--local-addr", "--help", "--no-build-isolation", "--cases"}
+OTHER_FLAGS = {
+    "--no-offload",
+    "--nproc",
+    "--nproc-per-node",
+    "--local-addr",
+    "--help",
+    "--no-build-isolation",
+    "--cases",
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
