@@ -10,12 +10,14 @@ the learner's state and the sampler: parallel.py.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import platform
 import shutil
+import subprocess
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -26,13 +28,15 @@ import transformers
 
 import parallel
 from engine import Engine
+from memory import Split, choose_layout, find_machine
 from model import ModelConfig, Transformer
-from plan import Split, budgets, choose_split, print_plan, steps_per_epoch
+from plan import print_plan, steps_per_epoch
 from support import checkpoint, questions, report
 from support.config import RESUME_MAY_CHANGE, Config, flag_name
 from support.curves import draw_curves
 from support.hub import TOKENIZER_FILES, fetch_config, fetch_weights
 from support.ledger import summarize
+from support.page import write_page
 from support.pretrained import check_vocabulary
 from support.prompts import encode_prompt, load_tokenizer, show_prompt
 from support.ranks import (
@@ -89,7 +93,8 @@ def open_run(c, device, given):
     eval_set = train_set
     if c.eval_data != c.data:
         eval_set = first_on_node(lambda: questions.load(c.eval_data))
-    run = on_every_rank(lambda: prepare(c, device, given, folder, train_set, eval_set))
+    machine = find_machine(c, device)
+    run = on_every_rank(lambda: prepare(c, device, machine, given, folder, train_set, eval_set))
     check_same({"questions": fingerprint(run)})
     if not c.dry_run:
         if c.model != "tiny":
@@ -99,7 +104,7 @@ def open_run(c, device, given):
     return run
 
 
-def prepare(c, device, given, folder, train_set, eval_set):
+def prepare(c, device, machine, given, folder, train_set, eval_set):
     """The run without its models: tokenizer, prompts and memory budgets. Prints the plan."""
     model_config = ModelConfig.from_pretrained(folder)
     tokenizer, eos_ids = load_tokenizer(folder)
@@ -107,10 +112,12 @@ def prepare(c, device, given, folder, train_set, eval_set):
     train = load_prompts(c, tokenizer, c.data, train_set)
     evaluation = train if eval_set is train_set else load_prompts(c, tokenizer, c.eval_data, eval_set)
     longest = max(map(len, train[1] + evaluation[1])) + c.max_new_tokens
-    check_against_data(c, model_config, train[0], longest)
-    tokens = budgets(c, model_config, device, longest)
-    run = Run(c, device, folder, tokenizer, eos_ids, *train, *evaluation, longest, *tokens, choose_split(c))
-    print_plan(run, model_config, device, given, show_prompt(tokenizer, run.train_prompts[0]))
+    check_against_data(c, model_config, machine, train[0], longest)
+    most_rows = max(c.questions_per_step * c.votes, len(evaluation[0]) * c.eval_samples)
+    layout = choose_layout(c, model_config, machine, longest, most_rows)
+    budgets = layout.rollout_tokens, layout.micro_batch_tokens
+    run = Run(c, device, folder, tokenizer, eos_ids, *train, *evaluation, longest, *budgets, layout.split)
+    print_plan(run, model_config, machine, layout, given, show_prompt(tokenizer, run.train_prompts[0]))
     return run
 
 
@@ -133,7 +140,7 @@ def load_prompts(c, tokenizer, name, loaded):
     return kept, prompts
 
 
-def check_against_data(c, model_config, train_set, longest):
+def check_against_data(c, model_config, machine, train_set, longest):
     """Raise ValueError for settings that do not go with these questions, this model or this many ranks."""
     if c.reward == "gold" and any(question.answer is None for question in train_set):
         raise ValueError(f"--reward gold: {c.data} has questions without an answer")
@@ -142,9 +149,9 @@ def check_against_data(c, model_config, train_set, longest):
             f"--max-new-tokens {c.max_new_tokens}: with the longest prompt that is {longest} tokens, "
             f"but {c.model} takes {model_config.max_positions} (max_position_embeddings)"
         )
-    if world_size() > c.votes:
+    if machine.ranks > c.votes:
         raise ValueError(
-            f"--votes {c.votes}: fewer than the {world_size()} processes, each needs a response to learn from"
+            f"--votes {c.votes}: fewer than the {machine.ranks} ranks, each needs a response to learn from"
         )
 
 
@@ -223,9 +230,11 @@ def open_out(run):
 def find_checkpoint(run, out):
     """(folder, state) of the newest checkpoint; (None, the state of a new run) if there is none."""
     c, folder = run.config, checkpoint.newest(out / "checkpoint")
+    # labels: {question id: label of its last vote in training}
+    state = {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0, "labels": {}}
     if folder is None:
-        return None, {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0}
-    state = checkpoint.read_state(folder)
+        return None, state
+    state.update(checkpoint.read_state(folder))
     compare_with_checkpoint(run, state.pop("made_with", None))
     last = c.epochs * steps_per_epoch(c, len(run.train_set))
     if state["step"] < last:
@@ -238,7 +247,7 @@ def find_checkpoint(run, out):
 def prepare_files(run, out, step):
     """Drop the lines of steps after `step`, which are made again, and note the settings."""
     c = run.config
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
+    for name in ("metrics.jsonl", "rollouts.jsonl", "votes.jsonl"):
         checkpoint.forget_after(out / name, step)
     checkpoint.write_whole(out / "config.json", json.dumps(dataclasses.asdict(c), indent=1))
     if c.wandb:
@@ -274,6 +283,17 @@ def source_hashes():
 
 
 SOURCES = source_hashes()  # at the start: what runs is what was read then, not what is edited meanwhile
+
+
+@functools.cache
+def commit():
+    """The commit of this program, with "-dirty" if files differ from it; "unknown" where git cannot tell."""
+    command = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def environment(c):
@@ -344,24 +364,35 @@ def save_model(run):
     checkpoint.replace_folder(Path(run.config.out) / "model", fill)
 
 
-def log(run, line, shown):
-    """Append a step to metrics.jsonl and rollouts.jsonl; redraw the curves after an evaluation."""
+def log(run, line, others, state):
+    """Append a step to metrics.jsonl and to the other files; after an evaluation redraw curves and page.
+
+    others: {"rollouts.jsonl": lines, "votes.jsonl": lines}, or {}.
+    """
     if not is_rank0():
         return
     out = Path(run.config.out)
     finite = {name: value for name, value in line.items() if math.isfinite(value)}  # JSON has no nan
     checkpoint.append(out / "metrics.jsonl", [finite])
-    checkpoint.append(out / "rollouts.jsonl", shown)
+    for name, lines in others.items():
+        checkpoint.append(out / name, lines)
     if any(name.startswith("eval/") for name in line):
         draw_curves(out, run.config.eval_samples)
+        draw_page(run, state)
     if run.config.wandb:
         import wandb
 
         wandb.log(line, step=line["step"])
 
 
+def draw_page(run, state):
+    """Write out/report.html, the run as a page."""
+    about = {"commit": commit(), **environment(run.config)}
+    write_page(run.config.out, state, run.config, run.train_set, about)
+
+
 def finish(run, state):
-    """The model, summary.json, and on the screen the before/after table, the ledger and a few responses."""
+    """The model, summary.json, the page, and on the screen before/after table, ledger and a few responses."""
     save_model(run)
     if not is_rank0():
         return
@@ -369,9 +400,11 @@ def finish(run, state):
     summary = {**summarize(state), "seconds": state["seconds"], **report.speeds(Path(c.out))}
     summary.update(environment=environment(c), config=dataclasses.asdict(c))
     checkpoint.write_whole(Path(c.out) / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    draw_page(run, state)
     print(report.render(summary, state))
     minutes = f"{state['seconds'] / 60:.1f} minutes"
-    print(f"\n{c.out}: curves.png, summary.json, metrics.jsonl, rollouts.jsonl, model/ ({minutes})")
+    files = "report.html, curves.png, summary.json, metrics.jsonl, rollouts.jsonl, votes.jsonl, model/"
+    print(f"\n{c.out}: {files} ({minutes})")
 
 
 def save_evaluation(run, metrics):
