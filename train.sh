@@ -60,7 +60,7 @@ print(s.getsockname()[0])'
     meet=(--nnodes "$nnodes" --rdzv-backend c10d --rdzv-endpoint "$endpoint" --local-addr "$address")
 fi
 # A wrong flag is one sentence here; from inside torchrun it would come with a page about failed processes.
-plan=$("${ttrl[@]}" --dry-run) || exit $?
+plan=$(WORLD_SIZE=$((nnodes * nproc)) LOCAL_WORLD_SIZE=$nproc "${ttrl[@]}" --dry-run) || exit $?
 case " ${flags[*]-} " in *" --help "* | *" -h "* | *" --dry-run "*) echo "$plan"; exit ;; esac
 # `python -m torch.distributed.run`, but the caller's folder is not searched for modules.
 torchrun='import sys; sys.path.pop(0); from torch.distributed.run import main; main()'

@@ -124,7 +124,13 @@ def test_ranks_on_several_nodes_meet_on_the_interface_that_leads_to_rank_0(monke
     if not defaults:
         pytest.skip("no route leads out of this machine")
     loopback = socket.if_nameindex()[0][1]
-    settings = {"LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "192.0.1.1", "MASTER_PORT": "1"}
+    settings = {
+        "RANK": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "192.0.1.1",
+        "MASTER_PORT": "1",
+    }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     assert ranks.network_interface() in defaults and loopback not in defaults
@@ -207,6 +213,11 @@ def test_rank_0_alone_decides_what_is_resumed(start, few_questions, tmp_path):
 def test_train_refuses_nodes_that_cannot_meet(start, given, said):
     printed = end(start(["bash", ROOT / "train.sh", "--nproc", "1", *given.split()], "a"), code=2)
     assert printed.startswith("train.sh: ") and said in printed and printed.count("\n") == 1
+
+
+def test_train_plans_for_the_ranks_of_all_nodes(start):
+    line = train("a", endpoint(), "--dry-run")
+    assert "ranks    2 on cpu" in end(start(line, "a"))
 
 
 # ----------------------------------------------------------------------------------------------------------
