@@ -147,7 +147,7 @@ def test_the_bars_without_a_true_answer_a_label_or_votes():
 def test_more_votes_than_bars_are_thinned_and_the_rest_is_one_class():
     lines = [vote_line(step, "q", {str(n): 9 - n for n in range(9)}) for step in range(1000)]
     small, _, _ = drawing.votes("v", lines, "0", "math", 1000)
-    assert set(re.findall('class="(.)"', small)) == set("tabco") and "H100" in small
+    assert set(re.findall('class="(.)"', small)) == set("tabco") and 'H100"' in small
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,7 @@ def test_warnings_of_updates_and_of_accuracy():
         (r"4 and 44, so \boxed{4}. 4?", "4", r"4 and 44, so \boxed{<mark>4</mark>}. 4?"),
         ("4, so the answer is 44, not 144", "44", "4, so the answer is <mark>44</mark>, not 144"),
         ("<4>", "<4>", "<mark>&lt;4&gt;</mark>"),
+        ("4? 4? Yes, 4!", "4", "4? 4? Yes, <mark>4</mark>!"),
         ("nothing", None, "nothing"),
         ("one half", "1/2", "one half"),
     ],
