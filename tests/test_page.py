@@ -395,15 +395,15 @@ def test_it_reads_without_a_script_on_a_phone_in_the_dark_and_on_paper(shown, tm
 
 @needs_browser
 def test_a_large_page_opens_and_sorts_at_once(large):
+    """Seconds of the page's own thread, which other jobs on the machine do not prolong."""
     with browser.opened() as tab:
-        began = time.perf_counter()
+        tab.call("Performance.enable", timeDomain="threadTicks")
         tab.open(large)
-        opened = time.perf_counter() - began
-        began = time.perf_counter()
+        tab.evaluate("document.body.offsetHeight")
+        opened = tab.busy_seconds()
         tab.click("#ledger th:nth-child(2) button")
         tab.evaluate("document.body.offsetHeight")
-        print(f"\nopened in {opened:.1f} s, sorted in {time.perf_counter() - began:.1f} s")
-        assert (
-            tab.complaints == [] and tab.evaluate("document.querySelectorAll('#ledger tbody').length") == 500
-        )
-        assert opened < 15  # about 2 on two busy cores
+        print(f"\nopened in {opened:.2f} s, sorted in {tab.busy_seconds() - opened:.2f} s")
+        assert tab.complaints == []
+        assert tab.evaluate("document.querySelectorAll('#ledger tbody').length") == 500
+        assert tab.busy_seconds() < 5
