@@ -1,0 +1,132 @@
+"""Run the tests of exercises one after the other in one process, in which torch is imported once.
+
+check.py starts this file, writes a job as a line of JSON to its stdin, and reads a line of JSON back. A job is
+{"exercise": name, "folder": where the student's files are} or {"mutant": path of a diff or null, "tests": file}.
+A line is {"status", "passed", "test", "message", "line", "hints"}, see `Collector` and `outcome`.
+"""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project instead of exercises/
+import pytest
+
+from exercises import hints, mutants, swap
+from exercises.targets import EXERCISES, ROOT, student_file
+
+OPTIONS = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+
+
+class Collector:
+    """A pytest plugin: how many tests passed, and what went wrong first."""
+
+    def __init__(self, student):
+        self.student, self.passed, self.first = str(student), 0, None
+
+    def pytest_runtest_logreport(self, report):
+        self.passed += report.when == "call" and report.passed
+
+    def pytest_exception_interact(self, node, call, report):
+        self.first = self.first or self.described(node, call.excinfo)
+
+    def described(self, node, excinfo):
+        """{"test", "about", "raised", "message", "line"}; line: of the student's file, if it went wrong there."""
+        error = excinfo.value
+        lines = [entry.lineno + 1 for entry in excinfo.traceback if str(entry.path) == self.student]
+        inside = bool(lines) and str(excinfo.traceback[-1].path) == self.student
+        about = (getattr(getattr(node, "obj", None), "__doc__", None) or "").strip().split("\n")[0]
+        text = str(error).strip() or type(error).__name__
+        raised = type(error).__name__
+        if cause := getattr(error, "__cause__", None):  # Triton's interpreter wraps what a kernel raises
+            raised, text = type(cause).__name__, str(cause)
+        return {"test": node.nodeid, "about": about, "raised": raised, "message": text.split("\n")[0][:300],
+                "line": lines[-1] if lines else None, "inside": inside or raised == "NotImplementedError"}  # fmt: skip
+
+
+def outcome(code, collector):
+    status = "passed" if code == 0 and collector.passed else "failed"
+    first = collector.first or {"test": "", "about": "", "raised": "", "message": "no test ran", "line": None}
+    return {"status": status, "passed": collector.passed, **({} if status == "passed" else first)}
+
+
+def check_exercise(name, folder):
+    """Run the tests of an exercise with the student's functions; where they fail, look for known mistakes."""
+    exercise = EXERCISES[name]
+    path = student_file(exercise, folder)
+    os.environ.update(EXERCISES=name, EXERCISES_FOLDER=str(folder))
+    swap.install()
+    try:
+        for function in exercise.functions:
+            importlib.import_module(function.split(":")[0])
+    except BaseException as error:
+        return broken(error, path)
+    collector = Collector(path)
+    code = pytest.main([*OPTIONS, *exercise.tests], plugins=[collector])
+    result = outcome(code, collector)
+    if result["status"] == "failed":
+        result["hints"] = hints.recognised(name)
+    return result
+
+
+def broken(error, path):
+    """The student's file cannot even be imported."""
+    lines, trace = [], error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    line = lines[-1] if lines else getattr(error, "lineno", None)
+    return {"status": "broken", "raised": type(error).__name__, "message": str(error).split("\n")[0], "line": line}
+
+
+def check_tests(mutant, tests):
+    """Run a file of tests on the project as it is, or with a planted bug."""
+    if mutant:
+        module, text = mutants.planted(Path(mutant))
+        sys.meta_path.insert(0, swap.Replacing([module], lambda module: mutants.plant(module, text)))
+    collector = Collector(tests)
+    return outcome(pytest.main([*OPTIONS, str(tests)], plugins=[collector]), collector)
+
+
+def forget():
+    """Undo a job: no finder of ours, and the project's modules are imported anew by the next one."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, swap.Replacing)]
+    for name in ("EXERCISES", "EXERCISES_FOLDER"):
+        os.environ.pop(name, None)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("student_") or (is_ours(module) and not name.startswith(("exercises", "__main__"))):
+            del sys.modules[name]
+
+
+def is_ours(module):
+    file = getattr(module, "__file__", None)
+    inside = file and Path(file).is_relative_to(ROOT)
+    return bool(inside) and not Path(file).relative_to(ROOT).parts[0].startswith(".")  # .venv
+
+
+def main():
+    """Answer jobs on the descriptor that was stdout; what tests and students print goes nowhere."""
+    answers = os.fdopen(os.dup(1), "w")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1), os.dup2(nowhere, 2)
+    os.chdir(ROOT)
+    import torch
+    import transformers  # noqa: F401
+
+    torch.set_num_threads(1)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        if "exercise" in job:
+            result = check_exercise(job["exercise"], Path(job["folder"]))
+        else:
+            result = check_tests(job["mutant"], Path(job["tests"]))
+        forget()
+        print(json.dumps(result), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
