@@ -184,8 +184,9 @@ def masked_gradient():
 
     logprob = torch.tensor([[0.1, -math.inf]], requires_grad=True)
     mask = torch.tensor([[True, False]])
-    ttrl.grpo_loss(logprob, torch.zeros(1, 2), torch.ones(1, 1), mask)[0].backward()
-    return not logprob.grad.isfinite().all()
+    loss, sums = ttrl.grpo_loss(logprob, torch.zeros(1, 2), torch.ones(1, 1), mask)
+    loss.backward()
+    return not logprob.grad.isfinite().all() or not all(value.isfinite() for value in sums.values())
 
 
 def exponent_overflows():
@@ -350,8 +351,11 @@ def always_the_likeliest():
 # 6 log-prob
 
 
-def tiled(temperature=1.0, tile=2, grads=(1.0, 0.0), scale=1.0):
-    """logprob, entropy, gradient of the logits for logits 0 1 2 3 (times `scale`), target 1, by tiles."""
+def tiled(temperature=1.0, tile=2, grads=(1.0, None), scale=1.0):
+    """logprob, entropy, gradient of the logits for logits 0 1 2 3 (times `scale`), target 1, by tiles.
+
+    grads: of logprob and entropy; None is an output that the loss does not use.
+    """
     from kernels import logprob
 
     kept, logprob.TILE = logprob.TILE, {"cpu": (1, tile)}
@@ -359,7 +363,8 @@ def tiled(temperature=1.0, tile=2, grads=(1.0, 0.0), scale=1.0):
         weight = torch.tensor([[0.0], [1.0], [2.0], [3.0]]) * scale
         h, w = torch.ones(1, 1, requires_grad=True), weight.requires_grad_()
         outputs = logprob.linear_logprob(h, w, torch.tensor([1]), temperature)
-        sum(g * output.sum() for g, output in zip(grads, outputs, strict=True)).backward()
+        used = [g * output.sum() for g, output in zip(grads, outputs, strict=True) if g is not None]
+        sum(used).backward()
         return outputs[0].item(), outputs[1].item(), w.grad[:, 0]
     finally:
         logprob.TILE = kept
@@ -397,39 +402,49 @@ def forward_is_right(temperature=1.0):
     return close(tiled(temperature)[:2], [logp[1], entropy])
 
 
+def gradient_is(expected, **options):
+    """With the entropy unused or used: two ways through the code."""
+    return any(close(tiled(grads=grads, **options)[2], expected.tolist()) for grads in ((1.0, None), (1.0, 0.0)))
+
+
+def gradient_of_logprob(temperature=1.0, of_target=1.0, of_p=1.0):
+    """[j == y] - p_j, its two terms times a factor each."""
+    one_hot = torch.tensor([0.0, 1, 0, 0], dtype=torch.float64)
+    return of_target * one_hot - of_p * exact(temperature)[0].exp()
+
+
 def gradient_without_temperature():
-    p = exact(0.5)[0].exp()
-    expected = torch.tensor([0.0, 1, 0, 0], dtype=torch.float64) - p
-    return forward_is_right(0.5) and close(tiled(0.5)[2], expected.tolist())
+    """One of the two terms or both lack the factor 1 / 0.5."""
+    wrong = [gradient_of_logprob(0.5, *factors) for factors in ((1, 1), (2, 1), (1, 2))]
+    return forward_is_right(0.5) and any(gradient_is(each, temperature=0.5) for each in wrong)
 
 
 def target_in_every_tile():
-    p = exact()[0].exp()
-    expected = torch.tensor([0.0, 1, 0, 0], dtype=torch.float64) - p
-    return forward_is_right() and not close(tiled()[2], expected.tolist()) and close(tiled(tile=4)[2], expected.tolist())
+    right = gradient_is(gradient_of_logprob(), tile=4)
+    return forward_is_right() and right and not gradient_is(gradient_of_logprob(), tile=2)
 
 
 def target_is_forgotten():
-    return forward_is_right() and close(tiled()[2], (-exact()[0].exp()).tolist())
+    return forward_is_right() and gradient_is(-exact()[0].exp())
 
 
 def entropy_gradient_without_h():
     logp, _ = exact()
-    return forward_is_right() and close(tiled(grads=(0.0, 1.0))[2], (-logp.exp() * logp).tolist())
+    return forward_is_right() and close(tiled(grads=(None, 1.0))[2], (-logp.exp() * logp).tolist())
 
 
 # ----------------------------------------------------------------------------------------------------------
 # 7 kernel
 
 
-def kernel_pieces(vocabulary, width, pieces=1, scale=1.0):
+def kernel_pieces(vocabulary, width, pieces=1, scale=1.0, temperature=1.0):
     """partials_triton of one token with hidden 1 1 1 ... and logits 0, -1, -2, ... times scale; target 1."""
     from kernels import logprob_triton
 
     kept, logprob_triton.programs_wanted = logprob_triton.programs_wanted, lambda device: pieces
     try:
         weight = -torch.arange(float(vocabulary))[:, None].expand(-1, width) * scale / width
-        out = logprob_triton.partials_triton(torch.ones(1, width), weight, torch.tensor([1]), 1.0)
+        out = logprob_triton.partials_triton(torch.ones(1, width), weight, torch.tensor([1]), temperature)
         return out.double()[:, :, 0]  # [4, pieces]
     finally:
         logprob_triton.programs_wanted = kept
@@ -468,11 +483,7 @@ def pieces_overlap():
 
 
 def kernel_without_temperature():
-    from kernels import logprob_triton
-
-    weight = -torch.arange(64.0)[:, None].expand(-1, 16) / 16
-    got = logprob_triton.partials_triton(torch.ones(1, 16), weight, torch.tensor([1]), 0.5)[1, :, 0]
-    return kernel_is_right(64, 16) and close(got.sum(), [exact_piece(64)[1]])
+    return kernel_is_right(64, 16) and close(kernel_pieces(64, 16, temperature=0.5)[1], [exact_piece(64)[1]])
 
 
 def only_the_first_slice_of_the_width():
@@ -548,7 +559,8 @@ MISTAKES = {
         kl_is_the_difference: "The KL is the estimator k3, exp(d) - d - 1, not the difference d itself.",
         masked_tokens_reach_the_sum: "A masked token may hold anything, infinity too: 0 x inf is NaN, so "
         "select with torch.where instead of multiplying by the mask.",
-        masked_gradient: "A masked token gets a NaN gradient: mask the log-ratio before exp(), not only after.",
+        masked_gradient: "A masked token makes the gradient or what is reported NaN: select the log-ratio with "
+        "torch.where before exp(), not only after.",
         exponent_overflows: "exp() overflows above 88 in fp32: bound the log-ratio before it, for example at 20.",
     },
     "attention": {

@@ -66,7 +66,11 @@ EXERCISES = {
             "attention",
             ("engine:KVCache.open_step", "engine:KVCache.attend_cached", "packing:AttentionGroup.mask"),
             (
-                *nodes("test_packing.py", "packed_attention_equals_each_row_alone"),
+                *nodes(
+                    "test_packing.py",
+                    "cached_attention_equals_each_row_alone",
+                    "packed_attention_equals_each_row_alone",
+                ),
                 *nodes(
                     "test_model.py",
                     "decode_of_a_row_does_not_depend_on_the_batch",

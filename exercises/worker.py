@@ -2,13 +2,14 @@
 
 check.py starts this file, writes a job as a line of JSON to its stdin, and reads a line of JSON back. A job is
 {"exercise": name, "folder": where the student's files are} or {"mutant": path of a diff or null, "tests": file}.
-A line is {"status", "passed", "test", "message", "line", "hints"}, see `Collector` and `outcome`.
+A line is {"status", "passed", "test", "message", "line", "hints", "seconds" of CPU}, see `Collector` and `outcome`.
 """
 
 import importlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project instead of exercises/
@@ -119,13 +120,13 @@ def main():
     torch.set_num_threads(1)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        job = json.loads(line)
+        job, began = json.loads(line), time.process_time()
         if "exercise" in job:
             result = check_exercise(job["exercise"], Path(job["folder"]))
         else:
             result = check_tests(job["mutant"], Path(job["tests"]))
         forget()
-        print(json.dumps(result), file=answers, flush=True)
+        print(json.dumps({**result, "seconds": time.process_time() - began}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

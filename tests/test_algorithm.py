@@ -171,9 +171,10 @@ def test_loss_is_a_sum_over_tokens_by_the_global_count():
 
 def test_masked_tokens_have_no_gradient_even_if_not_finite():
     logprob = torch.tensor([[0.1, float("-inf")]], requires_grad=True)
-    loss, _ = ttrl.grpo_loss(logprob, torch.zeros(1, 2), torch.ones(1, 1), torch.tensor([[True, False]]))
+    loss, sums = ttrl.grpo_loss(logprob, torch.zeros(1, 2), torch.ones(1, 1), torch.tensor([[True, False]]))
     loss.backward()
     assert logprob.grad[0, 1] == 0 and logprob.grad.isfinite().all()
+    assert all(value.isfinite() for value in sums.values())
 
 
 def test_the_gradient_of_the_loss_equals_finite_differences():
