@@ -65,12 +65,16 @@ def complaint(exercise, path):
     written = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     for function in exercise.functions:
         name = short_name(function)
-        assigned = any(isinstance(node, (ast.Assign, ast.ImportFrom)) and name in ast.unparse(node) for node in tree.body)
+        assigned = any(
+            isinstance(node, (ast.Assign, ast.ImportFrom)) and name in ast.unparse(node) for node in tree.body
+        )
         if name not in written and not assigned:
             return f"{path.name} defines no function {name}"
         wanted = parameters(ast.parse(signature_and_docstring(function)).body[0])
         if name in written and parameters(written[name]) != wanted:
-            return f"{name} takes ({', '.join(parameters(written[name]))}) and should take ({', '.join(wanted)})"
+            return (
+                f"{name} takes ({', '.join(parameters(written[name]))}) and should take ({', '.join(wanted)})"
+            )
     return None
 
 
@@ -79,7 +83,10 @@ def parameters(node):
     arguments = node.args
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
-    pairs = [*zip(positional, defaults, strict=True), *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    pairs = [
+        *zip(positional, defaults, strict=True),
+        *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True),
+    ]
     return [each.arg if default is None else f"{each.arg}={ast.unparse(default)}" for each, default in pairs]
 
 
@@ -160,7 +167,9 @@ def check_exercise(exercise, folder, worker):
         path.write_text(stub(exercise), encoding="utf-8")
         return f"{path.name} did not exist: a stub is there now, write the body and check again"
     if exercise.needs and importlib.util.find_spec(exercise.needs) is None:
-        return f"it needs {exercise.needs}, which is not installed and exists for Linux only (WSL and Colab too)"
+        return (
+            f"it needs {exercise.needs}, which is not installed and exists for Linux only (WSL and Colab too)"
+        )
     wrong = complaint(exercise, path)
     if wrong:
         return wrong
@@ -191,9 +200,14 @@ def in_words(result, path):
 def check_tests(path, worker):
     """(score, text) of a student's file of tests: the share of the planted bugs that make a test fail."""
     if not (ROOT / mutants.MUTANTS).exists():
-        return 0, "exercise 9 needs the whole project: a hand-out holds neither the functions nor the planted bugs"
+        return (
+            0,
+            "exercise 9 needs the whole project: a hand-out holds neither the functions nor the planted bugs",
+        )
     if not path.exists():
-        path.write_text('"""Exercise 9: tests that pass, and fail where a bug is planted."""\n', encoding="utf-8")
+        path.write_text(
+            '"""Exercise 9: tests that pass, and fail where a bug is planted."""\n', encoding="utf-8"
+        )
         return 0, f"{path.name} did not exist: an empty one is there now, write tests and check again"
     job = {"mutant": None, "tests": str(path.resolve())}
     result = worker.run(job)
@@ -228,7 +242,9 @@ def parse(argv):
     parser.add_argument("name", nargs="?", choices=[*EXERCISES, "tests"], help="the exercise")
     parser.add_argument("--all", action="store_true", help="every exercise")
     parser.add_argument("--json", action="store_true", help="print results.json of Gradescope")
-    parser.add_argument("--folder", type=Path, default=ROOT / "exercises", help="where the student's files are")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "exercises", help="where the student's files are"
+    )
     args = parser.parse_args(argv)
     if (args.name is None) != args.all:
         parser.error("name one exercise, or --all")

@@ -250,7 +250,9 @@ def learner_mask(window=None):
     """The mask of a row with two queries behind three keys of a prompt, [2, 5] of 0 and 1."""
     from packing import AttentionGroup
 
-    group = AttentionGroup(torch.tensor([[3, 4]]), torch.tensor([2]), torch.arange(5)[None], torch.tensor([3]))
+    group = AttentionGroup(
+        torch.tensor([[3, 4]]), torch.tensor([2]), torch.arange(5)[None], torch.tensor([3])
+    )
     return group.mask(window).expand(1, 1, 2, 5)[0, 0].int().tolist()
 
 
@@ -404,7 +406,9 @@ def forward_is_right(temperature=1.0):
 
 def gradient_is(expected, **options):
     """With the entropy unused or used: two ways through the code."""
-    return any(close(tiled(grads=grads, **options)[2], expected.tolist()) for grads in ((1.0, None), (1.0, 0.0)))
+    return any(
+        close(tiled(grads=grads, **options)[2], expected.tolist()) for grads in ((1.0, None), (1.0, 0.0))
+    )
 
 
 def gradient_of_logprob(temperature=1.0, of_target=1.0, of_p=1.0):

@@ -80,7 +80,12 @@ def broken(error, path):
             lines.append(trace.tb_lineno)
         trace = trace.tb_next
     line = lines[-1] if lines else getattr(error, "lineno", None)
-    return {"status": "broken", "raised": type(error).__name__, "message": str(error).split("\n")[0], "line": line}
+    return {
+        "status": "broken",
+        "raised": type(error).__name__,
+        "message": str(error).split("\n")[0],
+        "line": line,
+    }
 
 
 def check_tests(mutant, tests):
@@ -92,20 +97,21 @@ def check_tests(mutant, tests):
     return outcome(pytest.main([*OPTIONS, str(tests)], plugins=[collector]), collector)
 
 
-def forget():
-    """Undo a job: no finder of ours, and the project's modules are imported anew by the next one."""
+def forget(folder):
+    """Undo a job: no finder of ours, and the project and the student's files are imported anew by the next one."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, swap.Replacing)]
     for name in ("EXERCISES", "EXERCISES_FOLDER"):
         os.environ.pop(name, None)
     for name, module in list(sys.modules.items()):
-        if name.startswith("student_") or (is_ours(module) and not name.startswith(("exercises", "__main__"))):
-            del sys.modules[name]
+        file = getattr(module, "__file__", None)
+        if file and not name.startswith(("exercises", "__main__")):
+            if belongs(Path(file), ROOT) or belongs(Path(file), folder):
+                del sys.modules[name]
 
 
-def is_ours(module):
-    file = getattr(module, "__file__", None)
-    inside = file and Path(file).is_relative_to(ROOT)
-    return bool(inside) and not Path(file).relative_to(ROOT).parts[0].startswith(".")  # .venv
+def belongs(file, folder):
+    """Does a file stand in a folder, but not in its .venv?"""
+    return file.is_relative_to(folder) and not file.relative_to(folder).parts[0].startswith(".")
 
 
 def main():
@@ -122,10 +128,12 @@ def main():
     for line in sys.stdin:
         job, began = json.loads(line), time.process_time()
         if "exercise" in job:
-            result = check_exercise(job["exercise"], Path(job["folder"]))
+            folder = Path(job["folder"])
+            result = check_exercise(job["exercise"], folder)
         else:
+            folder = Path(job["tests"]).parent
             result = check_tests(job["mutant"], Path(job["tests"]))
-        forget()
+        forget(folder)
         print(json.dumps({**result, "seconds": time.process_time() - began}), file=answers, flush=True)
 
 

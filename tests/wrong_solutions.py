@@ -4,15 +4,15 @@ The first three exercises have functions as students write them. From the fourth
 a wrong one is the project's own with one piece of text in the place of another.
 """
 
-VOTE = '''
+VOTE = """
 from collections import Counter
 from support import grading
 
 
 def vote(answers, kind="math"):
-'''
+"""
 
-LOSS = '''
+LOSS = """
 import torch
 
 
@@ -33,14 +33,14 @@ def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0,
     loss = torch.where(mask, loss, 0.0)
     count = mask.sum() if token_count is None else token_count
     return loss.sum() / count, {name: value.detach() for name, value in sums.items()}
-'''
+"""
 
 # {exercise: {name: (the student's file, words)}}
 WHOLE = {
     "vote": {
         "no answer votes": (
             VOTE
-            + '''
+            + """
     classes = []
     for index, answer in enumerate(answers):
         for members in classes:
@@ -52,51 +52,51 @@ WHOLE = {
             classes.append([index])
     largest = max(classes, key=len, default=[])
     return Counter(answers[i] for i in largest).most_common(1)[0][0] if classes else None, classes
-''',
+""",
             "never votes",
         ),
         "spelling": (
             VOTE
-            + '''
+            + """
     spellings = [answer for answer in dict.fromkeys(answers) if answer is not None]
     classes = [[i for i, answer in enumerate(answers) if answer == s] for s in spellings]
     return max(spellings, key=answers.count, default=None), classes
-''',
+""",
             "by value",
         ),
         "tie": (
             VOTE
-            + '''
+            + """
     classes = grading.classes(answers, kind)
     best = []
     for members in classes:
         if len(members) >= len(best):
             best = members
     return Counter(answers[i] for i in best).most_common(1)[0][0] if best else None, classes
-''',
+""",
             "tie",
         ),
     },
     "advantages": {
         "ddof": (
-            '''
+            """
 def advantages(rewards):
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True, correction=0) + 1e-6)
-''',
+""",
             "ddof 1",
         ),
         "of all rows": (
-            '''
+            """
 def advantages(rewards):
     return (rewards - rewards.mean()) / (rewards.std() + 1e-6)
-''',
+""",
             "row",
         ),
         "no epsilon": (
-            '''
+            """
 def advantages(rewards):
     return (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)
-''',
+""",
             "1e-6",
         ),
     },
@@ -110,30 +110,32 @@ def advantages(rewards):
             LOSS.replace("torch.where(mask, logprob - old_logprob, 0.0)", "((logprob - old_logprob) * mask)"),
             "masked token",
         ),
-        "clip only": (LOSS.replace("torch.minimum(ratio * advantage, clipped * advantage)", "clipped * advantage"),
-                      "minimum"),  # fmt: skip
+        "clip only": (
+            LOSS.replace("torch.minimum(ratio * advantage, clipped * advantage)", "clipped * advantage"),
+            "minimum",
+        ),  # fmt: skip
         "direction of the KL": (LOSS.replace("ref_logprob - logprob", "logprob - ref_logprob"), "direction"),
     },
     "lucky": {
         "of the label": (
-            '''
+            """
 def reward_accuracy(right, agreeing):
     return float(bool(agreeing) and right[agreeing[0]] == 1)
-''',
+""",
             "label accuracy",
         ),
         "of the majority": (
-            '''
+            """
 def reward_accuracy(right, agreeing):
     return len(agreeing) / len(right)
-''',
+""",
             "share of responses in the majority",
         ),
         "of the right": (
-            '''
+            """
 def reward_accuracy(right, agreeing):
     return sum(right) / len(right)
-''',
+""",
             "share of right responses",
         ),
     },
@@ -145,7 +147,11 @@ CHANGED = {
         "not itself": ("seen = key_at <= position", "seen = key_at < position", "see itself"),
         "no mask": ("masked_fill_(~seen", "masked_fill_(~seen & False", "behind its own position"),
         "window": ("seen &= key_at > position[:, None] - window", "pass", "window"),
-        "offset": ("query_at = self.offset[:, None, None, None] + place", "query_at = place[None, None]", "offset"),
+        "offset": (
+            "query_at = self.offset[:, None, None, None] + place",
+            "query_at = place[None, None]",
+            "offset",
+        ),
     },
     "sampling": {
         "by row only": ("fold_in(key, position)", "fold_in(key, position * 0)", "position is ignored"),
@@ -171,7 +177,10 @@ CHANGED = {
         "padding": ("z = tl.where(column < vocabulary, z, -1e38)", "z = z", "end of the vocabulary"),
         "old sums": ("sum_exp = tl.exp(shift) * sum_exp", "sum_exp = sum_exp", "rescaled"),
         "piece": ("first = tl.program_id(1) * size", "first = 0", "its own piece"),
-        "temperature": ("c = (z - higher[:, None]) * inverse_temperature", "c = z - higher[:, None]",
-                        "inverse_temperature"),  # fmt: skip
+        "temperature": (
+            "c = (z - higher[:, None]) * inverse_temperature",
+            "c = z - higher[:, None]",
+            "inverse_temperature",
+        ),  # fmt: skip
     },
 }
