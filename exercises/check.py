@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -91,7 +92,7 @@ def parameters(node):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# the worker: jobs one by one, each with its limit of time
+# the worker: jobs one by one, each with its limit of CPU time
 
 
 class Worker:
@@ -104,25 +105,27 @@ class Worker:
     def run(self, job):
         if self.process is None:
             self.start()
-        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.write(json.dumps({**job, "seconds": self.seconds}) + "\n")
         self.process.stdin.flush()
         try:
-            line = self.lines.get(timeout=self.seconds)
+            line = self.lines.get(timeout=10 * self.seconds)  # by the clock: it may wait for ever
         except queue.Empty:
             line = None
         if line:
             result = json.loads(line)
             self.cpu_seconds += result["seconds"]
             return result
+        code = self.process.wait() if line == "" else None
         self.stop()
-        return {"status": "timeout" if line is None else "died"}
+        return {"status": "timeout" if code in (None, -signal.SIGPROF) else "died"}
 
     def start(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
                        "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1",
                        "TRITON_CACHE_DIR": self.scratch, "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
         environment.pop("PYTEST_ADDOPTS", None), environment.pop("PYTEST_CURRENT_TEST", None)
-        self.process = subprocess.Popen([sys.executable, str(ROOT / "exercises" / "worker.py")], env=environment,
+        line = [sys.executable, str(ROOT / "exercises" / "worker.py")]
+        self.process = subprocess.Popen(line, env=environment,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
         self.lines = queue.Queue()
         threading.Thread(target=self.read, args=(self.process, self.lines), daemon=True).start()
@@ -156,8 +159,8 @@ def check(name, folder, worker):
         text = check_exercise(exercise, folder, worker)
         score = POINTS if text is None else 0
     passed = score == POINTS
-    return {"name": f"{number} {name}", "passed": passed, "score": score, "text": text or "all of its tests pass",
-            "seconds": worker.cpu_seconds - began}  # fmt: skip
+    return {"name": f"{number} {name}", "passed": passed, "score": score,
+            "text": text or "all of its tests pass", "seconds": worker.cpu_seconds - began}  # fmt: skip
 
 
 def check_exercise(exercise, folder, worker):

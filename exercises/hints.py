@@ -1,7 +1,7 @@
 """Known mistakes of each exercise, recognised by what a function returns: the concept in words.
 
-A probe is called only where the real tests have failed, with the student's functions swapped in. It is true if
-they do just what somebody's would who has misunderstood this one thing; numbers are worked out by hand. A
+A probe is called only where the real tests have failed, with the student's functions swapped in. It is true
+if they do just what somebody's would who has misunderstood this one thing; numbers are worked out by hand. A
 probe that raises recognises nothing.
 """
 
@@ -541,7 +541,9 @@ MISTAKES = {
     },
     "advantages": {
         ddof_0: "The standard deviation has ddof 1: divide by M - 1, not M (rewards 1 1 0 0 give 0.5774).",
-        not_per_row: "A group is one row: mean and standard deviation are those of each row, not of all rows.",
+        not_per_row: (
+            "A group is one row: mean and standard deviation are those of each row, not of all rows."
+        ),
         mean_not_subtracted: "The baseline is missing: subtract the mean of the row.",
         not_divided: "Divide by the standard deviation of the row.",
         divided_by_the_variance: "Divide by the standard deviation, not by its square, the variance.",
@@ -549,7 +551,9 @@ MISTAKES = {
         one_sample_is_nan: "A row of one reward has no standard deviation with ddof 1: its advantage is 0.",
     },
     "loss": {
-        mean_of_rows: "The loss is a mean over tokens, not a mean over rows of means: every token counts alike.",
+        mean_of_rows: (
+            "The loss is a mean over tokens, not a mean over rows of means: every token counts alike."
+        ),
         divided_by_the_rows: "The loss is divided by the response tokens, not by the rows.",
         padding_counts: "Padding counts: divide by the tokens that the mask marks, not by all places.",
         token_count_is_ignored: "token_count is ignored: where it is given, it divides the sum.",
@@ -561,76 +565,121 @@ MISTAKES = {
         dual_clip_for_all: "The dual clip is for negative advantages only.",
         kl_of_new_minus_ref: "The KL has the wrong direction: k3 is exp(d) - d - 1 with d = ref - new.",
         kl_is_the_difference: "The KL is the estimator k3, exp(d) - d - 1, not the difference d itself.",
-        masked_tokens_reach_the_sum: "A masked token may hold anything, infinity too: 0 x inf is NaN, so "
-        "select with torch.where instead of multiplying by the mask.",
-        masked_gradient: "A masked token makes the gradient or what is reported NaN: select the log-ratio with "
-        "torch.where before exp(), not only after.",
-        exponent_overflows: "exp() overflows above 88 in fp32: bound the log-ratio before it, for example at 20.",
+        masked_tokens_reach_the_sum: (
+            "A masked token may hold anything, infinity too: 0 x inf is NaN, so select with torch.where "
+            "instead of multiplying by the mask."
+        ),
+        masked_gradient: (
+            "A masked token makes the gradient or what is reported NaN: select the log-ratio with "
+            "torch.where before exp(), not only after."
+        ),
+        exponent_overflows: (
+            "exp() overflows above 88 in fp32: bound the log-ratio before it, for example at 20."
+        ),
     },
     "attention": {
         nothing_is_stored: "The step's own key and value are not stored at their position in the cache.",
-        later_places_are_seen: "A query sees places behind its own position, which hold other rows' leftovers "
-        "or nothing: mask every place above the position.",
+        later_places_are_seen: (
+            "A query sees places behind its own position, which hold other rows' leftovers or nothing: mask "
+            "every place above the position."
+        ),
         own_token_is_not_seen: "A token has to see itself too: its own key belongs to those it attends to.",
         rows_share_a_position: "Each row has a position of its own, so the mask has to be made row by row.",
         cache_window_is_ignored: "The sliding window is ignored in the cached step.",
-        cache_window_is_off_by_one: "The window counts the token itself: with window 2 it sees itself and one more.",
-        offset_is_ignored: "The learner's mask ignores the offset: query j stands behind offset keys of its prompt.",
+        cache_window_is_off_by_one: (
+            "The window counts the token itself: with window 2 it sees itself and one more."
+        ),
+        offset_is_ignored: (
+            "The learner's mask ignores the offset: query j stands behind offset keys of its prompt."
+        ),
         learner_sees_the_future: "The learner's mask is not causal: a query sees keys behind itself.",
         learner_misses_itself: "In the learner's mask a token has to see itself too.",
-        learner_window_is_wrong: "The learner's mask has a wrong window: with window w a query sees itself and "
-        "the w - 1 keys before it.",
+        learner_window_is_wrong: (
+            "The learner's mask has a wrong window: with window w a query sees itself and the w - 1 keys "
+            "before it."
+        ),
     },
     "sampling": {
-        a_stream_of_random_numbers: "The numbers come from a stream: they have to be a hash of key and position, "
-        "so that the same token is drawn in any batch.",
+        a_stream_of_random_numbers: (
+            "The numbers come from a stream: they have to be a hash of key and position, so that the same "
+            "token is drawn in any batch."
+        ),
         position_is_ignored: "The position is ignored: each token of a response needs a number of its own.",
         key_is_ignored: "The key is ignored: all rows would draw the same numbers.",
         sign_is_copied: "Some numbers are negative or 0: an int64 shift copies the sign, use logical_shift.",
         only_half_of_the_range: "The numbers do not fill (0, 1).",
-        past_the_last_mass: "A target that was rounded up to the total has to give the last index with mass, "
-        "never one of probability 0.",
-        edge_belongs_to_the_lower: "A target on an edge belongs to the next index: the running sum has to "
-        "exceed the target (searchsorted with right=True).",
+        past_the_last_mass: (
+            "A target that was rounded up to the total has to give the last index with mass, never one of "
+            "probability 0."
+        ),
+        edge_belongs_to_the_lower: (
+            "A target on an edge belongs to the next index: the running sum has to exceed the target "
+            "(searchsorted with right=True)."
+        ),
         impossible_token: "A token of probability 0 (logit -inf) is drawn at the edge of the range.",
         temperature_multiplied: "The temperature divides the logits.",
-        logprob_without_temperature: "The log-probability is that of the distribution sampled from, temperature "
-        "included.",
-        logprob_before_top_p: "The log-probability is that of the distribution sampled from: after top-p the "
-        "kept tokens are normalised anew.",
+        logprob_without_temperature: (
+            "The log-probability is that of the distribution sampled from, temperature included."
+        ),
+        logprob_before_top_p: (
+            "The log-probability is that of the distribution sampled from: after top-p the kept tokens are "
+            "normalised anew."
+        ),
         always_the_likeliest: "The likeliest token is always taken: u decides nothing.",
     },
     "logprob": {
         far_logits_overflow: "exp() overflows for large logits: subtract the largest one first.",
         temperature_is_forgotten: "The temperature is forgotten: the softmax is of logits / temperature.",
-        entropy_alone_is_wrong: "The entropy is wrong where pieces are merged: under a higher maximum every c "
-        "shifts, so sum_exp_c changes by shift * sum_exp before it is scaled.",
-        one_tile_is_right_two_are_not: "One tile is right, two are not: sums under an old maximum have to be "
-        "brought under the new one before they are added (online softmax).",
+        entropy_alone_is_wrong: (
+            "The entropy is wrong where pieces are merged: under a higher maximum every c shifts, so "
+            "sum_exp_c changes by shift * sum_exp before it is scaled."
+        ),
+        one_tile_is_right_two_are_not: (
+            "One tile is right, two are not: sums under an old maximum have to be brought under the new one "
+            "before they are added (online softmax)."
+        ),
         gradient_without_temperature: "The gradient has to be divided by the temperature too (chain rule).",
         target_is_forgotten: "The gradient lacks the target's term: d logprob / d z_j = [j == y] - p_j.",
-        target_in_every_tile: "The target's term of the gradient belongs to the one tile that holds the target: "
-        "`locate` says whether it is inside.",
+        target_in_every_tile: (
+            "The target's term of the gradient belongs to the one tile that holds the target: `locate` says "
+            "whether it is inside."
+        ),
         entropy_gradient_without_h: "The entropy's gradient is -p (log p + H): H is missing.",
     },
     "kernel": {
-        padding_of_the_vocabulary_counts: "Columns past the end of the vocabulary count: what a masked load fills "
-        "in gives the logit 0, so set these logits to -1e38 before the maximum.",
-        padding_of_the_width_counts: "Numbers past the width count: mask the loads of both factors with other=0.",
-        only_the_first_slice_of_the_width: "The product has to run over the whole width, BD numbers at a time.",
-        maximum_moves: "When a later block raises the maximum, the old sums have to be rescaled to it (online "
-        "softmax): exp(shift), and sum_exp_c moves by shift * sum_exp.",
-        pieces_overlap: "Program (block, piece) has to run through its own piece only: `size` columns from "
-        "program_id(1) * size on.",
+        padding_of_the_vocabulary_counts: (
+            "Columns past the end of the vocabulary count: what a masked load fills in gives the logit 0, "
+            "so set these logits to -1e38 before the maximum."
+        ),
+        padding_of_the_width_counts: (
+            "Numbers past the width count: mask the loads of both factors with other=0."
+        ),
+        only_the_first_slice_of_the_width: (
+            "The product has to run over the whole width, BD numbers at a time."
+        ),
+        maximum_moves: (
+            "When a later block raises the maximum, the old sums have to be rescaled to it (online "
+            "softmax): exp(shift), and sum_exp_c moves by shift * sum_exp."
+        ),
+        pieces_overlap: (
+            "Program (block, piece) has to run through its own piece only: `size` columns from "
+            "program_id(1) * size on."
+        ),
         kernel_without_temperature: "The exponents are (logit - maximum) * inverse_temperature.",
     },
     "lucky": {
-        is_the_label_accuracy: "That is the label accuracy, whether the label is right. Reward accuracy asks "
-        "each response whether its reward is right.",
-        is_the_share_of_right: "That is the share of right responses. A wrong response that the vote does not "
-        "reward has the right reward too, 0.",
-        is_the_share_of_agreement: "That is the share of responses in the majority: compare each one's reward "
-        "with the reward that the truth would give.",
+        is_the_label_accuracy: (
+            "That is the label accuracy, whether the label is right. Reward accuracy asks each response "
+            "whether its reward is right."
+        ),
+        is_the_share_of_right: (
+            "That is the share of right responses. A wrong response that the vote does not reward has the "
+            "right reward too, 0."
+        ),
+        is_the_share_of_agreement: (
+            "That is the share of responses in the majority: compare each one's reward with the reward that "
+            "the truth would give."
+        ),
         errors_are_counted: "That is the share of wrong rewards: count those that agree.",
     },
 }

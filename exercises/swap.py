@@ -1,6 +1,6 @@
 """Put a student's functions in the place of the project's, wherever the project's would be used.
 
-    python exercises/swap.py vote,loss ttrl.py --seed 7           # the real program with a student's functions
+    python exercises/swap.py vote,loss ttrl.py --seed 7   # the real program with a student's functions
     torchrun --nproc-per-node 2 exercises/swap.py vote ttrl.py
     EXERCISES=vote python -m pytest -p exercises.swap tests       # the real tests with them
 
@@ -24,7 +24,7 @@ from exercises.targets import EXERCISES, ROOT, short_name, student_file
 
 
 class Replacing:
-    """Runs `finished(module)` after the execution of each of the modules named: a finder for sys.meta_path."""
+    """Runs `finished(module)` after the execution of each of some modules: a finder for sys.meta_path."""
 
     def __init__(self, modules, finished):
         self.modules, self.finished, self.searching = set(modules), finished, False

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 60  # that the check of one exercise may take
+SECONDS = 60  # of CPU that one exercise, or one planted bug, may take
 
 
 class Exercise(NamedTuple):

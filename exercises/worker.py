@@ -1,18 +1,21 @@
 """Run the tests of exercises one after the other in one process, in which torch is imported once.
 
-check.py starts this file, writes a job as a line of JSON to its stdin, and reads a line of JSON back. A job is
-{"exercise": name, "folder": where the student's files are} or {"mutant": path of a diff or null, "tests": file}.
-A line is {"status", "passed", "test", "message", "line", "hints", "seconds" of CPU}, see `Collector` and `outcome`.
+check.py starts this file, writes jobs to its stdin, a line of JSON each, and reads a line back for each. A
+job is {"exercise": name, "folder": of the student's files} or {"mutant": path of a diff or null, "tests":
+file}, and "seconds" of CPU after which the system ends this process. An answer has "status", "passed",
+"seconds" of CPU, and where a test failed also what `described` returns, and "hints".
 """
 
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project instead of exercises/
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project instead of exercises/
 import pytest
 
 from exercises import hints, mutants, swap
@@ -34,7 +37,7 @@ class Collector:
         self.first = self.first or self.described(node, call.excinfo)
 
     def described(self, node, excinfo):
-        """{"test", "about", "raised", "message", "line"}; line: of the student's file, if it went wrong there."""
+        """What failed. line: the last one of the student's file; inside: it went wrong in that file."""
         error = excinfo.value
         lines = [entry.lineno + 1 for entry in excinfo.traceback if str(entry.path) == self.student]
         inside = bool(lines) and str(excinfo.traceback[-1].path) == self.student
@@ -44,13 +47,16 @@ class Collector:
         if cause := getattr(error, "__cause__", None):  # Triton's interpreter wraps what a kernel raises
             raised, text = type(cause).__name__, str(cause)
         return {"test": node.nodeid, "about": about, "raised": raised, "message": text.split("\n")[0][:300],
-                "line": lines[-1] if lines else None, "inside": inside or raised == "NotImplementedError"}  # fmt: skip
+                "line": lines[-1] if lines else None, "inside": inside}  # fmt: skip
 
 
 def outcome(code, collector):
     status = "passed" if code == 0 and collector.passed else "failed"
-    first = collector.first or {"test": "", "about": "", "raised": "", "message": "no test ran", "line": None}
-    return {"status": status, "passed": collector.passed, **({} if status == "passed" else first)}
+    result = {"status": status, "passed": collector.passed}
+    if status == "passed":
+        return result
+    nothing = {"test": "", "about": "", "raised": "", "message": "no test ran", "line": None, "inside": False}
+    return {**result, **(collector.first or nothing)}
 
 
 def check_exercise(name, folder):
@@ -98,15 +104,16 @@ def check_tests(mutant, tests):
 
 
 def forget(folder):
-    """Undo a job: no finder of ours, and the project and the student's files are imported anew by the next one."""
+    """Undo a job: no finder of ours, and the next one imports the project and the student's files anew."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, swap.Replacing)]
     for name in ("EXERCISES", "EXERCISES_FOLDER"):
         os.environ.pop(name, None)
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if file and not name.startswith(("exercises", "__main__")):
-            if belongs(Path(file), ROOT) or belongs(Path(file), folder):
-                del sys.modules[name]
+        if file is None or name.startswith(("exercises", "__main__")):
+            continue
+        if belongs(Path(file), ROOT) or belongs(Path(file), folder):
+            del sys.modules[name]
 
 
 def belongs(file, folder):
@@ -127,12 +134,14 @@ def main():
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         job, began = json.loads(line), time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, job["seconds"])  # SIGPROF ends the process, in C code too
         if "exercise" in job:
             folder = Path(job["folder"])
             result = check_exercise(job["exercise"], folder)
         else:
             folder = Path(job["tests"]).parent
             result = check_tests(job["mutant"], Path(job["tests"]))
+        signal.setitimer(signal.ITIMER_PROF, 0)
         forget(folder)
         print(json.dumps({**result, "seconds": time.process_time() - began}), file=answers, flush=True)
 

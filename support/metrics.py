@@ -71,8 +71,8 @@ def grade(question, responses, voted):
 def reward_accuracy(right, agreeing):
     """The share of responses whose reward by the vote equals their reward by the true answer.
 
-    It may be high under a wrong label, the paper's "lucky hit": a wrong answer that differs from the wrong label
-    gets the 0 that it deserves.
+    It may be high under a wrong label, the paper's "lucky hit": a wrong answer that differs from the wrong
+    label gets the 0 that it deserves.
 
     right: 1 or 0 for each response, its reward by the true answer. agreeing: the indices of the responses in
     the majority, which the vote rewards with 1, and all others with 0.

@@ -63,8 +63,7 @@ def wrong_solutions():
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory):
-    # What is promised is said in CPU-seconds, since this machine may be busy.
-    worker = check.Worker(str(tmp_path_factory.mktemp("scratch")), seconds=10 * SECONDS)
+    worker = check.Worker(str(tmp_path_factory.mktemp("scratch")))
     yield worker
     worker.stop()
 
@@ -100,7 +99,6 @@ RIGHT = VOTE + WHOLE["vote"]["tie"][0].removeprefix(VOTE).replace(">=", ">")
         ("def votes(answers):\n    pass\n", "vote.py defines no function vote"),
         ("def vote(answers):\n    pass\n", "vote takes (answers) and should take (answers, kind='math')"),
         ("import numbers_\n" + RIGHT, "vote.py, line 1, cannot be imported: ModuleNotFoundError"),
-        (RIGHT + "    label = 1 / 0\n", "all of its tests pass"),
         (
             RIGHT.replace("best = []", "best = 1 / 0"),
             "vote.py, line 8, raises ZeroDivisionError: division by zero",
@@ -112,7 +110,7 @@ RIGHT = VOTE + WHOLE["vote"]["tie"][0].removeprefix(VOTE).replace(">=", ">")
 )
 def test_a_broken_file_is_one_sentence(text, words, worker, tmp_path, monkeypatch):
     if "while" in text:
-        monkeypatch.setattr(worker, "seconds", 20)
+        monkeypatch.setattr(worker, "seconds", 5)
     student_file(EXERCISES["vote"], tmp_path).write_text(text)
     said = check.check("vote", tmp_path, worker)["text"]
     assert words in said and len(said.splitlines()) == 1, said
@@ -229,17 +227,14 @@ def test_the_copy_fails_each_exercise_until_its_functions_are_there_and_needs_no
 
 
 def failures_in(copy, tmp_path, *tests):
-    """Run tests of the copy; every failure has to name the exercise that is missing. Counts (passed, failed)."""
+    """Run tests of the copy, where each failure has to name the missing exercise: counts (passed, failed)."""
     report = tmp_path / "report.xml"
     line = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, cwd=copy)
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     wrong = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     assert done.returncode in (0, 1), done.stdout
-    said = {
-        case.get("name"): "".join(part.text for part in case if part.tag in ("failure", "error"))
-        for case in wrong
-    }
+    said = {case.get("name"): " ".join(part.text for part in case if part.text) for case in wrong}
     assert [name for name, text in said.items() if not re.search(r"exercise \d: python", text)] == []
     return len(cases) - len(wrong), len(wrong)
 

@@ -113,7 +113,7 @@ def advantages(rewards):
         "clip only": (
             LOSS.replace("torch.minimum(ratio * advantage, clipped * advantage)", "clipped * advantage"),
             "minimum",
-        ),  # fmt: skip
+        ),
         "direction of the KL": (LOSS.replace("ref_logprob - logprob", "logprob - ref_logprob"), "direction"),
     },
     "lucky": {
@@ -181,6 +181,6 @@ CHANGED = {
             "c = (z - higher[:, None]) * inverse_temperature",
             "c = z - higher[:, None]",
             "inverse_temperature",
-        ),  # fmt: skip
+        ),
     },
 }
