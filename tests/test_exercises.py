@@ -101,7 +101,7 @@ RIGHT = VOTE + WHOLE["vote"]["tie"][0].removeprefix(VOTE).replace(">=", ">")
         ("import numbers_\n" + RIGHT, "vote.py, line 1, cannot be imported: ModuleNotFoundError"),
         (
             RIGHT.replace("best = []", "best = 1 / 0"),
-            "vote.py, line 8, raises ZeroDivisionError: division by zero",
+            "vote.py, line 9, raises ZeroDivisionError: division by zero",
         ),
         (RIGHT.replace("best = []", "raise NotImplementedError"), "is not written yet"),
         (RIGHT.replace("best = []", "import os; os._exit(0)"), "the process ended before the tests did"),
@@ -134,6 +134,33 @@ def run_check(*arguments, root=ROOT):
 def test_a_command_without_sense_ends_with_2(arguments):
     done = run_check(*arguments)
     assert done.returncode == 2 and "check.py: error:" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_page_has_a_section_for_each_exercise():
+    page = (ROOT / "exercises" / "README.md").read_text("utf-8")
+    sections = re.findall(r"^## (\d) (\w+)\n\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    wanted = [(str(e.number), e.name) for e in EXERCISES.values()] + [("9", "tests")]
+    assert [section[:2] for section in sections] == wanted
+    for number, name, text in sections:
+        assert re.findall(r"^\*\*([\w ]+)\.\*\*", text, re.MULTILINE) == PARTS
+        idea, questions = text.split("\n\n")[0], text.split("**Questions.**")[1]
+        assert len(idea.splitlines()) <= 5 and f"`python exercises/check.py {name}`" in text
+        assert re.findall(r"^(\d)\. ", questions, re.MULTILINE) == ["1", "2"]
+        assert re.search(rf"^\| {number} \| \[{name}\]\(#{number}-{name}\) \| \d+ \|", page, re.MULTILINE)
+
+
+PARTS = ["Idea", "Formula", "By hand", "Yours", "Questions"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "teacher.md"])
+def test_every_link_and_file_of_the_pages_exists(page):
+    text = (ROOT / "exercises" / page).read_text("utf-8")
+    links = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if not target.startswith("http")]
+    assert [target for target in links if not (ROOT / "exercises" / target).exists()] == []
+    files = set(re.findall(r"(?<![\w/.])(?:\w+/)*\w+\.(?:py|sh)\b", text)) - {"run_autograder.sh"}
+    written = {f"exercises/{name}.py" for name in [*EXERCISES, "test_student"]}
+    places = [ROOT, ROOT / "exercises"]
+    assert [f for f in files - written if not any((place / f).exists() for place in places)] == []
 
 
 # ----------------------------------------------------------------------------------------------------------
