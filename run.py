@@ -173,14 +173,15 @@ def refresh_sampler(run):
 def open_out(run):
     """Make the run's folder, or find a run in it and resume it: the state that `train` starts from."""
     c, out = run.config, Path(run.config.out)
-    state = {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0}
+    # labels: {question id: label of its last vote in training}
+    state = {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0, "labels": {}}
     if is_rank0():
         out.mkdir(parents=True, exist_ok=True)
     if c.eval_only:
         return state
     folder = checkpoint.newest(out / "checkpoint")
     if folder:
-        state = checkpoint.read_state(folder)
+        state = {**state, **checkpoint.read_state(folder)}
         compare_with_checkpoint(run, state.pop("made_with", None))
         checkpoint.restore(folder, run.policy, run.optimizer)
         refresh_sampler(run)
@@ -192,7 +193,7 @@ def open_out(run):
                 f"finished {c.out} has all its {last} steps: nothing is trained; another --out starts anew"
             )
     if is_rank0():
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
+        for name in ("metrics.jsonl", "rollouts.jsonl", "votes.jsonl"):
             checkpoint.forget_after(out / name, state["step"] if folder else -1)
         checkpoint.write_whole(out / "config.json", json.dumps(dataclasses.asdict(c), indent=1))
         if c.wandb:
@@ -298,14 +299,18 @@ def save_model(run):
     checkpoint.replace_folder(Path(run.config.out) / "model", fill)
 
 
-def log(run, line, shown):
-    """Append a step to metrics.jsonl and rollouts.jsonl; redraw the curves after an evaluation."""
+def log(run, line, others):
+    """Append a step to metrics.jsonl, and to the other files its lines; redraw curves after an evaluation.
+
+    others: {"rollouts.jsonl": lines, "votes.jsonl": lines}, or {}.
+    """
     if not is_rank0():
         return
     out = Path(run.config.out)
     finite = {name: value for name, value in line.items() if math.isfinite(value)}  # JSON has no nan
     checkpoint.append(out / "metrics.jsonl", [finite])
-    checkpoint.append(out / "rollouts.jsonl", shown)
+    for name, lines in others.items():
+        checkpoint.append(out / name, lines)
     if any(name.startswith("eval/") for name in line):
         draw_curves(out, run.config.eval_samples)
     if run.config.wandb:
@@ -323,7 +328,8 @@ def finish(run, state):
     checkpoint.write_whole(Path(c.out) / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
     print(report.render(summary, state))
     minutes = f"{state['seconds'] / 60:.1f} minutes"
-    print(f"\n{c.out}: curves.png, summary.json, metrics.jsonl, rollouts.jsonl, model/ ({minutes})")
+    files = "curves.png, summary.json, metrics.jsonl, rollouts.jsonl, votes.jsonl, model/"
+    print(f"\n{c.out}: {files} ({minutes})")
 
 
 def save_evaluation(run, metrics):

@@ -47,7 +47,7 @@ class Config:
     )
     # learning
     samples: int = flag(32, "of the votes, the first so many are trained on")
-    reward: str = flag("vote", "what responses are rewarded by")  # choices: REWARDS in ttrl.py
+    reward: str = flag("vote", "what responses are rewarded by")  # choices: REWARDS in rewards.py
     epochs: int | None = flag(
         None, "passes over the questions [aime 80, amc 30, math 10, math-l* and gpqa 30, a file 10]", type=int
     )

@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+from support import grading
 from support.ledger import FATES, fate
+
+MOST_CLASSES = 20  # of a question in votes.jsonl
 
 # -----------------------------------------------------------------------------------------------------------
 # on the screen
@@ -121,10 +124,32 @@ def speeds(out):
     return {**means, "peak_memory_gb": max(line["train/peak_memory_gb"] for line in lines)}
 
 
-def shown_responses(step, asked, responses, labels, rewards, how_many=4):
+def shown_responses(step, asked, responses, votes, rewards, how_many=4):
     """A response to each of a few questions, for rollouts.jsonl."""
-    shown = []
-    for question, group, label, row in list(zip(asked, responses, labels, rewards, strict=True))[:how_many]:
+    shown, rows = [], list(zip(asked, responses, votes, rewards, strict=True))
+    for question, group, (label, _), row in rows[:how_many]:
         line = {"step": step, "id": question.id, "prompt": question.prompt, "response": group[0].text}
         shown.append({**line, "answer": group[0].answer, "label": label, "reward": row[0]})
     return shown
+
+
+def counted_votes(step, asked, responses, votes):
+    """How the responses to each question voted, for votes.jsonl: a line a question.
+
+    "votes" holds the size of each class by its most frequent spelling, the largest first: so the first is the
+    label. Classes beyond the MOST_CLASSES largest are summed up as "other", a key that is there only then;
+    "none" counts responses without an answer. Both stand beside "votes", so no answer can be taken for them.
+    """
+    lines = []
+    for question, group, (label, classes) in zip(asked, responses, votes, strict=True):
+        answers = [response.answer for response in group]
+        ordered = sorted(classes, key=len, reverse=True)  # of equally large ones the first stays first
+        counts = {
+            grading.common_spelling(answers, members): len(members) for members in ordered[:MOST_CLASSES]
+        }
+        line = {"step": step, "question": question.id, "label": label, "votes": counts}
+        line["none"] = answers.count(None)
+        if len(ordered) > MOST_CLASSES:
+            line["other"] = sum(map(len, ordered[MOST_CLASSES:]))
+        lines.append(line)
+    return lines

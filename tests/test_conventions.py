@@ -12,7 +12,8 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-ROOMS = "ttrl run plan rollout engine model packing kernels support".split()  # each imports only later ones
+# Each imports only later ones.
+ROOMS = "ttrl rewards run plan rollout engine model packing kernels support".split()
 LONGEST_LINE, LONGEST_FUNCTION = 110, 40
 LONGEST_FILES = {"ttrl.py": 510, "model.py": 300, "support/*.py": 345, "README.md": 150}  # in lines
 

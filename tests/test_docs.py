@@ -25,6 +25,7 @@ RUN_FILES = {
     "config.json",
     "metrics.jsonl",
     "rollouts.jsonl",
+    "votes.jsonl",
     "curves.png",
     "summary.json",
     "checkpoint",
@@ -42,7 +43,7 @@ def test_every_link_leads_somewhere(page):
 
 def test_the_names_to_change_exist():
     table = (ROOT / "README.md").read_text().split("## If you want to change")[1].split("##")[0]
-    names = re.findall(r"`((?:ttrl|support|kernels|model)\.[\w.]+)`", table)
+    names = re.findall(r"`((?:ttrl|rewards|support|kernels|model)\.[\w.]+)`", table)
     assert len(names) >= 12
     for name in names:
         module, attribute = name.rsplit(".", 1)
