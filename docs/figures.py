@@ -292,22 +292,22 @@ def draw_majority(policy, tokenizer, loaded, prompts, options, votes=64):
     left, right = figure.subplots(1, 2)
     colors = [GREEN if own > rival else RED for own, rival in shares]
     left.scatter(*zip(*shares, strict=True), c=colors, s=28)
-    left.plot([0, 0.8], [0, 0.8], color="black", lw=0.8)
+    left.plot([0, 0.85], [0, 0.85], color="black", lw=0.8)
     left.axvline(0.5, color="0.6", lw=0.8, ls=":")
     left.text(0.51, 0.72, "more than half", fontsize=9, color="0.4")
     left.set(
         xlabel="share of the right answer",
         ylabel="share of the most frequent wrong answer",
-        xlim=(0, 0.8),
-        ylim=(0, 0.8),
+        xlim=(0, 0.85),
+        ylim=(0, 0.85),
     )
     left.set_title(f"{len(loaded)} questions, {votes} samples each", loc="left", fontsize=10, weight="bold")
     for (name, values), color in zip(by_size.items(), (GREEN, RED), strict=True):
         right.plot(sizes, values, "o-", color=color, label=name)
-    right.set(xscale="log", xlabel="votes", ylabel="share of votes that are right", ylim=(0, 1.02))
+    right.set(xscale="log", xlabel="votes drawn", ylabel="probability that the vote is right", ylim=(0, 1.02))
     right.set_xticks(sizes, sizes)
     right.minorticks_off()
-    right.legend(frameon=False, loc="center left")
+    right.legend(frameon=False, loc="upper left")
     right.set_title("more votes enlarge the lead, whoever has it", loc="left", fontsize=10, weight="bold")
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
