@@ -6,8 +6,8 @@ Read it from top to bottom in ten minutes. Each heading names the real part, whi
 tests/test_lessons.py compares them, docs/lessons.md puts one after the other in. The tokenizer and the search
 for \boxed{...} are the project's own: they are work, but they are not the idea.
 
-Letters in shape comments: N votes (rows), M trained rows, T tokens, R response tokens, V vocabulary, D width,
-H heads, E width of a head.
+Letters in shapes: N votes, M trained of them, T tokens, R response tokens, V vocabulary, D width, H heads, E
+width of a head. Each function works on the N (or M) responses to one question at a time.
 """
 
 import json
@@ -32,11 +32,9 @@ QUESTIONS, TERMS, VOTES, TRAINED, STEPS, MAX_NEW_TOKENS, LR, CLIP = 6, 6, 24, 12
 
 
 def forward(w, tokens):
-    """Logits of the token after each token: weights {name: tensor}, tokens [N, T] -> [N, T, V].
-
-    Rows are padded on the right. No token sees a later one, so the padding changes nothing before it.
-    """
+    """Logits of the token after each token, by the weights {name: tensor}: tokens [N, T] -> [N, T, V]."""
     x = w["model.embed_tokens.weight"][tokens]  # [N, T, D]
+    # No token sees a later one. So rows of different lengths may be padded on the right.
     causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()  # [query, key]
     for layer in range(LAYERS):
         name = f"model.layers.{layer}."
@@ -88,7 +86,7 @@ def sample(w, prompt, uniform, ends):
         logprobs.append(logprob.gather(1, token[:, None]))
         ended = torch.isin(token, torch.tensor(ends)) & (length > position)
         length[ended] = position + 1  # the end token is part of the response: to stop is learned too
-        if (length <= position + 1).all():
+        if length.max() <= position + 1:  # what follows an end token is sampled all the same, and never used
             break
     return tokens[:, len(prompt) :], length, torch.cat(logprobs, 1)
 
@@ -101,7 +99,7 @@ def response_logprob(w, prompt, responses):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# what TTRL is (ttrl.py: vote, advantages, grpo_loss, learn, train_step)
+# TTRL (ttrl.py: vote, advantages, grpo_loss, learn, train_step)
 
 
 def vote(answers):

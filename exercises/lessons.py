@@ -3,7 +3,8 @@
     python exercises/lessons.py     # a few minutes on one core; prints the table of docs/lessons.md
 
 Each lesson runs both parts on the same input and stops with an AssertionError unless their numbers are the
-same. Seconds are CPU-seconds of one thread, bytes the most that torch held at a time beyond the input.
+same. Seconds are CPU-seconds of one thread, bytes the most that torch held at a time beyond the input; for
+ranks, both are those of the process that took most, and the bytes are all that it held.
 """
 
 import json
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import ttrl  # noqa: E402
 from exercises import first_lesson as naive  # noqa: E402
 from kernels.logprob import linear_logprob  # noqa: E402
 from kernels.sampler import uniform  # noqa: E402
@@ -164,19 +167,32 @@ def lesson_6(asked):
         one, two = (train(ranks, file, Path(folder) / f"{ranks}") for ranks in (1, 2))
     for name, weight in one.result.items():
         assert close(weight, two.result[name]), "the weights differ"
-    show("6", "two ranks (by the clock)", one, two)
+    show("6", "two ranks", one, two)
 
 
 def train(ranks, file, out):
-    """A step of ttrl.py on `ranks` processes: its weights, seconds by the clock and bytes of a process."""
+    """A step of ttrl.py on `ranks` processes: its weights, and the most seconds and bytes of a process."""
     launch = f"-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node {ranks}".split()
-    line = [sys.executable, *launch, ROOT / "ttrl.py", "--data", file, "--out", out, *RANKS]
+    line = [sys.executable, *launch, __file__, "rank", "--data", file, "--out", out, *RANKS]
     subprocess.run(line, check=True, capture_output=True, env=ENVIRONMENT)
-    step = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    seconds = step["train/seconds_sampling"] + step["train/seconds_learning"]
-    return Measured(
-        load_file(out / "model" / "model.safetensors"), seconds, step["train/peak_memory_gb"] * 1e9
-    )
+    seconds = max(float(path.read_text()) for path in out.glob("seconds-*"))
+    size = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["train/peak_memory_gb"] * 1e9
+    return Measured(load_file(out / "model" / "model.safetensors"), seconds, size)
+
+
+def one_rank(arguments):
+    """What each of those processes runs: ttrl.py, with a clock around its step."""
+    untimed = ttrl.train_step
+
+    def train_step(run, step):
+        start = time.process_time()
+        result = untimed(run, step)
+        (Path(run.config.out) / f"seconds-{dist.get_rank()}").write_text(f"{time.process_time() - start}")
+        return result
+
+    ttrl.train_step = train_step
+    ttrl.main(arguments)
+    dist.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -198,12 +214,10 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        given = {
-            x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
-        }
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if has_storage(x)}
         for x in tree_leaves(result):
             # A view has the storage of what it is a view of, and so has what an operation in place returns.
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+            if has_storage(x) and x.untyped_storage().data_ptr() not in given:
                 storage = x.untyped_storage()
                 self.add(storage.nbytes())
                 weakref.finalize(storage, self.add, -storage.nbytes())
@@ -212,6 +226,11 @@ class Watch(TorchDispatchMode):
     def add(self, size):
         self.held += size
         self.peak = max(self.peak, self.held)
+
+
+def has_storage(x):
+    """A tensor, and no sparse one: these are made of others, which have been counted."""
+    return isinstance(x, torch.Tensor) and x.layout == torch.strided
 
 
 def measure(action):
@@ -240,4 +259,7 @@ def show(lesson, part, plain, real):
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["rank"]:
+        one_rank(sys.argv[2:])
+    else:
+        main()
