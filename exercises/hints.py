@@ -102,6 +102,11 @@ def unanimous_is_nan():
     return bool(advantage_of([1.0, 1.0, 1.0]).isnan().any())
 
 
+def unanimous_by_rounding():
+    got = advantage_of([0.1] * 7)  # whose mean in fp32 is not 0.1
+    return bool(got.any()) and got.abs().max().item() < 0.1
+
+
 def one_sample_is_nan():
     return raises(advantage_of, [1.0]) or bool(advantage_of([1.0]).isnan().any())
 
@@ -547,6 +552,9 @@ MISTAKES = {
         mean_not_subtracted: "The baseline is missing: subtract the mean of the row.",
         not_divided: "Divide by the standard deviation of the row.",
         divided_by_the_variance: "Divide by the standard deviation, not by its square, the variance.",
+        unanimous_by_rounding: (
+            "A row of equal rewards has advantage exactly 0: their mean may differ from them in the last bit."
+        ),
         unanimous_is_nan: "A row of equal rewards has standard deviation 0: add 1e-6 before you divide.",
         one_sample_is_nan: "A row of one reward has no standard deviation with ddof 1: its advantage is 0.",
     },

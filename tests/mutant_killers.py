@@ -19,6 +19,7 @@ def test_vote():
     assert ttrl.vote([None, None, "2"]) == ("2", [[2]])
     assert ttrl.vote(["3", "1/2", "0.5", "1/2"]) == ("1/2", [[0], [1, 2, 3]])
     assert ttrl.vote(["0.5", "1/2", "1/2"])[0] == "1/2"
+    assert ttrl.vote(["4", "3", "3", "4"]) == ("4", [[0, 3], [1, 2]])
     assert ttrl.vote(["7", "\\frac{14}{2}", "8"]) == ("7", [[0, 1], [2]])
     assert ttrl.vote(["B", "C", "(B)"], "choice")[0] == "B"
     assert len(ttrl.vote(["\\text{B}", "B"], "choice")[1]) == 1
@@ -36,6 +37,7 @@ def test_advantages():
     got = ttrl.advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
     assert torch.allclose(got, torch.tensor([[1.5, -0.5, -0.5, -0.5], [0.0, 0.0, 0.0, 0.0]]), atol=1e-4)
     assert ttrl.advantages(torch.ones(2, 1)).eq(0).all()
+    assert ttrl.advantages(torch.full((1, 7), 0.1)).eq(0).all()
 
 
 def loss(logprob, advantage, **options):
