@@ -66,16 +66,12 @@ def complaint(exercise, path):
     written = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     for function in exercise.functions:
         name = short_name(function)
-        assigned = any(
-            isinstance(node, (ast.Assign, ast.ImportFrom)) and name in ast.unparse(node) for node in tree.body
-        )
-        if name not in written and not assigned:
+        if name not in written:
             return f"{path.name} defines no function {name}"
         wanted = parameters(ast.parse(signature_and_docstring(function)).body[0])
-        if name in written and parameters(written[name]) != wanted:
-            return (
-                f"{name} takes ({', '.join(parameters(written[name]))}) and should take ({', '.join(wanted)})"
-            )
+        taken = parameters(written[name])
+        if taken != wanted:
+            return f"{name} takes ({', '.join(taken)}) and should take ({', '.join(wanted)})"
     return None
 
 

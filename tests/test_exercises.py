@@ -272,6 +272,18 @@ def test_the_copy_passes_what_it_does_not_blank(copy, tmp_path):
     assert passed > 40 and failed > 40
 
 
+@pytest.mark.long
+def test_the_copy_passes_what_it_does_not_blank_long(copy, tmp_path):
+    """Every file of tests, but those of the environment (installing, hub) and of what needs a GPU."""
+    subprocess.run(["git", "init", "--quiet", copy], check=True)
+    subprocess.run(["git", "-C", copy, "add", "--all"], check=True)
+    others = {f"test_{name}.py" for name in ("install", "hub", "gpu", "fake_cuda", "flash_attention", "docs")}
+    files = sorted(path.name for path in (copy / "tests").glob("test_*.py") if path.name not in others)
+    options = ["-m", "not long", "--deselect", "tests/test_kernels.py::test_triton[kernels_compiled.py-0]"]
+    passed, failed = failures_in(copy, tmp_path, *options, *(f"tests/{name}" for name in files))
+    assert passed > 800 and failed > 100
+
+
 # ----------------------------------------------------------------------------------------------------------
 # swapped into the real program, and the ninth exercise
 
@@ -290,6 +302,15 @@ def test_the_real_program_runs_with_a_students_function(few_questions, tmp_path,
     program("--data", few_questions, "--out", tmp_path / "run", *SMALL, "--epochs", "1")
     steps = [line for line in lines_of(tmp_path / "run" / "metrics.jsonl") if "train/majority_ratio" in line]
     assert len(steps) == 2 and all(line["train/majority_ratio"] == 1 for line in steps)
+
+
+def test_the_real_tests_run_with_a_students_function(tmp_path):
+    student_file(EXERCISES["vote"], tmp_path).write_text(UNANIMOUS)
+    inside = {**environment(), "EXERCISES": "vote", "EXERCISES_FOLDER": str(tmp_path)}
+    line = [sys.executable, "-m", "pytest", "-p", "exercises.swap", "-p", "no:cacheprovider", "-k", "test_vote",
+            "tests/test_algorithm.py"]  # fmt: skip
+    done = subprocess.run(line, env=inside, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "13 failed" in done.stdout, done.stdout
 
 
 def test_swap_refuses_in_one_sentence(tmp_path, monkeypatch):
