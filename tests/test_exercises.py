@@ -307,8 +307,8 @@ def test_the_real_program_runs_with_a_students_function(few_questions, tmp_path,
 def test_the_real_tests_run_with_a_students_function(tmp_path):
     student_file(EXERCISES["vote"], tmp_path).write_text(UNANIMOUS)
     inside = {**environment(), "EXERCISES": "vote", "EXERCISES_FOLDER": str(tmp_path)}
-    line = [sys.executable, "-m", "pytest", "-p", "exercises.swap", "-p", "no:cacheprovider", "-k", "test_vote",
-            "tests/test_algorithm.py"]  # fmt: skip
+    options = ["-p", "exercises.swap", "-p", "no:cacheprovider", "-k", "test_vote"]
+    line = [sys.executable, "-m", "pytest", *options, "tests/test_algorithm.py"]
     done = subprocess.run(line, env=inside, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "13 failed" in done.stdout, done.stdout
 
