@@ -87,8 +87,8 @@ class Config:
 GROUPS = {"what": "model", "sampling": "votes", "learning": "samples", "evaluation": "eval_every",
           "memory": "rollout_tokens", "the run": "out"}  # fmt: skip  # each begins with this field
 # The embedded pair learns in minutes with these; `differences` lists them in the plan.
-TINY = dict(temperature=1.0, lr=5e-5, epochs=5, max_new_tokens=96, questions_per_update=2, kl=0.0,
-            eval_every=8, eval_samples=64, eval_temperature=1.0, eval_top_p=1.0)  # fmt: skip
+TINY = dict(temperature=1.0, lr=5e-5, epochs=10, max_new_tokens=96, questions_per_update=2, kl=0.0,
+            eval_every=16, eval_samples=64, eval_temperature=1.0, eval_top_p=1.0)  # fmt: skip
 # Part of the name: temperature 1.0 (paper, 3.1)
 REASONING_MODELS = ("qwen2.5-math", "deepseek-r1", "skywork-or1")
 RESUME_MAY_CHANGE = {"out", "max_minutes", "allow_changed_flags", "dry_run", "wandb", "save_every"}
