@@ -4,16 +4,14 @@ All of it is arithmetic on the settings and on config.json: no weight has been r
 """
 
 import math
-import os
 import platform
 import resource
-from pathlib import Path
 
 import torch
 
-from model import Transformer
+from memory import count_parameters, listed
 from support.config import LOWER_TEMPERATURES, differences
-from support.ranks import print0, world_size
+from support.ranks import print0
 
 # -----------------------------------------------------------------------------------------------------------
 # work
@@ -52,71 +50,6 @@ def planned_responses(c, question_count, eval_question_count):
 # bytes
 
 
-def memory_parts(c, model_config, cuda):
-    """(number of parameters, {part: bytes of it on each rank}); keys, values and activations come on top."""
-    with torch.device("meta"):
-        model = Transformer(model_config)
-    count = sum(p.numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.layers[0].parameters())
-    half = 2 if cuda else 4  # bytes of a number in compute precision
-    if c.eval_only:
-        return count, {"weights": half * count}
-    parts = {"weights": 4 * count, "gradients": 4 * count, "moments": 8 * count}  # fp32
-    parts["head's gradient"] = 4 * model.lm_head.weight.numel()  # one micro-batch's, before it is added
-    if cuda:
-        kept = (
-            1 if c.checkpointing else len(model.layers)
-        )  # blocks whose bf16 copies wait for the backward pass
-        parts["sampler"] = half * count
-        parts["autocast"] = half * kept * block
-    if c.kl > 0:
-        parts["reference"] = half * count
-    return count, parts
-
-
-def kv_bytes(model_config, cuda):
-    """Bytes of the keys and values of a token."""
-    return 2 * model_config.layers * model_config.kv_heads * model_config.head_dim * (2 if cuda else 4)
-
-
-def activation_bytes(model_config, checkpointing):
-    """Bytes that learning holds per token.
-
-    Each layer keeps about 16 widths and 5 MLP widths; with checkpointing one width, and all of one layer.
-    """
-    layer = 4 * (16 * model_config.hidden_size + 5 * model_config.intermediate_size)
-    if checkpointing:
-        return model_config.layers * 4 * model_config.hidden_size + layer
-    return model_config.layers * layer
-
-
-def usable_memory(device):
-    """Bytes that this rank may use: a share of the machine's total, so that a restart gets the same."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    else:
-        total = physical_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return int(0.9 * total)
-
-
-def physical_memory(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
-    """Bytes of this machine's memory, or of the container's (its cgroup's limit) where that is less."""
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    lines = Path(own).read_text().splitlines() if Path(own).exists() else []
-    for _, controllers, path in (line.split(":", 2) for line in lines):
-        if controllers == "":
-            kind, name = "", "memory.max"  # cgroup version 2
-        elif "memory" in controllers.split(","):
-            kind, name = "memory", "memory.limit_in_bytes"  # version 1
-        else:
-            continue
-        for folder in (Path(path), *Path(path).parents):  # the limit of a group above holds as well
-            file = Path(root) / kind / folder.relative_to("/") / name
-            text = file.read_text().strip() if file.is_file() else "max"
-            sizes += [int(text)] if text.isdigit() else []
-    return min(sizes)
-
-
 def peak_memory_gb():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
@@ -124,53 +57,21 @@ def peak_memory_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def budgets(c, model_config, device, longest):
-    """How many tokens the sampler may hold and a micro-batch may have: (rollout_tokens, micro_batch_tokens).
-
-    longest: tokens of the longest prompt and response. Raises ValueError, with the bytes, if nothing fits.
-    """
-    cuda = device.type == "cuda"
-    usable = usable_memory(device)
-    _, parts = memory_parts(c, model_config, cuda)
-    row = longest * kv_bytes(model_config, cuda) + 4 * model_config.vocab_size  # and its logits in fp32
-    available = usable - sum(parts.values())
-    if available < 8 * row:
-        raise ValueError(
-            f"{c.model} does not fit: each rank needs {sum(parts.values()) / 1e9:.1f} GB ({listed(parts)}) "
-            f"and {8 * row / 1e9:.2f} GB to sample eight rows, and has {usable / 1e9:.1f} GB"
-        )
-    bytes_for_sampling = available // 2
-    rollout_tokens = c.rollout_tokens or bytes_for_sampling // row * longest
-    if rollout_tokens < longest:
-        raise ValueError(
-            f"--rollout-tokens {rollout_tokens}: must be at least {longest}, "
-            "the tokens of the longest prompt and response"
-        )
-    # A CPU is at full speed with a thousand tokens or a gigabyte of activations; more only takes memory.
-    largest, room = (32768, available // 4) if cuda else (1024, min(available // 4, 10**9))
-    affordable = room // activation_bytes(model_config, c.checkpointing)
-    return rollout_tokens, c.micro_batch_tokens or max(longest, min(largest, affordable))
-
-
-def listed(parts):
-    return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-
-
 # ----------------------------------------------------------------------------------------------------------
 # what is printed
 
 
-def print_plan(run, model_config, device, given, shown_prompt):
+def print_plan(run, model_config, machine, layout, given, shown_prompt):
     """What is going to happen, on rank 0."""
-    c, questions = run.config, len(run.train_set)
-    count, parts = memory_parts(c, model_config, device.type == "cuda")
+    c, questions, parts = run.config, len(run.train_set), layout.parts
+    count, place = count_parameters(model_config).total, "cuda" if machine.cuda else "cpu"
     responses = planned_responses(c, questions, len(run.eval_set))
     share = responses["eval"] / sum(responses.values())
     steps = c.epochs * steps_per_epoch(c, questions)
     print0(
         f"model    {c.model}: {count / 1e6:.1f} M parameters, {sum(parts.values()) / 1e9:.2f} GB per rank "
         f"({listed(parts)})",
-        f"ranks    {world_size()} on {device.type}, {torch.get_num_threads()} threads each",
+        f"ranks    {machine.ranks} on {place}, {torch.get_num_threads()} threads each",
         f"data     {c.data}: {questions} questions, prompts up to {run.longest - c.max_new_tokens} tokens",
         f"plan     {c.epochs} epochs, {steps} steps of {c.questions_per_step} questions x {c.votes} votes at "
         f"temperature {c.temperature}; {c.samples} are trained on, rewarded by {c.reward}",

@@ -158,15 +158,14 @@ def trigram_similarity(responses):
     >>> trigram_similarity([[1, 2, 3, 4], [1, 2, 3, 5], [7, 8, 9]]).tolist()
     [[1.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
-    numbers, rows, columns = {}, [], []
-    for row, response in enumerate(responses):
-        ids = [*response] + [-1] * (3 - len(response))
-        for trigram in zip(ids, ids[1:], ids[2:], strict=False):
-            rows.append(row)
-            columns.append(numbers.setdefault(trigram, len(numbers)))
-    counts = torch.zeros(len(responses), len(numbers), dtype=torch.float64)  # [N, trigrams]
-    ones = torch.ones(len(rows), dtype=torch.float64)
-    counts.index_put_((torch.tensor(rows), torch.tensor(columns)), ones, accumulate=True)
+    size, trigrams = 2 + max(map(max, responses)), []
+    for response in responses:
+        ids = torch.tensor([*response] + [-1] * (3 - len(response))) + 1  # in [0, size)
+        trigrams.append((ids[:-2] * size + ids[1:-1]) * size + ids[2:])  # a number for each trigram
+    _, column = torch.cat(trigrams).unique(return_inverse=True)
+    row = torch.arange(len(responses)).repeat_interleave(torch.tensor(list(map(len, trigrams))))
+    counts = torch.zeros(len(responses), int(column.max()) + 1, dtype=torch.float64)  # [N, trigrams]
+    counts.index_put_((row, column), torch.ones(len(row), dtype=torch.float64), accumulate=True)
     products = counts @ counts.T
     squares = products.diagonal()
     return products / (squares[:, None] * squares).sqrt()

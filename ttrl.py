@@ -29,7 +29,6 @@ What differs from the authors' code (PRIME-RL/TTRL at 3e2cc93), and why:
   - label_accuracy grades the label itself (there, it is parsed as if it were a response, and often lost).
 """
 
-import contextlib
 import math
 import os
 import sys
@@ -43,6 +42,7 @@ import transformers
 from tqdm import tqdm
 
 from packing import micro_batches
+from parallel import exchange_gradients
 from plan import peak_memory_gb, planned_updates, steps_per_epoch
 from rewards import REWARDS, Group, toss, vote_reward  # noqa: F401  vote_reward is step 4 of README
 from rollout import generate
@@ -64,6 +64,7 @@ from support.metrics import (
 from support.prompts import decode_response
 from support.ranks import is_rank0, print0
 from support.report import counted_votes, progress, shown_responses
+from support.slices import whole
 
 # -----------------------------------------------------------------------------------------------------------
 # the algorithm: vote, advantage, loss (the reward is in rewards.py)
@@ -191,10 +192,12 @@ def draw_questions(step, count, per_step, seed):
 def sample(run, prompts, samples, *, stream, step, temperature, top_p=1.0):
     """Sample this rank's share of the P x N responses: a Rollout, None for a rank without rows."""
     c = run.config
-    rows = ranks.shard([(question, sample) for question in range(len(prompts)) for sample in range(samples)])
+    rows = [(question, sample) for question in range(len(prompts)) for sample in range(samples)]
+    # Ranks that share a sampler decode their rows together.
+    rows, own = ranks.shard(rows, run.split.sampler_ranks)
     if not rows:  # an evaluation may have fewer rows than there are ranks
         return None
-    return generate(
+    rollout = generate(
         run.sampler,
         prompts,
         rows,
@@ -208,6 +211,7 @@ def sample(run, prompts, samples, *, stream, step, temperature, top_p=1.0):
         budget_tokens=run.rollout_tokens,
         engine=run.engine,
     )
+    return rollout[torch.tensor(own, dtype=torch.int64)]
 
 
 class Response(NamedTuple):
@@ -270,7 +274,7 @@ def learn(run, rollout, advantage, step):
     c, count = run.config, len(run.train_set)
     update = planned_updates(c, count, step - 1)  # the number of the first one in the whole run
     total = planned_updates(c, count, c.epochs * steps_per_epoch(c, count))
-    tally = Tally(run.policy.embed_tokens.weight.device)
+    tally = Tally(run.device)
     for number, start in enumerate(range(0, len(advantage), c.questions_per_update)):
         stop = min(start + c.questions_per_update, len(advantage))
         if c.kl == 0 and not advantage[start:stop].any():
@@ -278,7 +282,7 @@ def learn(run, rollout, advantage, step):
         in_mini_batch = (rollout.question >= start) & (rollout.question < stop) & (rollout.sample < c.samples)
         rows = in_mini_batch.nonzero()[:, 0]
         accumulate_gradients(run, rollout, rows, advantage, tally)
-        (norm,) = to_host(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), c.grad_clip))
+        (norm,) = to_host(whole(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), c.grad_clip)))
         if math.isfinite(norm):
             run.optimizer.param_groups[0]["lr"] = learning_rate(c, update + number, total)
             run.optimizer.step()
@@ -306,25 +310,23 @@ def accumulate_gradients(run, rollout, rows, advantage, tally):
         is_real = index < len(batches)
         micro_batch = rollout[torch.tensor(batches[index] if is_real else [0])]
         mask = micro_batch.mask() & is_real
-        # DDP exchanges gradients in the last pass only. Also in the very first of a run: that makes gradients
-        # views of DDP's buckets, where autograd would otherwise hold them a second time.
-        exchange = index == passes - 1 or run.policy.embed_tokens.weight.grad is None
-        with contextlib.nullcontext() if exchange else run.learner.no_sync():
+        with exchange_gradients(run.learner, is_last_pass=index == passes - 1):
             loss = micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally)
-            # DDP averages over the ranks, but the loss of each is a share of one sum.
+            # The exchange averages over the ranks, but the loss of each is a share of one sum.
             (loss * ranks.world_size()).backward()
 
 
 def micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally):
     """The loss over the tokens of mask [B, R] in a micro-batch (a Rollout of B rows); `tally` takes notes."""
-    c, device = run.config, run.policy.embed_tokens.weight.device
+    c, device = run.config, run.device
     # Copies are queued, here and below: the GPU may still be busy with the micro-batch before.
     mask = mask.to(device, non_blocking=True)
     old_logprob = micro_batch.logprob[:, : mask.shape[1]].to(device, non_blocking=True)  # [B, R]
     trained = micro_batch.sample.clamp(max=c.samples - 1)  # a masked row may be any of the N samples
     row_advantage = advantage[micro_batch.question, trained][:, None].to(device, non_blocking=True)  # [B, 1]
-    # No weight cache: each weight is used once a pass, and the cache would keep bf16 copies of all.
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+    # Slices are cast when they are gathered. No weight cache: it would keep bf16 copies of all weights.
+    mixed = device.type == "cuda" and not run.split.in_slices
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):
         logprob, entropy = run.learner(micro_batch, c.temperature)
         ref_logprob = None
         if run.reference:
@@ -396,7 +398,8 @@ def train(run, state):
         metrics, records = evaluate_fully(run)
         state["before"] = {"step": 0, "metrics": metrics, "records": records}
         state["best"] = better(None, 0, records)
-        log(run, {"step": 0, "epoch": 0, **{f"eval/{name}": value for name, value in metrics.items()}}, {})
+        line = {"step": 0, "epoch": 0, **{f"eval/{name}": value for name, value in metrics.items()}}
+        log(run, line, {}, state)
     bar = tqdm(total=steps, initial=state["step"], disable=not is_rank0(), unit="step", dynamic_ncols=True)
     for step in range(state["step"] + 1, steps + 1):
         metrics, lines = train_step(run, step, state["labels"])
@@ -410,11 +413,11 @@ def train(run, state):
             state["best"] = better(state["best"], step, records)
         state["step"], state["seconds"] = step, seconds_before + time.monotonic() - entered
         count_updates(state, line, bar)
-        log(run, line, lines)
+        log(run, line, lines, state)
         show_progress(bar, line, state)
         minutes = (time.monotonic() - entered) / 60
         out_of_time = ranks.broadcast(c.max_minutes is not None and minutes > c.max_minutes)
-        if is_rank0() and (is_last or out_of_time or step % c.save_every == 0):
+        if is_last or out_of_time or step % c.save_every == 0:
             save_checkpoint(run, state)
         if out_of_time and not is_last:
             bar.close()
@@ -457,7 +460,7 @@ def main(argv=None):
         run = open_run(c, device, given)
         if c.dry_run:
             return
-        state = ranks.on_every_rank(lambda: open_out(run))
+        state = open_out(run)
     except (ValueError, OSError) as error:
         if rank == 0 or not dist.is_initialized():  # once there is a group, all ranks raise the same
             print(f"ttrl.py: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
@@ -471,8 +474,7 @@ def main(argv=None):
             count = state["skipped_updates"]
             reason = f"ttrl.py: the gradient of all {count} updates was not finite, nothing was learned"
             raise SystemExit(reason if is_rank0() else 1)
-        if is_rank0():
-            finish(run, state)
+        finish(run, state)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ COMMON = (
     "--eval-samples 32 --eval-temperature 1.0 --eval-top-p 1.0"
 )
 LONG = "--questions-per-step 6 --lr 1e-5"
-NUMBER_AFTER = "--questions-per-step 8 --lr 5e-6 --epochs 4 --max-new-tokens 4 --eval-every 5"
+NUMBER_AFTER = "--questions-per-step 8 --lr 5e-6 --epochs 2 --max-new-tokens 4 --eval-every 3"
 TASKS = {
     "opposites": Task(opposites, f"{LONG} --epochs 3 --max-new-tokens 6 --eval-every 5"),
     "sentences": Task(sentences, f"{LONG} --epochs 2 --max-new-tokens 24 --eval-every 4"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from support import questions
+from support.gpus import parse_gpus
 
 
 def flag(default, text, *, type=None, choices=None):
@@ -66,6 +67,15 @@ class Config:
     eval_data: str | None = flag(None, "evaluate on other questions than --data [the same]", type=str)
     eval_only: bool = flag(False, "evaluate and exit")
     # memory
+    shard: int | None = flag(
+        None, "ranks that split weights, gradients and moments; 1: each holds all (DDP) [by memory]", type=int
+    )
+    sampler_ranks: int | None = flag(
+        None, "ranks that split the sampler's copy by attention heads [by memory]", type=int
+    )
+    offload: bool | None = flag(
+        None, "weights, gradients and moments lie in host memory [where nothing else fits]", type=bool
+    )
     rollout_tokens: int | None = flag(None, "tokens in the KV cache of a rank [by memory]", type=int)
     micro_batch_tokens: int | None = flag(None, "tokens of a micro-batch of learning [by memory]", type=int)
     checkpointing: bool | None = flag(
@@ -81,17 +91,21 @@ class Config:
     )
     allow_changed_flags: bool = flag(False, "resume although flags or the program's files have changed")
     dry_run: bool = flag(False, "print the plan and exit")
+    gpus: str | None = flag(
+        None, "with --dry-run: plan for GPUs that are not here: 8x80 (GB), 16xH100, 4x4090", type=str
+    )
     wandb: bool = flag(False, "log to Weights & Biases too")
 
 
 GROUPS = {"what": "model", "sampling": "votes", "learning": "samples", "evaluation": "eval_every",
-          "memory": "rollout_tokens", "the run": "out"}  # fmt: skip  # each begins with this field
+          "memory": "shard", "the run": "out"}  # fmt: skip  # each begins with this field
 # The embedded pair learns in minutes with these; `differences` lists them in the plan.
 TINY = dict(temperature=1.0, lr=5e-5, epochs=10, max_new_tokens=96, questions_per_update=2, kl=0.0,
             eval_every=16, eval_samples=64, eval_temperature=1.0, eval_top_p=1.0)  # fmt: skip
 # Part of the name: temperature 1.0 (paper, 3.1)
 REASONING_MODELS = ("qwen2.5-math", "deepseek-r1", "skywork-or1")
-RESUME_MAY_CHANGE = {"out", "max_minutes", "allow_changed_flags", "dry_run", "wandb", "save_every"}
+RESUME_MAY_CHANGE = {"out", "max_minutes", "allow_changed_flags", "dry_run", "wandb", "save_every",
+                     "shard", "sampler_ranks", "offload", "gpus"}  # fmt: skip
 # What is evaluated before the first step and after the last besides: samples, temperature, top-p
 LOWER_TEMPERATURES = {"greedy": (1, 0.0, 1.0), "pass@1 at 0.6/0.95": (16, 0.6, 0.95)}
 
@@ -164,7 +178,7 @@ def decide(c):
         "questions_per_step": benchmark.questions_per_step if benchmark else 8,
         "epochs": benchmark.epochs if benchmark else questions.USER_FILE_EPOCHS,
         "temperature": 1.0 if c.thinking or any(part in name for part in REASONING_MODELS) else 0.6,
-        "checkpointing": device == "cuda",
+        "checkpointing": device == "cuda" or c.gpus is not None,
         "out": f"runs/{Path(c.model).name}-{Path(data).stem}",
     }
     missing = {field: value for field, value in decided.items() if getattr(c, field) is None}
@@ -177,22 +191,26 @@ def differences(c, given):
     >>> differences(configure({"model": "Qwen2.5-Math-1.5B", "lr": 1e-6}), {"lr": 1e-6})
     ['--lr 1e-06 (paper 5e-07, given)']
     """
+    return [
+        f"{flag_name(name)} {getattr(c, name)} (paper {value}, "
+        f"{'given' if name in given else 'preset of tiny'})"
+        for name, value in papers_values(c).items()
+    ]
+
+
+def papers_values(c):
+    """{field: the paper's value} of the hyperparameters that have another value in `c`."""
     paper = decide(Config(model=c.model, data=c.data, thinking=c.thinking))
     names = [field.name for field in dataclasses.fields(Config)]
     names = names[names.index("votes") : names.index("eval_data")]  # sampling, learning, evaluation
-    changed = [name for name in names if getattr(c, name) != getattr(paper, name)]
-    return [
-        f"{flag_name(name)} {getattr(c, name)} (paper {getattr(paper, name)}, "
-        f"{'given' if name in given else 'preset of tiny'})"
-        for name in changed
-    ]
+    return {name: getattr(paper, name) for name in names if getattr(c, name) != getattr(paper, name)}
 
 
 def check(c):
     """Raise ValueError for the first flag whose value cannot work."""
-    positive = """votes samples questions_per_step questions_per_update epochs max_prompt_tokens
-        max_new_tokens eval_every eval_samples save_every rollout_tokens micro_batch_tokens max_minutes lr
-        clip grad_clip"""
+    positive = """shard sampler_ranks votes samples questions_per_step questions_per_update epochs
+        max_prompt_tokens max_new_tokens eval_every eval_samples save_every rollout_tokens
+        micro_batch_tokens max_minutes lr clip grad_clip"""
     rules = [(name, lambda v: 0 < v < math.inf, "must be above 0") for name in positive.split()]
     rules += [
         (name, lambda v: 0 <= v < math.inf, "must not be negative")
@@ -209,6 +227,10 @@ def check(c):
         value = getattr(c, name)
         if value is not None and not holds(value):
             raise ValueError(f"{flag_name(name)} {value}: {sentence}")
+    if c.gpus:
+        parse_gpus(c.gpus)
+        if not c.dry_run:
+            raise ValueError(f"--gpus {c.gpus}: plans for GPUs that are not here, so --dry-run goes with it")
     if c.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             "--wandb: the package wandb is not installed; `pip install wandb`, or leave the flag out"

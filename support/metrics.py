@@ -58,8 +58,9 @@ def grade(question, responses, voted):
     agreeing = grading.majority(classes)
     typical = responses[agreeing[0] if agreeing else 0]
     record = {"id": question.id, "prompt": question.prompt, "kind": question.kind, "truth": question.answer}
-    record.update(response=typical.text, answers=[response.answer for response in responses])
-    record.update(majority=label, majority_ratio=len(agreeing) / len(responses))
+    record.update(response=typical.text, answer=typical.answer)
+    record.update(answers=[response.answer for response in responses], majority=label)
+    record.update(majority_ratio=len(agreeing) / len(responses))
     record["distinct_answers"] = len(classes)
     if question.answer is not None:
         right = [float(is_right(question, response.answer)) for response in responses]

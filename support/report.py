@@ -35,11 +35,19 @@ def table(columns):
     pass@1                0.500 ± 0.040   +0.250 ± 0.030
     """
 
+    lines = [" " * 18 + "".join(f"{heading:>17}" for heading in columns)]
+    lines += [f"{name:<18}" + "".join(f"{cell:>17}" for cell in cells) for name, *cells in cells_of(columns)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def cells_of(columns):
+    """The rows of `table`: for each metric its name, and a cell of text per column, "" where it has none."""
+
     def rank(name):  # accuracies first, pass@1 before all
         return not name.startswith(("pass@1", "maj", "pass", "greedy")), name != "pass@1"
 
     names = dict.fromkeys(name for metrics in columns.values() for name in metrics)
-    lines = [" " * 18 + "".join(f"{heading:>17}" for heading in columns)]
+    rows = []
     for name in sorted((name for name in names if not name.endswith("_se")), key=rank):
         cells = []
         for heading, metrics in columns.items():
@@ -47,8 +55,8 @@ def table(columns):
             digits = 1 if name == "response_tokens" else 3
             sign = "+" if heading == "change" else ""
             cells.append(f"{metrics[name]:{sign}.{digits}f}{error}" if name in metrics else "")
-        lines.append(f"{name:<18}" + "".join(f"{cell:>17}" for cell in cells))
-    return "\n".join(line.rstrip() for line in lines)
+        rows.append([name, *cells])
+    return rows
 
 
 CHANCE = """A change counts if the true answer's lead over the most frequent wrong one changed beyond chance
@@ -106,10 +114,15 @@ def shorten(text, length=160):
 # from a run's files
 
 
-def read_metrics(out):
-    """The lines of out/metrics.jsonl, a dict each."""
-    text = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8")
+def read_lines(path):
+    """The lines of a .jsonl file, a dict each; [] if there is no such file."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.split("\n") if line]
+
+
+def read_metrics(out):
+    """The lines of out/metrics.jsonl."""
+    return read_lines(Path(out) / "metrics.jsonl")
 
 
 def speeds(out):

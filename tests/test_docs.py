@@ -27,6 +27,7 @@ RUN_FILES = {
     "rollouts.jsonl",
     "votes.jsonl",
     "curves.png",
+    "report.html",
     "summary.json",
     "checkpoint",
     "model",

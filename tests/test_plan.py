@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, SMALL
 from torch.profiler import ProfilerActivity, profile
 
+import memory
 import plan
 import ttrl
 from model import ModelConfig
@@ -24,7 +25,7 @@ def test_the_plan_counts_the_responses_of_evaluation():
     assert plan.planned_responses(c, 500, 500) == {"train": 10 * 500 * 64, "eval": 81 * 500 * 16 + 2 * 500}
 
 
-def test_a_model_that_does_not_fit_is_refused_with_the_bytes(tmp_path, monkeypatch):
+def test_a_model_that_does_not_fit_is_refused_with_the_bytes(tmp_path):
     """7B parameters on 80 GB: 16 bytes each and 4 for the reference do not fit, the 4 of evaluation do."""
     widths = {
         "vocab_size": 152064,
@@ -39,16 +40,14 @@ def test_a_model_that_does_not_fit_is_refused_with_the_bytes(tmp_path, monkeypat
         "tie_word_embeddings": False,
     }
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **widths, **shape}))
-    monkeypatch.setattr(plan, "physical_memory", lambda: 80 * 10**9)
     c = config.configure({"model": "Qwen2.5-Math-7B", "device": "cpu"})
-    options = (ModelConfig.from_pretrained(tmp_path), torch.device("cpu"), 4096)
-    with pytest.raises(
-        ValueError,
-        match=r"needs 154\.5 GB \(weights 30\.46, gradients 30\.46, moments 60\.92, .* has 72\.0 GB",
-    ):
-        plan.budgets(c, *options)
-    rollout_tokens, _ = plan.budgets(dataclasses.replace(c, eval_only=True), *options)
-    assert 32 * 4096 < rollout_tokens < 64 * 4096
+    machine = memory.Machine(1, 1, memory=72 * 10**9, host=72 * 10**9, cuda=False)
+    options = (ModelConfig.from_pretrained(tmp_path), machine, 4096, 512)
+    needs = r"224\.3 GB \(state 121\.85, reference 30\.46, gathered 2\.18, activations 69\.76\) .* 72\.0 GB"
+    with pytest.raises(ValueError, match=needs):
+        memory.choose_layout(c, *options)
+    layout = memory.choose_layout(dataclasses.replace(c, eval_only=True), *options)
+    assert 32 * 4096 < layout.rollout_tokens < 64 * 4096
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def measured(tmp_path_factory, few_questions):
         run.learner = None  # before the group: its end would wait for gloo's thread with the GIL held
         ttrl.dist.destroy_process_group()
     with_model = ModelConfig.from_pretrained(ROOT / "tiny" / "model")
-    return run, plan.memory_parts(c, with_model, cuda=False)[1], sizes, outside
+    return run, memory.memory_parts(c, with_model, memory.Split(), False), sizes, outside
 
 
 def held(profiled):
@@ -117,17 +116,16 @@ def test_gradients_are_views_of_the_buckets_from_the_first_update_on(measured):
 def test_the_plan_counts_what_is_held(measured):
     """Weights, reference and the buckets of gradients when built, the moments with the first update."""
     _, parts, sizes, _ = measured
-    assert sizes["built"] == pytest.approx(
-        parts["weights"] + parts["reference"] + parts["gradients"], rel=0.02
-    )
-    assert sizes["learned"] == pytest.approx(parts["moments"], rel=0.02)
+    half = parts["state"] / 2
+    assert sizes["built"] == pytest.approx(half + parts["reference"], rel=0.02)
+    assert sizes["learned"] == pytest.approx(half, rel=0.02)
 
 
 def test_the_plan_bounds_the_peak_of_learning(measured):
     """Moments, the head's gradient and a micro-batch of activations are bounded, by less than twice."""
     run, parts, sizes, _ = measured
-    active = plan.activation_bytes(run.policy.config, run.config.checkpointing)
-    planned = parts["moments"] + parts["head's gradient"] + run.micro_batch_tokens * active
+    active = memory.activation_bytes(run.policy.config, run.config.checkpointing, memory.Split(), False)
+    planned = parts["state"] / 2 + parts["gathered"] + run.micro_batch_tokens * active
     assert 0.5 * planned < sizes["peak of learning"] < planned
 
 
@@ -151,6 +149,6 @@ def test_a_containers_limit_counts(tmp_path, own, files, limit):
         path = tmp_path / "fs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    found = plan.physical_memory(tmp_path / "fs", tmp_path / "cgroup")
-    whole = plan.physical_memory(Path("/nowhere"), Path("/nowhere"))
+    found = memory.physical_memory(tmp_path / "fs", tmp_path / "cgroup")
+    whole = memory.physical_memory(Path("/nowhere"), Path("/nowhere"))
     assert found == (limit or whole) and whole > 10**9

@@ -54,13 +54,24 @@ def finished(tmp_path_factory, few_questions):
 def test_a_run_leaves_every_file(finished):
     out, _ = finished
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "rollouts.jsonl", "votes.jsonl", "curves.png", "summary.json",
-        "checkpoint", "model"}  # fmt: skip
+        "config.json", "metrics.jsonl", "rollouts.jsonl", "votes.jsonl", "curves.png", "report.html",
+        "summary.json", "checkpoint", "model"}  # fmt: skip
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and (
         out / "curves.png"
     ).stat().st_size > 20_000
     assert json.loads((out / "config.json").read_text())["votes"] == 8
     assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-000004"]
+
+
+def test_the_page_of_a_run_shows_what_its_files_hold(finished):
+    out, printed = finished
+    page = (out / "report.html").read_text(encoding="utf-8")
+    summary = json.loads((out / "summary.json").read_text())
+    assert f"{summary['before']['pass@1']:.3f} → {summary['after']['pass@1']:.3f}" in page
+    assert "4 of 4" in page and "report.html" in printed and summary["environment"]["torch"] in page
+    for row in summary["questions"]:
+        assert f"<code>{row['id']}</code>" in page
+    assert page.count('<g id="v') == 6 and page.count("step 1 → ") + page.count("step 2 → ") == 6
 
 
 def test_metrics_have_a_line_a_step_with_every_name(finished):
@@ -269,7 +280,7 @@ def test_a_stopped_run_goes_on_bitwise_without_any_of_its_leftovers(finished, fe
     arguments = ["--data", few_questions, "--out", out, *SMALL]
     assert "the same command goes on" in program(*arguments, "--max-minutes", "0.001").stdout
     shutil.copytree(out / "checkpoint" / "step-000001", out / "checkpoint" / "step-000003.tmp")
-    (out / "checkpoint" / "step-000003.tmp" / "weights.safetensors").write_bytes(b"half")
+    (out / "checkpoint" / "step-000003.tmp" / "weights-1-of-1.safetensors").write_bytes(b"half")
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "train/rew')
     with open(out / "votes.jsonl", "a") as file:
@@ -307,7 +318,7 @@ def test_other_flags_are_not_resumed(finished, few_questions):
 def test_the_checkpoint_of_another_model_is_one_sentence(finished, few_questions, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
-    path = out / "checkpoint" / "step-000004" / "weights.safetensors"
+    path = out / "checkpoint" / "step-000004" / "weights-1-of-1.safetensors"
     save_file({f"old.{name}": tensor.clone() for name, tensor in load_file(path).items()}, path)
     error = program("--data", few_questions, "--out", out, *SMALL, "--allow-changed-flags", code=2).stderr
     assert error.count("\n") == 1 and "step-000004: holds the parameters of another model" in error
@@ -437,7 +448,7 @@ def test_updates_that_are_never_finite_do_not_end_as_if_all_were_well(few_questi
 
 def moved_nowhere(out):
     base = load_file(TINY / "model.safetensors")
-    with safe_open(out / "checkpoint" / "step-000004" / "weights.safetensors", "pt") as file:
+    with safe_open(out / "checkpoint" / "step-000004" / "weights-1-of-1.safetensors", "pt") as file:
         return torch.equal(file.get_tensor("embed_tokens.weight"), base["model.embed_tokens.weight"])
 
 

@@ -1,0 +1,381 @@
+"""What a model takes in memory, how ranks may split it, and the smallest split that fits.
+
+    state       fp32 weights, gradients and two moments: 16 bytes a parameter, over --shard ranks; with
+                --offload in host memory
+    sampler     bf16 copy of the weights, over --sampler-ranks ranks
+    reference   bf16 copy, split as the state is
+    gathered    what learning makes whole for a moment: weights of two blocks, the head and its gradient
+    activations of a micro-batch
+    rows        keys, values and logits of the rows that are sampled at once: the rest
+
+All of it is arithmetic on config.json: no weight has been read. On a CPU every number is fp32, and the
+sampler is the policy itself unless that is split.
+"""
+
+import dataclasses
+import itertools
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from model import Transformer
+from support.gpus import NODE, Card, card_called, parse_gpus
+from support.ranks import all_reduce
+
+USABLE = 0.9  # of a GPU or of the host's memory; the rest is for CUDA, NCCL, fragments and other programs
+FEWEST_ROWS = 8  # sampled at once; with fewer a run does not start
+ENOUGH_ROWS = 32  # a rank; a larger split that gives no more than these is not worth its exchange
+LARGEST_MICRO_BATCH = {True: 32768, False: 1024}  # tokens on a GPU, on a CPU: more only takes memory
+
+# -----------------------------------------------------------------------------------------------------------
+# the machine
+
+
+class Machine(NamedTuple):
+    """Where a run is planned; the same on every rank."""
+
+    ranks: int
+    per_node: int  # ranks of a node
+    memory: int  # bytes that a rank may use: of its GPU, or of the host's memory its share
+    host: int | None  # bytes of host memory that the ranks of a node may use; None: not known
+    cuda: bool
+    card: Card | None = None  # None: a CPU, or a GPU that is not in the table
+
+
+def find_machine(c, device):
+    """The Machine of all ranks, the smallest numbers of any; or the one of --gpus. Every rank has to ask.
+
+    A single process may plan for more: torchrun's WORLD_SIZE and LOCAL_WORLD_SIZE count, not the group.
+    """
+    if c.gpus:
+        count, card = parse_gpus(c.gpus)
+        return Machine(count, min(count, NODE), int(USABLE * card.memory()), None, True, card)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    host, card = physical_memory(), None
+    memory = host // per_node
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        card = card_called(torch.cuda.get_device_name(device))
+    mine = {"per_node": per_node, "memory": int(USABLE * memory), "host": int(USABLE * host)}
+    least = {name: int(value) for name, value in all_reduce(mine, dist.ReduceOp.MIN).items()}
+    return Machine(ranks, **least, cuda=device.type == "cuda", card=card)
+
+
+def physical_memory(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """Bytes of this machine's memory, or of the container's (its cgroup's limit) where that is less."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    lines = Path(own).read_text().splitlines() if Path(own).exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers == "":
+            kind, name = "", "memory.max"  # cgroup version 2
+        elif "memory" in controllers.split(","):
+            kind, name = "memory", "memory.limit_in_bytes"  # version 1
+        else:
+            continue
+        for folder in (Path(path), *Path(path).parents):  # the limit of a group above holds as well
+            file = Path(root) / kind / folder.relative_to("/") / name
+            text = file.read_text().strip() if file.is_file() else "max"
+            sizes += [int(text)] if text.isdigit() else []
+    return min(sizes)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# bytes by part
+
+
+class Split(NamedTuple):
+    """What ranks share out beside the rows."""
+
+    shard: int = 1  # ranks that hold one set of weights, gradients and moments; 1 is DDP
+    sampler_ranks: int = 1  # ranks that hold one sampler
+    offload: bool = False  # the set lies in host memory
+
+    @property
+    def in_slices(self):
+        return self.shard > 1 or self.offload
+
+
+class Parameters(NamedTuple):
+    """Numbers of parameters."""
+
+    block: int  # of one
+    vocabulary: int  # of the embedding, and of the head
+    total: int
+
+
+def count_parameters(model_config, sampler_ranks=1):
+    """Parameters of the model, or of what one of `sampler_ranks` ranks samples with."""
+    n = sampler_ranks
+    part = dataclasses.replace(
+        model_config,
+        layers=1,
+        heads=model_config.heads // n,
+        kv_heads=model_config.kv_heads // n,
+        intermediate_size=model_config.intermediate_size // n,
+    )
+    with torch.device("meta"):
+        model = Transformer(part)
+    block = sum(p.numel() for p in model.layers[0].parameters())
+    total = sum(p.numel() for p in model.parameters()) + (model_config.layers - 1) * block
+    return Parameters(block, model.lm_head.weight.numel(), total)
+
+
+def memory_parts(c, model_config, split, cuda):
+    """{part: bytes of it on each rank}, without activations and rows; "host" is what offload moves there."""
+    whole, half = count_parameters(model_config), 2 if cuda else 4
+    sampler = half * count_parameters(model_config, split.sampler_ranks).total
+    if c.eval_only:
+        return {"sampler": sampler}
+    parts = {"state": 16 * whole.total // split.shard}
+    parts["reference"] = half * whole.total // split.shard if c.kl > 0 else 0
+    if split.offload and cuda:
+        parts = {"host": sum(parts.values())}
+    if cuda or split.in_slices or split.sampler_ranks > 1:
+        parts["sampler"] = sampler
+    parts["gathered"] = gathered_bytes(whole, half) if split.in_slices else 4 * whole.vocabulary
+    return {name: size for name, size in parts.items() if size}
+
+
+def gathered_bytes(whole, half):
+    """Bytes that a sharded model makes whole for a moment."""
+    return (3 * half + 4) * whole.vocabulary + 2 * half * whole.block
+
+
+def kv_bytes(model_config, cuda, sampler_ranks=1):
+    """Bytes of the keys and values of a token, on each of the ranks of a sampler."""
+    kv_heads = model_config.kv_heads // sampler_ranks
+    return 2 * model_config.layers * kv_heads * model_config.head_dim * (2 if cuda else 4)
+
+
+def activation_bytes(model_config, checkpointing, split, cuda):
+    """Bytes that learning holds per token.
+
+    Each layer keeps about 16 widths and 5 MLP widths; with checkpointing one width, and all of one layer.
+    """
+    half = 2 if cuda and split.in_slices else 4
+    layer = half * (16 * model_config.hidden_size + 5 * model_config.intermediate_size)
+    if checkpointing:
+        return model_config.layers * half * model_config.hidden_size + layer
+    return model_config.layers * layer
+
+
+# -----------------------------------------------------------------------------------------------------------
+# what fits
+
+
+class Layout(NamedTuple):
+    """A split, and what it leaves room for."""
+
+    split: Split
+    parts: dict  # {part: bytes on each rank}, activations included
+    host: int  # bytes of host memory on each node
+    row: int  # bytes of a row on each rank: keys and values of the longest, and logits
+    rows: int  # that a sampler holds at once
+    rollout_tokens: int  # the tokens of those rows
+    micro_batch_tokens: int
+    missing: int  # bytes that each rank lacks to sample FEWEST_ROWS
+
+    def fits(self, machine):
+        return not self.missing and (machine.host is None or self.host <= machine.host)
+
+    def rows_of_a_rank(self):
+        return self.rows / self.split.sampler_ranks
+
+
+def lay_out(c, model_config, machine, split, longest):
+    """The Layout of a split. longest: tokens of the longest prompt and response."""
+    parts = memory_parts(c, model_config, split, machine.cuda)
+    host = machine.per_node * parts.pop("host", 0)
+    left, tokens = machine.memory - sum(parts.values()), longest
+    if not c.eval_only:
+        each = activation_bytes(model_config, c.checkpointing, split, machine.cuda)
+        room = left // 4 if machine.cuda else min(left // 4, 10**9)  # a GB keeps a CPU busy
+        affordable = min(LARGEST_MICRO_BATCH[machine.cuda], room // each)
+        tokens = max(longest, c.micro_batch_tokens or affordable)  # at least one row
+        parts["activations"] = tokens * each
+        left -= parts["activations"]
+    if not machine.cuda:
+        left //= 2  # other programs use this memory too
+    row = longest * kv_bytes(model_config, machine.cuda, split.sampler_ranks) + 4 * model_config.vocab_size
+    rows = c.rollout_tokens // longest if c.rollout_tokens else max(0, left // row)
+    needed = row * (min(FEWEST_ROWS, rows) if c.rollout_tokens else FEWEST_ROWS)
+    return Layout(
+        split,
+        parts,
+        host,
+        row,
+        rows,
+        rollout_tokens=c.rollout_tokens or rows * longest,
+        micro_batch_tokens=c.micro_batch_tokens or tokens,
+        missing=max(0, needed - left),
+    )
+
+
+def splits(c, model_config, machine):
+    """The splits to try, the least exchange first.
+
+    A state over the ranks of a node before one over several nodes, a whole sampler before a split one, few
+    shards before many. Offload comes last, and splits the state over a node at least: what its ranks hold
+    more than once takes its memory more than once.
+    """
+    per_node, heads, inner = machine.per_node, model_config.kv_heads, model_config.intermediate_size
+    shards = [n for n in divisors(machine.ranks) if per_node % n == 0 or n % per_node == 0]
+    samplers = [n for n in divisors(per_node) if heads % n == 0 == inner % n]
+    offloads = [False, True] if machine.cuda else [False]
+    if c.eval_only:
+        shards, offloads = [1], [False]
+    tried = itertools.product(
+        [c.shard] if c.shard else shards,
+        [c.sampler_ranks] if c.sampler_ranks else samplers,
+        offloads if c.offload is None else [c.offload],
+    )
+    worth = [Split(*flags) for flags in tried if c.shard or flags[0] >= per_node or not flags[2]]
+    return sorted(worth, key=lambda s: (s.offload, -(-s.shard // per_node), s.sampler_ranks, s.shard))
+
+
+def divisors(number):
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def choose_layout(c, model_config, machine, longest, most_rows):
+    """The Layout of the flags; where they are silent, of the smallest split that fits.
+
+    most_rows: of the largest rollout, over all ranks. Raises ValueError for flags that cannot work, and if
+    nothing fits, with the bytes and the smallest changes that would make it fit.
+    """
+    check_split(c, model_config, machine)
+    if c.rollout_tokens and c.rollout_tokens < longest:
+        raise ValueError(
+            f"--rollout-tokens {c.rollout_tokens}: must be at least {longest}, "
+            "the tokens of the longest prompt and response"
+        )
+    layout = smallest_that_fits(c, model_config, machine, longest, most_rows)
+    if layout is None:
+        raise ValueError(refusal(c, model_config, machine, longest, most_rows))
+    return layout
+
+
+def smallest_that_fits(c, model_config, machine, longest, most_rows):
+    """The Layout of the first split with room for ENOUGH_ROWS on each rank, or for all that the rank has.
+
+    If none has that, the one with the most rows; with offload only where nothing else fits. None: no fit.
+    """
+    enough = min(ENOUGH_ROWS, -(-most_rows // machine.ranks))
+    best = None
+    for split in splits(c, model_config, machine):
+        if best and split.offload > best.split.offload:
+            break
+        layout = lay_out(c, model_config, machine, split, longest)
+        if not layout.fits(machine):
+            continue
+        if layout.rows_of_a_rank() >= enough:
+            return layout
+        if best is None or layout.rows_of_a_rank() > best.rows_of_a_rank():
+            best = layout
+    return best
+
+
+def check_split(c, model_config, machine):
+    """Raise ValueError for a split that does not go with these ranks or this model."""
+    n, per_node = c.sampler_ranks or 1, machine.per_node
+    if machine.ranks % (c.shard or 1):
+        raise ValueError(f"--shard {c.shard}: must divide the number of ranks, {machine.ranks}")
+    if per_node % n:
+        raise ValueError(f"--sampler-ranks {n}: must divide the ranks of a node, {per_node}")
+    if model_config.kv_heads % n or model_config.intermediate_size % n:
+        raise ValueError(
+            f"--sampler-ranks {n}: must divide the key/value heads and the MLP width of {c.model}, "
+            f"which are {model_config.kv_heads} and {model_config.intermediate_size}"
+        )
+
+
+# -----------------------------------------------------------------------------------------------------------
+# what does not fit
+
+
+def refusal(*where):
+    """Why nothing fits, in the split that lacks least, and the smallest changes with which it would.
+
+    where: c, model_config, machine, longest, most_rows, as all functions below.
+    """
+    c, model_config, machine, longest, _ = where
+    tried = [lay_out(c, model_config, machine, split, longest) for split in splits(c, model_config, machine)]
+    nearest = min(tried, key=lambda layout: layout.missing)
+    flags = other_flags(*where)
+    would = [flags] if flags else filter(None, [more_gpus(*where), more_host_memory(*where)])
+    would = " or ".join(would) or shorter_responses(*where)
+    return (
+        f"{c.model} does not fit: each rank needs {sum(nearest.parts.values()) / 1e9:.1f} GB "
+        f"({listed(nearest.parts)}) and {FEWEST_ROWS * nearest.row / 1e9:.2f} GB to sample eight rows, "
+        f"and has {machine.memory / 1e9:.1f} GB" + (f"; it would fit with {would}" if would else "")
+    )
+
+
+def listed(parts):
+    return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+
+
+def other_flags(c, *where):
+    """The flags of memory that were given and stand in the way, as they would fit: one, else all; or None."""
+    flags = {"checkpointing": True, "micro_batch_tokens": None, "shard": None, "sampler_ranks": None,
+             "offload": None}  # fmt: skip
+    given = {name: value for name, value in flags.items() if getattr(c, name) not in (value, None)}
+    for freed in (*({name: value} for name, value in given.items()), given):
+        layout = smallest_that_fits(dataclasses.replace(c, **freed), *where)
+        if layout:
+            of_split = {name: value for name, value in layout.split._asdict().items() if name in freed}
+            texts = {
+                "checkpointing": "--checkpointing",
+                "micro_batch_tokens": f"--micro-batch-tokens {layout.micro_batch_tokens}",
+                **split_flags(of_split),
+            }
+            return " ".join(texts[name] for name in freed)
+    return None
+
+
+def split_flags(split):
+    """{field: its flag} of a Split's fields.
+
+    >>> " ".join(split_flags({"shard": 8, "offload": False}).values())
+    '--shard 8 --no-offload'
+    """
+    texts = {}
+    for name, value in split.items():
+        flag = name.replace("_", "-")
+        texts[name] = f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
+    return texts
+
+
+def more_gpus(c, model_config, machine, *rest):
+    """ "3 GPUs more", of the same kind, up to eight nodes; or None."""
+    larger = [*range(machine.ranks + 1, NODE), *range(NODE, 8 * NODE + 1, NODE)] if machine.cuda else []
+    for ranks in larger:
+        more = machine._replace(ranks=ranks, per_node=min(ranks, NODE))
+        if ranks > machine.ranks and smallest_that_fits(c, model_config, more, *rest):
+            return f"{ranks - machine.ranks} GPUs more"
+    return None
+
+
+def more_host_memory(c, model_config, machine, longest, _):
+    """What --offload would take if the host had it; or None."""
+    tried = [lay_out(c, model_config, machine, split, longest) for split in splits(c, model_config, machine)]
+    hosts = [layout.host for layout in tried if layout.host and not layout.missing]
+    if not hosts:
+        return None
+    return (
+        f"--offload, which needs {min(hosts) / 1e9:.0f} GB of host memory on each node "
+        f"(there are {machine.host / 1e9:.0f})"
+    )
+
+
+def shorter_responses(c, model_config, machine, longest, most_rows):
+    """The largest --max-new-tokens that fits, a multiple of 256; or None."""
+    for tokens in range((c.max_new_tokens - 1) // 256 * 256, 0, -256):
+        shorter = longest - c.max_new_tokens + tokens
+        if smallest_that_fits(c, model_config, machine, shorter, most_rows):
+            return f"--max-new-tokens {tokens}"
+    return None
