@@ -1,21 +1,21 @@
 r"""Is it the vote? Every reward on the embedded pair, at the same budget, and the paper's analyses in small.
 
-    python bench/rewards.py                           # all; about two hours on one core
+    python bench/rewards.py                           # all; about an hour and a half on one core
     python bench/rewards.py --experiments rewards     # some of EXPERIMENTS
     python bench/rewards.py --seeds 0                 # one seed instead of three
 
-Each run is ttrl.py as a user would start it, with 5 passes over the questions instead of the demo's 10, and
-evaluations only before and after. A run that is finished is not made again, so the bench can be stopped and
-started. It prints a table for each experiment and one line of JSON, and draws docs/rewards.png and
-docs/analyses.png. What they show is said in docs/rewards.md.
+Each run is ttrl.py as a user would start it, with the settings of the demo. It trains on every other question
+of the embedded set, and is evaluated on all of them before and after: on those asked, and on those never
+asked. A run that is finished is not made again, so the bench can be stopped and started. It prints a table
+for each experiment and one line of JSON, and draws docs/rewards.png and docs/analyses.png. What they show is
+said in docs/rewards.md.
 
-    rewards      all rewards, on the questions that are asked
-    held-out     trained on the even questions, evaluated on the odd ones: the task, or the questions?
+    rewards      all rewards, several seeds
     voting       the base alone, voting over as many samples as training draws
     votes        4 to 128 votes, half of which are trained on
     temperature  of sampling in training
     lr           up to where learning collapses
-    base         a pupil who forgets and slips less often, or more often (tiny/make.py)
+    base         a pupil who errs less often, or more often (tiny/make.py)
 """
 
 import argparse
@@ -31,18 +31,18 @@ from common import ROOT, last_line, say, table
 from rewards import REWARDS
 from support.config import TINY
 
-BUDGET = ["--epochs", "5", "--eval-every", "1000", "--save-every", "1000"]
-BASES = {"surer": 0.6, "as it is": 1.0, "less sure": 1.5, "unsure": 2.2}  # factor on slips and lapses
-EXPERIMENTS = {  # name: {label: flags}, and for which seeds (None: all that are asked for)
+BUDGET = ["--eval-data", "tiny", "--eval-every", "1000", "--save-every", "1000"]
+BASES = {"errs less": 0.6, "as it is": 1.0, "errs more": 1.6}  # factor on the probabilities of a mistake
+EXPERIMENTS = {  # {name: {label: flags}}
     "rewards": {name: ["--reward", name] for name in REWARDS},
-    "held-out": {name: ["--reward", name] for name in REWARDS},
-    "votes": {str(n): ["--votes", str(n), "--samples", str(n // 2)] for n in (4, 8, 16, 32, 64, 128)},
-    "temperature": {t: ["--temperature", t] for t in ("0.6", "0.8", "1.0", "1.2")},
-    "lr": {lr: ["--lr", lr] for lr in ("1e-5", "2e-5", "5e-5", "1e-4", "2e-4", "5e-4")},
+    "votes": {str(n): ["--votes", str(n), "--samples", str(n // 2)] for n in (4, 16, 64, 128)},
+    "temperature": {t: ["--temperature", t] for t in ("0.6", "1.0", "1.3")},
+    "lr": {lr: ["--lr", lr] for lr in ("1e-5", "5e-5", "2e-4", "1e-3")},
     "base": {name: [] for name in BASES},
 }
-THREE_SEEDS = ("rewards", "held-out")  # the others are looked at with the first seed alone
-COLUMNS = ("pass@1", "maj@64", "greedy", "learned", "corrupted", "flip_rate", "locked_wrong",
+# Runs of these labels are those of reward `vote` in the first experiment.
+DEFAULTS = {"votes": "64", "temperature": "1.0", "lr": "5e-5", "base": "as it is"}
+COLUMNS = ("pass@1", "never asked", "maj@64", "greedy", "learned", "corrupted", "flip_rate", "locked_wrong",
            "distinct_answers", "entropy")  # fmt: skip
 
 # -----------------------------------------------------------------------------------------------------------
@@ -64,17 +64,14 @@ def run(out, flags):
 
 
 def flags_of(experiment, label, runs):
-    """The flags of an experiment that depend on files, which are written here."""
-    flags = list(EXPERIMENTS[experiment][label])
-    if experiment == "held-out":
-        questions = json.loads((ROOT / "tiny/questions.json").read_text())
-        for name, half in (("even", questions[::2]), ("odd", questions[1::2])):
-            (runs / f"{name}.json").write_text(json.dumps(half))
-        flags += ["--data", runs / "even.json", "--eval-data", runs / "odd.json"]
-    if experiment == "base" and BASES[label] != 1:
-        preset = {name: value for name, value in TINY.items() if name not in ("epochs", "eval_every")}
+    """The flags of a run, and the files that they name."""
+    asked = runs / "asked.json"
+    asked.write_text(json.dumps(json.loads((ROOT / "tiny/questions.json").read_text())[::2]))
+    flags = [*EXPERIMENTS[experiment][label], "--data", asked]
+    if experiment == "base" and BASES[label] != 1:  # another model does not get the preset of tiny
+        preset = {name: value for name, value in TINY.items() if name != "eval_every"}
         given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in preset.items()]
-        flags += ["--model", make_base(runs, label), "--data", "tiny", *sum(given, ())]
+        flags += ["--model", make_base(runs, label), *sum(given, ())]
     return flags
 
 
@@ -100,18 +97,23 @@ make.main()
 
 def measures(summary, steps):
     """{column: number} of a run; the metrics of training are means over its last pass."""
-    before, after = summary["before"], summary["after"]
-    last_pass = steps[-max(len(steps) // 5, 1) :]
-    found = {"before": before["pass@1"], "first vote": before["maj@64"], "before_greedy": before["greedy"]}
-    for name in COLUMNS:
-        if name in ("learned", "corrupted"):
-            found[name] = summary["ledger"][name]
-        elif name in after:
-            found[name] = after[name]
-        if name in ("flip_rate", "locked_wrong", "distinct_answers", "entropy"):
-            values = [line[f"train/{name}"] for line in last_pass if f"train/{name}" in line]
-            found[name] = statistics.mean(values) if values else float("nan")
-    found["change"] = found["pass@1"] - found["before"]
+    asked = [row for row in summary["questions"] if int(row["id"].split("-")[1]) % 2 == 0]
+    others = [row for row in summary["questions"] if row not in asked]
+    last_pass = steps[-len(steps) // 10 :]
+    found = {
+        "before": statistics.mean(row["pass@1"][0] for row in asked),
+        "never asked, before": statistics.mean(row["pass@1"][0] for row in others),
+        "pass@1": statistics.mean(row["pass@1"][1] for row in asked),
+        "never asked": statistics.mean(row["pass@1"][1] for row in others),
+        "greedy": summary["after"]["greedy"],
+        "learned": sum(row["fate"] == "learned" for row in asked),
+        "corrupted": sum(row["fate"] == "corrupted" for row in asked),
+    }
+    for name, moment in (("first vote", 0), ("maj@64", 1)):
+        found[name] = statistics.mean(row["majority"][moment] == row["truth"] for row in asked)
+    for name in ("flip_rate", "locked_wrong", "distinct_answers", "entropy"):
+        values = [line[f"train/{name}"] for line in last_pass if f"train/{name}" in line]
+        found[name] = statistics.mean(values) if values else float("nan")
     return found
 
 
@@ -127,27 +129,23 @@ def experiment(name, seeds, runs):
     results, steps = {}, {}
     for label in EXPERIMENTS[name]:
         columns = []
-        for seed in seeds if name in THREE_SEEDS else seeds[:1]:
-            out = runs / f"{name}-{label.replace(' ', '-')}-{seed}"
-            out = runs / f"rewards-vote-{seed}" if is_the_default(name, label) else out
-            summary, lines = run(out, [*flags_of(name, label, runs), "--seed", str(seed)])
+        for seed in seeds if name == "rewards" else seeds[:1]:
+            is_default = DEFAULTS.get(name) == label
+            where = "rewards-vote" if is_default else f"{name}-{label.replace(' ', '-')}"
+            summary, lines = run(
+                runs / f"{where}-{seed}", [*flags_of(name, label, runs), "--seed", str(seed)]
+            )
             columns.append(measures(summary, lines))
             steps.setdefault(label, lines)
         results[label] = {column: [row[column] for row in columns] for column in columns[0]}
     return results, steps
 
 
-def is_the_default(name, label):
-    """Is this run the one of reward `vote` in the first experiment, to be looked at again?"""
-    default = {"votes": "64", "temperature": "1.0", "lr": "5e-5", "base": "as it is"}
-    return default.get(name) == label
-
-
 # ----------------------------------------------------------------------------------------------------------
 # plain voting
 
 
-def plain_voting(seed, samples=320):
+def plain_voting(seed, samples=640):
     """{N: accuracy of the vote over N samples of the base}, up to all that training draws for a question.
 
     For each N the mean over the disjoint groups of N among the samples.
@@ -161,7 +159,7 @@ def plain_voting(seed, samples=320):
 
     folder = ROOT / "tiny/model"
     policy, (tokenizer, eos_ids) = Transformer.from_pretrained(folder), load_tokenizer(folder)
-    asked = questions.load("tiny")
+    asked = questions.load("tiny")[::2]
     prompts = [encode_prompt(tokenizer, question.prompt) for question in asked]
     options = dict(max_new_tokens=96, eos_ids=eos_ids, seed=seed, stream="train", step=1)
     rollout = generate(policy, prompts, samples, budget_tokens=64 * 256, **options)
@@ -170,7 +168,7 @@ def plain_voting(seed, samples=320):
         for row in range(len(rollout))
     ]
     accuracy = {}
-    for count in (1, 4, 16, 64, 160, 320):
+    for count in (1, 4, 16, 64, 160, 320, 640):
         right = []
         for number, question in enumerate(asked):
             own = answers[number * samples : (number + 1) * samples]
@@ -200,29 +198,30 @@ def show(name, results):
     say(table(header, rows))
 
 
-def bars(axes, results, title):
-    """pass@1 after training for each label, over the line of before."""
+def bars(axes, results, column, before, title):
+    """A column after training for each label, over the lines of before."""
     labels = list(results)
-    means, errors = zip(*(mean_and_error(results[label]["pass@1"]) for label in labels), strict=True)
+    means, errors = zip(*(mean_and_error(results[label][column]) for label in labels), strict=True)
     colors = ["C2" if label == "gold" else "C7" if label == "random" else "C0" for label in labels]
     axes.bar(labels, means, yerr=[error or 0 for error in errors], color=colors, capsize=3)
-    before, first = (mean_and_error(results[labels[0]][column])[0] for column in ("before", "first vote"))
-    axes.axhline(before, ls=":", color="black", label="pass@1 before")
-    axes.axhline(first, ls="--", color="C1", label="first vote (maj@64)")
+    level = mean_and_error(results[labels[0]][before])[0]
+    axes.axhline(level, ls=":", color="black", label="pass@1 before")
     axes.set_title(title)
     axes.set_ylim(0, 1.02)
-    axes.legend(loc="lower left", fontsize=8)
+    axes.legend(loc="upper right", fontsize=8)
 
 
-def draw_rewards(path, found, voting):
+def draw_rewards(path, results, voting):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    bars(left, found["rewards"][0], "pass@1 on the questions asked")
-    bars(middle, found["held-out"][0], "pass@1 on questions never asked")
+    bars(left, results, "pass@1", "before", "pass@1 on the questions asked")
+    left.axhline(mean_and_error(results["vote"]["first vote"])[0], ls="--", color="C1", label="first vote")
+    left.legend(loc="upper right", fontsize=8)
+    bars(middle, results, "never asked", "never asked, before", "pass@1 on questions never asked")
     right.plot(list(voting), list(voting.values()), "o-", color="C1", label="base, plain voting")
-    vote = found["rewards"][0]["vote"]
+    vote = results["vote"]
     right.axhline(mean_and_error(vote["pass@1"])[0], color="C0", label="TTRL: one sample (pass@1)")
     right.axhline(mean_and_error(vote["maj@64"])[0], color="C0", ls="--", label="TTRL: vote over 64")
     right.set_xscale("log", base=2)
@@ -290,9 +289,9 @@ def main():
         voting = {count: statistics.mean(row[count] for row in by_seed) for count in by_seed[0]}
         say("\nplain voting of the base")
         say(table(["samples", "accuracy"], [[count, f"{value:.3f}"] for count, value in voting.items()]))
-    if voting and {"rewards", "held-out"} <= found.keys():
-        draw_rewards(ROOT / "docs/rewards.png", found, voting)
-    if {"rewards", "votes", "temperature", "lr", "base"} <= found.keys():
+    if voting and "rewards" in found:
+        draw_rewards(ROOT / "docs/rewards.png", found["rewards"][0], voting)
+    if found.keys() == EXPERIMENTS.keys():
         draw_analyses(ROOT / "docs/analyses.png", found)
     results = {name: {label: {column: mean_and_error(numbers)[0] for column, numbers in columns.items()}
                       for label, columns in found[name][0].items()} for name in found}  # fmt: skip
