@@ -41,6 +41,7 @@ def group_of(answers, **fields):
         ("selective", A, [0] * 5 + [-1] * 3, [0.7246] * 5 + [-1.2076] * 3),
         ("selective", B, [1] * 5 + [0] * 2 + [-1], [0.6614] * 5 + [-0.6614] * 2 + [-1.9843]),
         ("selective", C, [1] * 5 + [0] * 3, [0.7246] * 5 + [-1.2076] * 3),
+        ("selective", ["4"] * 3 + list("7952") + [None], [0] * 3 + [-1] * 5, [1.2076] * 3 + [-0.7246] * 5),
         ("selective", ["4"] * 4 + ["7"] * 4, [0] * 8, [0] * 8),  # half of the votes, but not ahead
         ("selective", ["4"] * 4 + ["7"] * 3 + ["9"], [0] * 7 + [-1], [0.3536] * 7 + [-2.4749]),  # 1/8 ahead
         ("selective", ["4"] * 4 + [None] * 4, [1] * 4 + [-1] * 4, [0.9354] * 4 + [-0.9354] * 4),
@@ -88,10 +89,8 @@ def test_novelty_within_groups(classes, expected):
 
 
 def test_rounding_is_not_novelty():
-    """Three responses with the same similarities in another order: their sums differ in the last bit."""
-    similarity = [[1, 0.1, 0.2, 0.3], [0.1, 1, 0.3, 0.2], [0.2, 0.3, 1, 0.1], [0.3, 0.2, 0.1, 1]]
-    assert 0.1 + 0.2 + 0.3 != 0.3 + 0.2 + 0.1
-    assert rewards.shaped_by_novelty(similarity, [[0, 1, 2, 3]]) == [0.75] * 4
+    similarity = [[1, 0.5, 0.5 + 1e-12], [0.5, 1, 0.5], [0.5 + 1e-12, 0.5, 1]]
+    assert rewards.shaped_by_novelty(similarity, [[0, 1, 2]]) == [0.75] * 3
 
 
 def test_similarity_of_token_trigrams_by_hand():
