@@ -1,12 +1,12 @@
 r"""Is it the vote? Every reward on the embedded pair, at the same budget, and the paper's analyses in small.
 
-    python bench/rewards.py                           # all; about an hour and a half on one core
+    python bench/rewards.py                           # all; about an hour on one core
     python bench/rewards.py --experiments rewards     # some of EXPERIMENTS
     python bench/rewards.py --seeds 0                 # one seed instead of three
 
-Each run is ttrl.py as a user would start it, with the settings of the demo. It trains on every other question
-of the embedded set, and is evaluated on all of them before and after: on those asked, and on those never
-asked. A run that is finished is not made again, so the bench can be stopped and started. It prints a table
+Each run is ttrl.py as a user would start it, with the settings of the demo but half of its votes (BUDGET). It
+trains on every other question of the embedded set, and is evaluated on all of them before and after: on those
+asked, and on those never asked. A run that is finished is not made again, so the bench can be stopped and started. It prints a table
 for each experiment and one line of JSON, and draws docs/rewards.png and docs/analyses.png. What they show is
 said in docs/rewards.md.
 
@@ -31,18 +31,19 @@ from common import ROOT, last_line, say, table
 from rewards import REWARDS
 from support.config import TINY
 
-BUDGET = ["--eval-data", "tiny", "--eval-every", "1000", "--save-every", "1000"]
+BUDGET = """--votes 32 --samples 16 --eval-samples 32 --eval-data tiny --eval-every 1000
+    --save-every 1000""".split()
 BASES = {"errs less": 0.6, "as it is": 1.0, "errs more": 1.6}  # factor on the probabilities of a mistake
 EXPERIMENTS = {  # {name: {label: flags}}
     "rewards": {name: ["--reward", name] for name in REWARDS},
-    "votes": {str(n): ["--votes", str(n), "--samples", str(n // 2)] for n in (4, 16, 64, 128)},
+    "votes": {str(n): ["--votes", str(n), "--samples", str(n // 2)] for n in (4, 8, 32, 128)},
     "temperature": {t: ["--temperature", t] for t in ("0.6", "1.0", "1.3")},
     "lr": {lr: ["--lr", lr] for lr in ("1e-5", "5e-5", "2e-4", "1e-3")},
     "base": {name: [] for name in BASES},
 }
 # Runs of these labels are those of reward `vote` in the first experiment.
-DEFAULTS = {"votes": "64", "temperature": "1.0", "lr": "5e-5", "base": "as it is"}
-COLUMNS = ("pass@1", "never asked", "maj@64", "greedy", "learned", "corrupted", "flip_rate", "locked_wrong",
+DEFAULTS = {"votes": "32", "temperature": "1.0", "lr": "5e-5", "base": "as it is"}
+COLUMNS = ("pass@1", "never asked", "maj@32", "greedy", "learned", "corrupted", "flip_rate", "locked_wrong",
            "distinct_answers", "entropy")  # fmt: skip
 
 # -----------------------------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ def flags_of(experiment, label, runs):
     asked.write_text(json.dumps(json.loads((ROOT / "tiny/questions.json").read_text())[::2]))
     flags = [*EXPERIMENTS[experiment][label], "--data", asked]
     if experiment == "base" and BASES[label] != 1:  # another model does not get the preset of tiny
-        preset = {name: value for name, value in TINY.items() if name != "eval_every"}
+        preset = {name: value for name, value in TINY.items() if name not in ("eval_every", "eval_samples")}
         given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in preset.items()]
         flags += ["--model", make_base(runs, label), *sum(given, ())]
     return flags
@@ -109,7 +110,7 @@ def measures(summary, steps):
         "learned": sum(row["fate"] == "learned" for row in asked),
         "corrupted": sum(row["fate"] == "corrupted" for row in asked),
     }
-    for name, moment in (("first vote", 0), ("maj@64", 1)):
+    for name, moment in (("first vote", 0), ("maj@32", 1)):
         found[name] = statistics.mean(row["majority"][moment] == row["truth"] for row in asked)
     for name in ("flip_rate", "locked_wrong", "distinct_answers", "entropy"):
         values = [line[f"train/{name}"] for line in last_pass if f"train/{name}" in line]
@@ -145,7 +146,7 @@ def experiment(name, seeds, runs):
 # plain voting
 
 
-def plain_voting(seed, samples=640):
+def plain_voting(seed, samples=320):
     """{N: accuracy of the vote over N samples of the base}, up to all that training draws for a question.
 
     For each N the mean over the disjoint groups of N among the samples.
@@ -168,7 +169,7 @@ def plain_voting(seed, samples=640):
         for row in range(len(rollout))
     ]
     accuracy = {}
-    for count in (1, 4, 16, 64, 160, 320, 640):
+    for count in (1, 4, 16, 32, 64, 160, 320):
         right = []
         for number, question in enumerate(asked):
             own = answers[number * samples : (number + 1) * samples]
@@ -223,7 +224,7 @@ def draw_rewards(path, results, voting):
     right.plot(list(voting), list(voting.values()), "o-", color="C1", label="base, plain voting")
     vote = results["vote"]
     right.axhline(mean_and_error(vote["pass@1"])[0], color="C0", label="TTRL: one sample (pass@1)")
-    right.axhline(mean_and_error(vote["maj@64"])[0], color="C0", ls="--", label="TTRL: vote over 64")
+    right.axhline(mean_and_error(vote["maj@32"])[0], color="C0", ls="--", label="TTRL: vote over 32")
     right.set_xscale("log", base=2)
     right.set_xlabel("samples per question")
     right.set_title("the same samples, spent on voting")
@@ -243,7 +244,7 @@ def draw_analyses(path, found):
               "base": "base: how often the pupil errs"}  # fmt: skip
     for axes, (name, title) in zip(grid.flat, titles.items(), strict=False):
         results = found[name][0]
-        for column, style in (("before", ":"), ("first vote", "--"), ("pass@1", "o-"), ("maj@64", "s-")):
+        for column, style in (("before", ":"), ("first vote", "--"), ("pass@1", "o-"), ("maj@32", "s-")):
             values = [mean_and_error(columns[column])[0] for columns in results.values()]
             label = column if column in ("before", "first vote") else f"{column} after"
             axes.plot(list(results), values, style, label=label)
