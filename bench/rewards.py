@@ -6,9 +6,9 @@ r"""Is it the vote? Every reward on the embedded pair, at the same budget, and t
 
 Each run is ttrl.py as a user would start it, with the settings of the demo but half of its votes (BUDGET). It
 trains on every other question of the embedded set, and is evaluated on all of them before and after: on those
-asked, and on those never asked. A run that is finished is not made again, so the bench can be stopped and started. It prints a table
-for each experiment and one line of JSON, and draws docs/rewards.png and docs/analyses.png. What they show is
-said in docs/rewards.md.
+asked, and on those never asked. A run that is finished is not made again, so the bench can be stopped and
+started. It prints a table for each experiment and one line of JSON, and draws docs/rewards.png and
+docs/analyses.png. What they show is said in docs/rewards.md.
 
     rewards      all rewards, several seeds
     voting       the base alone, voting over as many samples as training draws
