@@ -16,6 +16,7 @@ from kernels.attention import flash_available, flash_cached, sdpa_one_query
 from kernels.cuda_graph import GraphCache
 from kernels.sampler import sample_tokens
 from packing import pack_rows, pad
+from parallel import same_on_all
 
 POLL_EVERY = 8  # tokens that a GPU samples between two polls, each of which makes the host wait for it
 
@@ -141,6 +142,7 @@ class Engine:
         slots = slice(first, first + len(logits))
         alive, num_generated = self.alive[slots], self.num_generated[slots]  # views, updated in place
         token, logprob = sample_tokens(logits, self.key[slots], num_generated, temperature, top_p)
+        token = same_on_all(self.model.group, token)
         column = torch.where(alive, num_generated, self.max_new_tokens)[:, None]
         self.tokens[slots].scatter_(1, column, token[:, None])
         self.logprob[slots].scatter_(1, column, logprob[:, None])

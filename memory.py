@@ -94,6 +94,10 @@ class Split(NamedTuple):
     sampler_ranks: int = 1  # ranks that hold one sampler
     offload: bool = False  # the set lies in host memory
 
+    @property
+    def in_slices(self):
+        return self.shard > 1 or self.offload
+
 
 class Parameters(NamedTuple):
     """Numbers of parameters."""
@@ -142,7 +146,7 @@ def learning_bytes(model_config, split, checkpointing, cuda, tokens):
     in fp32 too; and one at each layer, where these wait in half precision, and the weights and gradients of
     two layers are whole. Fitted to a simulation of `fully_shard` (tests/test_plan.py).
     """
-    half, sharded = 2 if cuda else 4, split.shard > 1 or split.offload
+    half, sharded = 2 if cuda else 4, split.in_slices
     width, inner = model_config.hidden_size, model_config.intermediate_size
     norms = 5 * width if model_config.qk_norm else 0
     layer = half * tokens * (6 * inner + 14 * width + norms)

@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import parallel
 from kernels.linear import Linear, TiedWeight
 from kernels.logprob import linear_logprob, product
 from packing import gather_rows, pack_responses, pack_rows
 from support.pretrained import read_config, read_weights, write_model
+from support.slices import local, rows_of_slice, slice_of, whole
 
 
 @dataclass(frozen=True)
@@ -176,30 +178,33 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block."""
+    """Pre-norm residual block. group: the ranks that hold its other heads and the rest of its MLP."""
 
-    def __init__(self, config):
+    def __init__(self, config, group):
         super().__init__()
+        self.group = group
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + parallel.sum_over(self.group, self.self_attn(self.input_layernorm(x), cos, sin, attend))
+        return x + parallel.sum_over(self.group, self.mlp(self.post_attention_layernorm(x)))
 
 
 class Transformer(nn.Module):
     """The policy. `forward` is the learner's: log-probabilities of responses. Sampling calls `backbone`."""
 
-    def __init__(self, config, source=None):
+    def __init__(self, config, source=None, group=None):
         super().__init__()
-        self.config = config
+        self.whole_config = config
+        self.config = config = parallel.narrow(config, group)  # of this rank's part
+        self.group = group  # the ranks that hold the other heads of a sampler
         self.source = source  # the folder of config.json, which save_pretrained writes again
         self.checkpointing = False  # recompute each layer in the backward pass instead of keeping activations
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Block(config, group) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, by_row=True)
         if config.tie_word_embeddings:
@@ -209,31 +214,49 @@ class Transformer(nn.Module):
         self.register_buffer("rope_frequency", frequency, persistent=False)  # fp32: only parameters are cast
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu", shard=None, group=None):
         """A model from a folder in Hugging Face format (config.json and safetensors, in one file or sharded).
 
-        Raises FileNotFoundError or ValueError, naming the file and the tensor or field, before half a model
-        exists.
+        shard(model) cuts its parameters into slices and returns the device of these; a group of ranks holds a
+        part each (parallel.py). Either way a rank keeps what is its own of one tensor after another, so host
+        memory never holds a whole model besides. Raises FileNotFoundError or ValueError, naming the file and
+        the tensor or field.
         """
+        config = ModelConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model = cls(ModelConfig.from_pretrained(folder), source=Path(folder))
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-        weights = read_weights(folder, model.config, shapes, dtype)
-        model.load_state_dict(weights, assign=True, strict=False)  # read_weights has checked the names
-        if model.config.tie_word_embeddings:
-            model.lm_head.weight = model.embed_tokens.weight
-        return model.to(device).requires_grad_(True)
+            model = cls(config, Path(folder), group)
+            shapes = {name: p.shape for name, p in cls(config).named_parameters()}
+        frequency, model.rope_frequency = model.rope_frequency, None  # stays in fp32
+        model.to(dtype).to_empty(device=shard(model) if shard else device)
+        model.rope_frequency = frequency.to(device)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.embed_tokens.weight  # to_empty has parted them
+        for name, tensor in read_weights(folder, config, shapes):
+            model.fill(name, tensor)
+        return model
+
+    @torch.no_grad()
+    def fill(self, name, tensor):
+        """Write what this rank holds of a parameter, given all of it."""
+        parameter = self.get_parameter(name)
+        tensor = parallel.part(self.whole_config, name, tensor, self.group)
+        rows = rows_of_slice(len(tensor), *slice_of(parameter))
+        local(parameter).copy_(tensor[rows])
+
+    def copy_from(self, other):
+        """Refresh these weights from another model's *in place*, cast to this one's dtype."""
+        for (name, mine), theirs in zip(self.named_parameters(), other.parameters(), strict=True):
+            self.fill(name, whole(theirs.detach(), mine.device, mine.dtype))
+
+    def whole_parameters(self):
+        """Yield (name, tensor) of every parameter. Of slices: all ranks have to go through it together."""
+        for name, parameter in self.named_parameters():
+            yield name, whole(parameter.detach())
 
     def save_pretrained(self, folder):
         """Write config.json and fp32 safetensors to `folder`; transformers and vLLM load them."""
-        tensors = {name: p.detach() for name, p in self.named_parameters()}
-        write_model(folder, self.source, self.config, tensors)
-
-    @torch.no_grad()
-    def copy_from(self, other):
-        """Refresh these weights from another model's *in place*, cast to this one's dtype."""
-        for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
-            mine.copy_(theirs)
+        shapes = {name: p.shape for name, p in self.named_parameters()}
+        write_model(folder, self.source, self.config, shapes, self.whole_parameters())
 
     def backbone(self, tokens, positions, attend, embedded=None):
         """Hidden states before the head: tokens [T], positions [T] -> [T, D]. attend(layer, q, k, v) attends.

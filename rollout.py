@@ -17,7 +17,8 @@ from engine import Engine, prefill
 from kernels.sampler import fold_in
 from packing import length_mask, pad
 
-STREAMS = {"train": 0, "eval": 1}  # evaluation never shares its random numbers with training
+# Neither evaluation nor the coins of --reward random share random numbers with training.
+STREAMS = {"train": 0, "eval": 1, "reward": 2}
 PREFILL_TOKENS = 8192  # of the prompts that are run at once
 
 

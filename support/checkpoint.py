@@ -1,8 +1,10 @@
 """Files of a run that survive a crash: lines are synced, files and folders appear whole or not at all.
 
-A checkpoint is a folder out/checkpoint/step-000010 with weights.safetensors, optimizer.safetensors (fp32) and
-state.json. It is written beside its place, brought to disk and then renamed, so the newest one that bears a
-final name is complete.
+A checkpoint is a folder out/checkpoint/step-000010 with weights-1-of-1.safetensors, the moments beside it in
+optimizer-1-of-1.safetensors (both fp32), and state.json. Where N ranks hold a slice of each parameter, each
+writes its own: 1-of-N to N-of-N. What was written in N slices is read in any other number, or whole. The
+folder is written beside its place, brought to disk and then renamed, so the newest one that bears a final
+name is complete.
 """
 
 import contextlib
@@ -10,10 +12,14 @@ import json
 import os
 import re
 import shutil
-from collections import defaultdict
+from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from support.ranks import broadcast, is_rank0, on_every_rank
+from support.slices import is_first_copy, local, rows_of_slice, slice_of
 
 
 def append(path, lines):
@@ -47,10 +53,21 @@ def write_whole(path, text):
 
 def replace_folder(folder, fill):
     """Let fill(temporary) write a folder, bring it to disk, and put it in the place of `folder`."""
+    temporary = make_temporary(folder)
+    fill(temporary)
+    put_in_place(temporary, folder)
+
+
+def make_temporary(folder):
+    """An empty folder beside `folder`."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    fill(temporary)
+    return temporary
+
+
+def put_in_place(temporary, folder):
+    """Bring a folder's files to disk, and rename it."""
     for path in [*temporary.iterdir(), temporary]:
         sync(path)
     if folder.exists():
@@ -67,27 +84,39 @@ def sync(path):
 
 
 def save(root, policy, optimizer, state):
-    """Write root/step-NNNNNN from the fp32 policy, its AdamW and `state` (JSON); older ones go."""
-    names = [name for name, _ in policy.named_parameters()]
-    moments = optimizer.state_dict()["state"]  # {index of the parameter: {step, exp_avg, exp_avg_sq}}
-    flat = {
-        f"{key} {names[index]}": value.cpu()
-        for index, entry in moments.items()
-        for key, value in entry.items()
-    }
+    """Write root/step-NNNNNN from the fp32 policy, its AdamW and `state` (JSON); older ones go.
 
-    def fill(folder):
-        save_file(
-            {name: p.detach().cpu() for name, p in policy.named_parameters()}, folder / "weights.safetensors"
-        )
-        save_file(flat, folder / "optimizer.safetensors")
-        (folder / "state.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
-
+    All ranks have to call it, and have to see the same disk.
+    """
     target = root / f"step-{state['step']:06d}"
-    replace_folder(target, fill)
-    for older in folders(root):
-        if older != target:
-            shutil.rmtree(older)
+    temporary = Path(broadcast(str(make_temporary(target)) if is_rank0() else None))
+    on_every_rank(lambda: save_slices(temporary, policy, optimizer))
+
+    def complete():
+        (temporary / "state.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+        put_in_place(temporary, target)
+        for older in folders(root):
+            if older != target:
+                shutil.rmtree(older)
+
+    on_every_rank(lambda: complete() if is_rank0() else None)
+
+
+def save_slices(folder, policy, optimizer):
+    """Write what this rank holds of the weights and moments, unless another rank holds the same."""
+    parameters = dict(policy.named_parameters())
+    if not is_first_copy(next(iter(parameters.values()))):
+        return
+    number, count = slice_of(next(iter(parameters.values())))
+    weights = {name: local(p.detach()).cpu() for name, p in parameters.items()}
+    moments = {
+        f"{key} {name}": local(value).cpu()
+        for name, p in parameters.items()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+    for kind, tensors in (("weights", weights), ("optimizer", moments)):
+        save_file(tensors, folder / f"{kind}-{number + 1}-of-{count}.safetensors")
+        sync(folder / f"{kind}-{number + 1}-of-{count}.safetensors")
 
 
 def folders(root):
@@ -112,14 +141,47 @@ def read_state(folder):
 
 @torch.no_grad()
 def restore(folder, policy, optimizer):
-    """Load a checkpoint's weights and moments in place. Raises ValueError if they are another model's."""
-    parameters, weights = dict(policy.named_parameters()), load_file(folder / "weights.safetensors")
-    if weights.keys() != parameters.keys():
+    """Load a checkpoint's weights and moments in place, each rank what it holds.
+
+    Raises ValueError if they are another model's, or a file is missing or damaged.
+    """
+    parameters = dict(policy.named_parameters())
+    weights, moments = Slices(folder, "weights"), Slices(folder, "optimizer")
+    if weights.names != parameters.keys():
         raise ValueError(f"{folder}: holds the parameters of another model; choose another --out")
     for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
-    moments, index_of = defaultdict(dict), {name: index for index, name in enumerate(parameters)}
-    for key_and_name, value in load_file(folder / "optimizer.safetensors").items():
-        key, name = key_and_name.split(" ")
-        moments[index_of[name]][key] = value.clone()  # load_file gives views of the mapped file
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(moments)})
+        weights.read(name, parameter)
+        if f"step {name}" in moments.names:  # it has been updated
+            state = optimizer.state[parameter]
+            state["step"] = moments.scalar(f"step {name}").to(parameter.device)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(parameter, requires_grad=False)
+                moments.read(f"{key} {name}", state[key])
+
+
+class Slices:
+    """The files of a kind ("weights" or "optimizer") in a checkpoint: tensors cut by rows into N slices."""
+
+    def __init__(self, folder, kind):
+        self.folder = folder
+        paths = list(folder.glob(f"{kind}-*-of-*.safetensors"))
+        count = int(paths[0].stem.split("-")[-1]) if paths else 1
+        paths = [folder / f"{kind}-{number}-of-{count}.safetensors" for number in range(1, count + 1)]
+        try:
+            self.files = [safe_open(path, framework="pt") for path in paths]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder}: a checkpoint with a missing or damaged file ({error})") from None
+        self.names = set(self.files[0].keys())
+
+    def scalar(self, name):
+        return self.files[0].get_tensor(name).clone()
+
+    def read(self, name, tensor):
+        """Copy the rows that this rank holds of `tensor` out of the files, as many as they overlap with."""
+        wanted, target = rows_of_slice(len(tensor), *slice_of(tensor)), local(tensor)
+        for index, file in enumerate(self.files):
+            held = rows_of_slice(len(tensor), index, len(self.files))
+            start, stop = max(wanted.start, held.start), min(wanted.stop, held.stop)
+            if start < stop:
+                rows = file.get_slice(name)[start - held.start : stop - held.start]
+                target[start - wanted.start : stop - wanted.start] = rows

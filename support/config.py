@@ -48,7 +48,7 @@ class Config:
     )
     # learning
     samples: int = flag(32, "of the votes, the first so many are trained on")
-    reward: str = flag("vote", "what responses are rewarded by")  # choices: REWARDS in ttrl.py
+    reward: str = flag("vote", "what responses are rewarded by")  # choices: REWARDS in rewards.py
     epochs: int | None = flag(
         None, "passes over the questions [aime 80, amc 30, math 10, math-l* and gpqa 30, a file 10]", type=int
     )
@@ -100,8 +100,8 @@ class Config:
 GROUPS = {"what": "model", "sampling": "votes", "learning": "samples", "evaluation": "eval_every",
           "memory": "shard", "the run": "out"}  # fmt: skip  # each begins with this field
 # The embedded pair learns in minutes with these; `differences` lists them in the plan.
-TINY = dict(temperature=1.0, lr=5e-5, epochs=5, max_new_tokens=96, questions_per_update=2, kl=0.0,
-            eval_every=8, eval_samples=64, eval_temperature=1.0, eval_top_p=1.0)  # fmt: skip
+TINY = dict(temperature=1.0, lr=5e-5, epochs=10, max_new_tokens=96, questions_per_update=2, kl=0.0,
+            eval_every=16, eval_samples=64, eval_temperature=1.0, eval_top_p=1.0)  # fmt: skip
 # Part of the name: temperature 1.0 (paper, 3.1)
 REASONING_MODELS = ("qwen2.5-math", "deepseek-r1", "skywork-or1")
 RESUME_MAY_CHANGE = {"out", "max_minutes", "allow_changed_flags", "dry_run", "wandb", "save_every",
@@ -191,15 +191,19 @@ def differences(c, given):
     >>> differences(configure({"model": "Qwen2.5-Math-1.5B", "lr": 1e-6}), {"lr": 1e-6})
     ['--lr 1e-06 (paper 5e-07, given)']
     """
+    return [
+        f"{flag_name(name)} {getattr(c, name)} (paper {value}, "
+        f"{'given' if name in given else 'preset of tiny'})"
+        for name, value in papers_values(c).items()
+    ]
+
+
+def papers_values(c):
+    """{field: the paper's value} of the hyperparameters that have another value in `c`."""
     paper = decide(Config(model=c.model, data=c.data, thinking=c.thinking))
     names = [field.name for field in dataclasses.fields(Config)]
     names = names[names.index("votes") : names.index("eval_data")]  # sampling, learning, evaluation
-    changed = [name for name in names if getattr(c, name) != getattr(paper, name)]
-    return [
-        f"{flag_name(name)} {getattr(c, name)} (paper {getattr(paper, name)}, "
-        f"{'given' if name in given else 'preset of tiny'})"
-        for name in changed
-    ]
+    return {name: getattr(paper, name) for name in names if getattr(c, name) != getattr(paper, name)}
 
 
 def check(c):

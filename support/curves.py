@@ -62,13 +62,14 @@ def draw_labels(axes, lines):
 
 def draw_policy(axes, lines):
     axes.set_title("training: policy")
-    drawn = []
+    drawn, lowest = [], 0.0
     for name, color in (("reward", "C2"), ("entropy", "C3")):
         steps, values = series(lines, f"train/{name}")
+        lowest = min([lowest, *values])
         drawn += axes.plot(
             steps, values, color=color, label=name + (" (nats a token)" if name == "entropy" else "")
         )
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=1.05 * lowest)  # below 0 only if a mean reward is
     lengths = axes.twinx()
     steps, values = series(lines, "train/response_tokens")
     drawn += lengths.plot(steps, values, color="C4", ls=":", label="response tokens (right axis)")

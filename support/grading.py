@@ -7,6 +7,7 @@ refused by rules that do not depend on time: a refused answer equals only the sa
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -14,7 +15,7 @@ from support import reading
 from support.extraction import boxed_letter, extract_answer
 from support.values import Value
 
-__all__ = ["classes", "extract_answer", "same_answer"]
+__all__ = ["classes", "common_spelling", "extract_answer", "majority", "same_answer"]
 
 TIME_LIMIT = 5.0  # seconds for reading one answer
 grading_timeouts = 0  # answers that ran into the limit, which the rules of size should make impossible
@@ -61,6 +62,21 @@ def classes(answers: Iterable[str | None], kind: str = "math") -> list[list[int]
             by_reading.setdefault(key, len(groups))
         groups.append([index])
     return groups
+
+
+def majority(classes: list[list[int]]) -> list[int]:
+    """The largest class; of several the first. [] if there is none."""
+    return max(classes, key=len, default=[])
+
+
+def common_spelling(answers: list[str | None], members: list[int]) -> str | None:
+    """The most frequent spelling among the members of a class, of several the first; None without members.
+
+    >>> common_spelling(["0.5", "1/2", "1/2"], [0, 1, 2])
+    '1/2'
+    """
+    spellings = Counter(answers[index] for index in members)
+    return max(spellings, key=spellings.get, default=None)
 
 
 def _value(answer: str, kind: str) -> Value:

@@ -29,7 +29,7 @@ def lead_changes(before, after):
     """
     right, answers = [*before["right"], *after["right"]], [*before["answers"], *after["answers"]]
     wrong = [None if r else answer for r, answer in zip(right, answers, strict=True)]
-    rival = max(grading.classes(wrong, before["kind"]), key=len, default=[])
+    rival = grading.majority(grading.classes(wrong, before["kind"]))
     score = [int(r) for r in right]
     for index in rival:
         score[index] = -1

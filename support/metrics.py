@@ -33,10 +33,25 @@ def describe(groups):
     """Metrics of responses that need neither a vote nor a true answer."""
     flat = [response for group in groups for response in group]
     return {
-        "response_tokens": mean(r.tokens for r in flat),
+        "response_tokens": mean(len(r.tokens) for r in flat),
         "truncated": mean(not r.finished for r in flat),
         "no_answer": mean(r.answer is None for r in flat),
     }
+
+
+def reward_accuracy(right, agreeing):
+    """The share of responses whose reward by the vote equals their reward by the true answer.
+
+    It may be high under a wrong label, the paper's "lucky hit": a wrong answer that differs from the wrong
+    label gets the 0 that it deserves.
+
+    right: 1 or 0 for each response, its reward by the true answer. agreeing: the indices of the responses in
+    the majority, which the vote rewards with 1, and all others with 0.
+
+    >>> reward_accuracy([0.0, 0.0, 1.0, 0.0], agreeing=[0, 1])  # answers 4 4 7 9, truth 7: only the 9 agrees
+    0.25
+    """
+    return mean((index in agreeing) == bool(r) for index, r in enumerate(right))
 
 
 def is_right(question, answer):
@@ -55,22 +70,29 @@ def grade(question, responses, voted):
     A response is "right" if it equals the true answer. Metrics describe the vote, whatever the reward is.
     """
     label, classes = voted
-    agreeing = max(classes, key=len, default=[])
+    agreeing = grading.majority(classes)
     typical = responses[agreeing[0] if agreeing else 0]
     record = {"id": question.id, "prompt": question.prompt, "kind": question.kind, "truth": question.answer}
-    record.update(response=typical.text, answers=[response.answer for response in responses])
-    record.update(majority=label, majority_ratio=len(agreeing) / len(responses))
+    record.update(response=typical.text, answer=typical.answer)
+    record.update(answers=[response.answer for response in responses], majority=label)
+    record.update(majority_ratio=len(agreeing) / len(responses))
+    record["distinct_answers"] = len(classes)
     if question.answer is not None:
         right = [float(is_right(question, response.answer)) for response in responses]
         record.update({"right": right, "pass@1": mean(right), "any_right": any(right)})
         record["majority_right"] = is_right(question, label)
-        record["reward_accuracy"] = mean((index in agreeing) == bool(r) for index, r in enumerate(right))
+        record["reward_accuracy"] = reward_accuracy(right, agreeing)
     return record
+
+
+def of_votes(records):
+    """Means of what a vote alone tells: how many agree with it, and how many different answers there are."""
+    return {name: mean(record[name] for record in records) for name in ("majority_ratio", "distinct_answers")}
 
 
 def training_metrics(records, votes):
     """Metrics of a step's vote from its records, by their names in training; see `evaluation_metrics`."""
-    metrics = {"majority_ratio": mean(record["majority_ratio"] for record in records)}
+    metrics = of_votes(records)
     known = [record for record in records if record["truth"] is not None]
     names = {"ground_truth_ratio": "pass@1", "label_accuracy": "majority_right",
              "reward_accuracy": "reward_accuracy", f"pass@{votes}": "any_right"}  # fmt: skip
@@ -80,6 +102,32 @@ def training_metrics(records, votes):
     }
 
 
+def compared_with_last(records, last):
+    """Metrics of the questions that were asked before, from a step's records; {} if there are none.
+
+    last: {question id: label of its last vote}, brought up to date here. flip_rate is the share of questions
+    whose label changed, by value and not by spelling. locked_wrong is the share of those with a known answer
+    whose label is wrong, and the same wrong one as last time. To have no label is one value of a label, but
+    never a wrong one.
+    """
+    again = [(record, unchanged(record, last[record["id"]])) for record in records if record["id"] in last]
+    last.update({record["id"]: record["majority"] for record in records})
+    metrics = {"flip_rate": mean(not same for _, same in again)} if again else {}
+    known = [(record, same) for record, same in again if record["truth"] is not None]
+    if known:
+        metrics["locked_wrong"] = mean(
+            same and record["majority"] is not None and not record["majority_right"] for record, same in known
+        )
+    return metrics
+
+
+def unchanged(record, label):
+    """Whether the majority of a record equals an earlier label of its question; None equals None alone."""
+    if label is None or record["majority"] is None:
+        return label is record["majority"]
+    return grading.same_answer(label, record["majority"], record["kind"])
+
+
 def evaluation_metrics(records, samples):
     """Metrics of an evaluation from its records. Those that need the truth count questions that have one.
 
@@ -87,7 +135,7 @@ def evaluation_metrics(records, samples):
     the questions vary, not the samples of one question. maj@N is the plain vote over the N samples, pass@N
     whether any of them is right.
     """
-    metrics = {"majority_ratio": mean(record["majority_ratio"] for record in records)}
+    metrics = of_votes(records)
     known = [record for record in records if record["truth"] is not None]
     if known:
         each = [record["pass@1"] for record in known]

@@ -6,11 +6,12 @@ and the field or tensor. What the fields mean to the forward pass is written at 
 
 import json
 import math
+from itertools import groupby
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "ministral")  # of config.json's model_type
@@ -26,7 +27,7 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 POSITIVE = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
             "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")  # fmt: skip
 MAY_BE_NULL = ("attention_factor", "beta_fast", "beta_slow")  # as if they were not there
-SHARD_SIZE = "5GB"  # the largest safetensors file that is written
+FILE_SIZE = 5 * 10**9  # bytes of the largest safetensors file that is written
 
 # -----------------------------------------------------------------------------------------------------------
 # config.json
@@ -180,38 +181,44 @@ def hf_tensors(config, tensors):
     return found
 
 
-def read_weights(folder, config, shapes, dtype):
-    """{our name: tensor in dtype} for all `shapes` (our name -> shape). Raises where the files do not fit.
+def read_weights(folder, config, shapes):
+    """Yield (our name, tensor as the files have it) for all `shapes` (our name -> shape), one after another.
 
-    Everything is copied: safetensors maps files into memory, and a file may be overwritten while the model
-    lives.
+    Raises where the files do not fit.
     """
     file_of = weight_files(folder)
-    weights = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
-    wanted = hf_tensors(config, weights)
-    check_names(folder, wanted.keys(), file_of.keys())
-    for path in sorted({file_of[name] for name in wanted}):
-        with open_safetensors(path) as file:
-            for name in [name for name in wanted if file_of[name] == path]:
-                copy_tensor(wanted[name], file.get_tensor(name), name, path)
+    files = {path: open_safetensors(path) for path in set(file_of.values())}
+    parts_of = {
+        name: hf_tensors(config, {name: torch.empty(shape, device="meta")}) for name, shape in shapes.items()
+    }
+    shape_of = {name: part.shape for parts in parts_of.values() for name, part in parts.items()}
+    check_names(folder, shape_of.keys(), file_of.keys())
+
+    def read(name):
+        path = file_of[name]
+        tensor = files[path].get_tensor(name)
+        check_tensor(tensor, shape_of[name], name, path)
+        return tensor
+
     if config.tie_word_embeddings and "lm_head.weight" in file_of:
-        head = open_safetensors(file_of["lm_head.weight"]).get_tensor("lm_head.weight").to(dtype)
-        if not torch.equal(head, weights["embed_tokens.weight"]):
+        head = files[file_of["lm_head.weight"]].get_tensor("lm_head.weight")
+        if not torch.equal(head, read("model.embed_tokens.weight")):
             raise ValueError(
                 f"{folder}: config.json sets tie_word_embeddings, but lm_head.weight is not the embedding"
             )
-    return weights
+    for name, parts in parts_of.items():
+        tensors = [read(part) for part in parts]
+        yield name, tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def copy_tensor(target, tensor, name, path):
-    """Copy a file's tensor into ours. Raises ValueError if it is not as config.json says, or not finite."""
-    if tensor.shape != target.shape:
-        raise ValueError(f"{path}: {name} is {list(tensor.shape)}, config.json says {list(target.shape)}")
+def check_tensor(tensor, shape, name, path):
+    """Raise ValueError if a file's tensor is not as config.json says, or not finite."""
+    if tensor.shape != shape:
+        raise ValueError(f"{path}: {name} is {list(tensor.shape)}, config.json says {list(shape)}")
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{path}: {name} is {tensor.dtype}; only float32, float16 and bfloat16 are read")
     if not is_finite(tensor):
         raise ValueError(f"{path}: {name} has entries that are infinite or not numbers; the file is damaged")
-    target.copy_(tensor)
 
 
 def is_finite(tensor):
@@ -273,8 +280,12 @@ def open_safetensors(path):
         ) from None
 
 
-def write_model(folder, source, config, tensors):
-    """Write tensors (under our names) as fp32 safetensors to `folder`, with the config.json of `source`."""
+def write_model(folder, source, config, shapes, tensors):
+    """Write fp32 safetensors to `folder`, with the config.json of `source`.
+
+    tensors yields (name, tensor) under our names in the order of `shapes`. Host memory holds one file of
+    FILE_SIZE bytes at a time.
+    """
     folder, source = Path(folder), Path(source)
     folder.mkdir(parents=True, exist_ok=True)
     raw = read_json(source / "config.json")
@@ -282,10 +293,34 @@ def write_model(folder, source, config, tensors):
     (folder / "config.json").write_text(json.dumps({**raw, "dtype": "float32"}, indent=2) + "\n")
     if (source / "generation_config.json").exists():
         (folder / "generation_config.json").write_bytes((source / "generation_config.json").read_bytes())
-    weights = hf_tensors(config, tensors)
-    # copies, because views cannot be saved
-    weights = {name: part.to("cpu", torch.float32, copy=True) for name, part in weights.items()}
-    save_torch_state_dict(weights, folder, max_shard_size=SHARD_SIZE)
+    for stale in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
+        stale.unlink()
+    planned = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    file_of = plan_files({name: 4 * part.numel() for name, part in hf_tensors(config, planned).items()})
+    parts = (item for name, tensor in tensors for item in hf_tensors(config, {name: tensor}).items())
+    for file, group in groupby(parts, key=lambda item: file_of[item[0]]):
+        # copies, because views cannot be saved
+        held = {name: part.to("cpu", torch.float32, copy=True) for name, part in group}
+        save_file(held, folder / file, {"format": "pt"})
+    if len(set(file_of.values())) > 1:
+        index = {"metadata": {"total_size": 4 * sum(map(math.prod, shapes.values()))}, "weight_map": file_of}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def plan_files(sizes):
+    """{tensor: bytes} -> {tensor: name of its file}, in order, each file at most FILE_SIZE or one tensor.
+
+    >>> plan_files({"a": 3 * 10**9, "b": 3 * 10**9})
+    {'a': 'model-00001-of-00002.safetensors', 'b': 'model-00002-of-00002.safetensors'}
+    """
+    numbers, number, filled = {}, 1, 0
+    for name, size in sizes.items():
+        if filled and filled + size > FILE_SIZE:
+            number, filled = number + 1, 0
+        numbers[name], filled = number, filled + size
+    if number == 1:
+        return dict.fromkeys(sizes, "model.safetensors")
+    return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -2,32 +2,78 @@
 
 shard(rows)     this rank's rows        gather(items)       rank 0 gets the items of all ranks
 print0(text)    on rank 0 only          broadcast(value)    all ranks get rank 0's value
+mesh(...)       ranks in a grid
 """
 
+import contextlib
 import datetime
+import fcntl
 import os
+import platform
 import socket
+import struct
+import time
+import uuid
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 # A rank may wait for the slowest rollout, or for rank 0 to write a checkpoint: hours for a large model.
 TIMEOUT = datetime.timedelta(hours=4)
+# NFS may show a new file on another machine as late as this (its acdirmax).
+SECONDS_TO_SEE = 60
 
 
 def start_processes(device):
     """Join the process group of torchrun, or found one of a single process. Returns this rank's device."""
     by_torchrun = "RANK" in os.environ
     where = {} if by_torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
-    if not by_torchrun or os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # a single machine
-        loopback = socket.if_nameindex()[0][1]  # needs no network and no host name
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        os.environ["GLOO_SOCKET_IFNAME"] = network_interface()
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, **where)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def network_interface():
+    """The name of the network interface over which the ranks reach each other.
+
+    On one node it is the loopback, which needs no network and no host name. On several it is the one that
+    leads to rank 0; gloo's own choice is the address of the host's name, on Debian 127.0.1.1.
+    """
+    loopback = socket.if_nameindex()[0][1]
+    if "RANK" not in os.environ or os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        return loopback
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # Sends nothing: it looks up the route, and with it the address of this end.
+        probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                request = struct.pack("256s", name.encode())
+                answer = fcntl.ioctl(probe, 0x8915, request)  # SIOCGIFADDR of Linux
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return name
+    return loopback  # all of 127.0.0.0/8, of which 127.0.0.1 alone is an interface's address
+
+
+def mesh(device, names, inner):
+    """All ranks as a grid, world size / inner by inner, with a name for each axis: neighbours share a row.
+
+    Its groups wait as long as the group of all ranks. Those of torch's init_device_mesh would give up after
+    10 minutes (NCCL) or 30 (gloo).
+    """
+    grid, groups = torch.arange(world_size()).view(-1, inner), []
+    for lines in (grid.T.tolist(), grid.tolist()):
+        if len(lines) == 1:
+            groups.append(dist.group.WORLD)
+        else:
+            groups.append(dist.new_subgroups_by_enumeration(lines, timeout=TIMEOUT)[0])
+    return DeviceMesh.from_group(groups, device.type, grid, mesh_dim_names=names)
 
 
 def world_size():
@@ -44,9 +90,16 @@ def print0(*lines):
         print(*lines, sep="\n", flush=True)
 
 
-def shard(rows):
-    """This rank's rows: every world-size-th one, so that long and short questions fall to all ranks alike."""
-    return rows[dist.get_rank() :: world_size()]
+def shard(rows, group_size=1):
+    """This rank's rows: every world-size-th one, so that long and short questions fall to all ranks alike.
+
+    Returns the rows of the `group_size` neighbouring ranks that sample together, and the indices of its own
+    among them.
+    """
+    rank, size = dist.get_rank(), world_size()
+    together = [index for index in range(len(rows)) if index % size // group_size == rank // group_size]
+    own = [place for place, index in enumerate(together) if index % size == rank]
+    return [rows[index] for index in together], own
 
 
 def gather(items):
@@ -95,8 +148,59 @@ def on_every_rank(action):
     return result
 
 
+def is_first_on_node():
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def first_on_node(action):
     """action() on the first rank of each node, then on the others, which find what it fetched."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    first = is_first_on_node()
     result = on_every_rank(lambda: action() if first else None)
     return on_every_rank(lambda: result if first else action())
+
+
+def on_rank0(action):
+    """action() on rank 0: its result on every rank; if it fails, all raise ValueError with the reason."""
+    return broadcast(on_every_rank(lambda: action() if is_rank0() else None))
+
+
+def check_same(things):
+    """Raise ValueError unless each of {name: value} is the same on every node, and say which is not."""
+    of_rank0 = broadcast(things)
+    other = [name for name in things if things[name] != of_rank0[name]]
+
+    def compare():
+        if other and is_first_on_node():
+            raise ValueError(
+                f"node {platform.node()} has other {' and '.join(other)} than the node of rank 0; "
+                "all nodes need the same files and the same command"
+            )
+
+    on_every_rank(compare)
+
+
+def check_shared(folder):
+    """Make `folder` on rank 0, and raise ValueError unless all nodes see what rank 0 writes there."""
+    mark = folder / broadcast(f".seen-{uuid.uuid4().hex}")
+
+    def leave():
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+    def look():
+        deadline = time.monotonic() + SECONDS_TO_SEE
+        while is_first_on_node() and not mark.exists():
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"{folder.absolute()} on node {platform.node()} is not the folder that rank 0 writes to; "
+                    "--out has to be on a file system that all nodes share, under the same path"
+                )
+            time.sleep(0.1)
+
+    on_rank0(leave)
+    try:
+        on_every_rank(look)
+    finally:
+        if is_rank0():
+            for path in folder.glob(".seen-*"):  # also what a killed run left
+                path.unlink()

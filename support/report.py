@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+from support import grading
 from support.ledger import FATES, fate
+
+MOST_CLASSES = 20  # of a question in votes.jsonl
 
 # -----------------------------------------------------------------------------------------------------------
 # on the screen
@@ -32,11 +35,19 @@ def table(columns):
     pass@1                0.500 ± 0.040   +0.250 ± 0.030
     """
 
+    lines = [" " * 18 + "".join(f"{heading:>17}" for heading in columns)]
+    lines += [f"{name:<18}" + "".join(f"{cell:>17}" for cell in cells) for name, *cells in cells_of(columns)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def cells_of(columns):
+    """The rows of `table`: for each metric its name, and a cell of text per column, "" where it has none."""
+
     def rank(name):  # accuracies first, pass@1 before all
         return not name.startswith(("pass@1", "maj", "pass", "greedy")), name != "pass@1"
 
     names = dict.fromkeys(name for metrics in columns.values() for name in metrics)
-    lines = [" " * 18 + "".join(f"{heading:>17}" for heading in columns)]
+    rows = []
     for name in sorted((name for name in names if not name.endswith("_se")), key=rank):
         cells = []
         for heading, metrics in columns.items():
@@ -44,8 +55,8 @@ def table(columns):
             digits = 1 if name == "response_tokens" else 3
             sign = "+" if heading == "change" else ""
             cells.append(f"{metrics[name]:{sign}.{digits}f}{error}" if name in metrics else "")
-        lines.append(f"{name:<18}" + "".join(f"{cell:>17}" for cell in cells))
-    return "\n".join(line.rstrip() for line in lines)
+        rows.append([name, *cells])
+    return rows
 
 
 CHANCE = """A change counts if the true answer's lead over the most frequent wrong one changed beyond chance
@@ -103,10 +114,15 @@ def shorten(text, length=160):
 # from a run's files
 
 
-def read_metrics(out):
-    """The lines of out/metrics.jsonl, a dict each."""
-    text = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8")
+def read_lines(path):
+    """The lines of a .jsonl file, a dict each; [] if there is no such file."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.split("\n") if line]
+
+
+def read_metrics(out):
+    """The lines of out/metrics.jsonl."""
+    return read_lines(Path(out) / "metrics.jsonl")
 
 
 def speeds(out):
@@ -121,10 +137,32 @@ def speeds(out):
     return {**means, "peak_memory_gb": max(line["train/peak_memory_gb"] for line in lines)}
 
 
-def shown_responses(step, asked, responses, labels, rewards, how_many=4):
+def shown_responses(step, asked, responses, votes, rewards, how_many=4):
     """A response to each of a few questions, for rollouts.jsonl."""
-    shown = []
-    for question, group, label, row in list(zip(asked, responses, labels, rewards, strict=True))[:how_many]:
+    shown, rows = [], list(zip(asked, responses, votes, rewards, strict=True))
+    for question, group, (label, _), row in rows[:how_many]:
         line = {"step": step, "id": question.id, "prompt": question.prompt, "response": group[0].text}
         shown.append({**line, "answer": group[0].answer, "label": label, "reward": row[0]})
     return shown
+
+
+def counted_votes(step, asked, responses, votes):
+    """How the responses to each question voted, for votes.jsonl: a line a question.
+
+    "votes" holds the size of each class by its most frequent spelling, the largest first: so the first is the
+    label. Classes beyond the MOST_CLASSES largest are summed up as "other", a key that is there only then;
+    "none" counts responses without an answer. Both stand beside "votes", so no answer can be taken for them.
+    """
+    lines = []
+    for question, group, (label, classes) in zip(asked, responses, votes, strict=True):
+        answers = [response.answer for response in group]
+        ordered = sorted(classes, key=len, reverse=True)  # of equally large ones the first stays first
+        counts = {
+            grading.common_spelling(answers, members): len(members) for members in ordered[:MOST_CLASSES]
+        }
+        line = {"step": step, "question": question.id, "label": label, "votes": counts}
+        line["none"] = answers.count(None)
+        if len(ordered) > MOST_CLASSES:
+            line["other"] = sum(map(len, ordered[MOST_CLASSES:]))
+        lines.append(line)
+    return lines

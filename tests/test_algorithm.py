@@ -19,7 +19,7 @@ from support.questions import Question
 def voted(answers, kind="math"):
     """(label, rewards) of the vote."""
     label, classes = ttrl.vote(answers, kind)
-    return label, ttrl.vote_reward(None, answers, classes)
+    return label, ttrl.vote_reward(ttrl.Group(answers, classes))
 
 
 @pytest.mark.parametrize(
@@ -64,18 +64,17 @@ def test_vote_gives_the_classes_in_the_order_of_their_first_members():
 
 def test_every_reward_is_a_number_per_answer_and_metrics_do_not_depend_on_it(monkeypatch):
     """A reward of one's own: a function in REWARDS, and nothing else."""
-    monkeypatch.setitem(ttrl.REWARDS, "half", lambda question, answers, classes: [0.5 for _ in answers])
+    monkeypatch.setitem(ttrl.REWARDS, "half", lambda group: [0.5 for _ in group.answers])
     question = Question("?", "3")
-    group = [ttrl.Response(answer, answer, 1, True) for answer in ("3", "4", "3")]
+    group = [ttrl.Response(answer, answer, [7], True) for answer in ("3", "4", "3")]
     measured = {}
     for name in ttrl.REWARDS:
         c = config.Config(**config.parse(["--reward", name, "--votes", "3", "--samples", "2"], ttrl.REWARDS))
-        labels, rewards, measured[name] = ttrl.score(c, [question], [group])
-        assert (
-            labels == ["3"] and len(rewards[0]) == 3 and measured[name].pop("reward") == sum(rewards[0]) / 3
-        )
-        assert measured[name].pop("zero_variance_groups") == (name == "half")
-    assert measured["half"] == measured["vote"] == measured["gold"]
+        votes, rewards, measured[name] = ttrl.score(c, 1, [question], [group], {})
+        assert votes == [("3", [[0, 2], [1]])] and len(rewards[0]) == 3
+        assert measured[name].pop("reward") == sum(rewards[0]) / 3
+        assert measured[name].pop("zero_variance_groups") == (rewards[0][0] == rewards[0][1])
+    assert rewards[0] == [0.5] * 3 and all(metrics == measured["vote"] for metrics in measured.values())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -90,7 +89,7 @@ def test_advantages_by_hand():
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 32])
-@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1])  # the mean of seven 0.1 is not 0.1 in fp32
 def test_unanimous_group_has_no_advantage(size, value):
     assert ttrl.advantages(torch.full((3, size), value)).eq(0).all()
 
@@ -171,9 +170,49 @@ def test_loss_is_a_sum_over_tokens_by_the_global_count():
 
 def test_masked_tokens_have_no_gradient_even_if_not_finite():
     logprob = torch.tensor([[0.1, float("-inf")]], requires_grad=True)
-    loss, _ = ttrl.grpo_loss(logprob, torch.zeros(1, 2), torch.ones(1, 1), torch.tensor([[True, False]]))
+    loss, sums = ttrl.grpo_loss(logprob, torch.zeros(1, 2), torch.ones(1, 1), torch.tensor([[True, False]]))
     loss.backward()
     assert logprob.grad[0, 1] == 0 and logprob.grad.isfinite().all()
+    assert all(value.isfinite() for value in sums.values())
+
+
+def test_the_gradient_of_the_loss_equals_finite_differences():
+    """In float64, away from the corners of the clips: tokens clipped and not, masked ones, a KL."""
+    generator = torch.Generator().manual_seed(0)
+    logprob, old, ref = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
+    advantage = torch.tensor([[1.0], [-1.0], [0.5], [-2.0]], dtype=torch.float64)
+    mask = torch.rand(4, 5, generator=generator) < 0.7
+    logprob.requires_grad_()
+
+    def loss(x):
+        return ttrl.grpo_loss(x, old, advantage, mask, ref_logprob=ref, kl=0.3)[0]
+
+    assert torch.autograd.gradcheck(loss, logprob)
+    (gradient,) = torch.autograd.grad(loss(logprob), logprob)
+    assert gradient[~mask].eq(0).all() and gradient.ne(0).sum() > 5
+
+
+# ----------------------------------------------------------------------------------------------------------
+# how right the rewards of a vote are
+
+
+@pytest.mark.parametrize(
+    "answers, truth, expected",
+    [
+        ("4 4 4 7 7 9 none 5", "7", 3 / 8),  # of 8 rewards the 9, the 5 and the one without an answer agree
+        ("4 4 4 7 7 9 none 5", "4", 1),  # the label is right, so every reward is
+        ("4 4 4 7 7 9 none 5", "8", 5 / 8),  # nobody is right: all but the majority agree
+        ("1 2 3 4 5 6 6 7", "7", 5 / 8),  # "lucky hit": the label is wrong and most rewards are right
+        ("3 3 3 3", "5", 0),
+        ("none none", "5", 1),  # no label and nobody right: no reward, as it should be
+    ],
+)
+def test_reward_accuracy_by_hand(answers, truth, expected):
+    answers = [None if answer == "none" else answer for answer in answers.split()]
+    spellings = [answer for answer in dict.fromkeys(answers) if answer is not None]
+    label = max(spellings, key=answers.count, default=None)  # a vote by spelling, ties to the first
+    agreeing = [i for i, answer in enumerate(answers) if answer is not None and answer == label]
+    assert metrics.reward_accuracy([float(answer == truth) for answer in answers], agreeing) == expected
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import pytest
 from conftest import ROOT
 
 # Each imports only later ones.
-ROOMS = "ttrl run plan memory rollout engine model packing kernels support".split()
+ROOMS = "ttrl rewards run plan memory rollout engine model packing parallel kernels support".split()
 LONGEST_LINE, LONGEST_FUNCTION = 110, 40
-LONGEST_FILES = {"ttrl.py": 510, "model.py": 300, "support/*.py": 345, "README.md": 150}  # in lines
+LONGEST_FILES = {"ttrl.py": 510, "model.py": 310, "support/*.py": 345, "README.md": 150}  # in lines
 
 
 def imports(path):
@@ -140,7 +140,7 @@ def test_what_is_too_long_is_found(tmp_path):
     )
     (tmp_path / "support").mkdir()
     (tmp_path / "support" / "words.py").write_text("\n" * 346)
-    (tmp_path / "model.py").write_text("\n" * 300)
+    (tmp_path / "model.py").write_text("\n" * 310)
     assert long_files(tmp_path) == ["support/words.py: 346 lines, at most 345"]
 
 

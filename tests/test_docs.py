@@ -25,20 +25,22 @@ RUN_FILES = {
     "config.json",
     "metrics.jsonl",
     "rollouts.jsonl",
+    "votes.jsonl",
     "curves.png",
+    "report.html",
     "summary.json",
     "checkpoint",
     "model",
 }
+TRAIN_FLAGS = {"--nproc", "--nnodes", "--rdzv-endpoint", "--local-addr", "--max-restarts"}
 OTHER_FLAGS = {
     "--no-offload",
-    "--nproc",
     "--nproc-per-node",
-    "--local-addr",
+    "--rdzv-backend",
     "--help",
     "--no-build-isolation",
     "--cases",
-}
+} | TRAIN_FLAGS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -50,7 +52,7 @@ def test_every_link_leads_somewhere(page):
 
 def test_the_names_to_change_exist():
     table = (ROOT / "README.md").read_text().split("## If you want to change")[1].split("##")[0]
-    names = re.findall(r"`((?:ttrl|support|kernels|model)\.[\w.]+)`", table)
+    names = re.findall(r"`((?:ttrl|rewards|support|kernels|model)\.[\w.]+)`", table)
     assert len(names) >= 12
     for name in names:
         module, attribute = name.rsplit(".", 1)
@@ -66,8 +68,8 @@ def test_the_flags_of_every_command_are_right(command):
     words = shlex.split(command)
     names = [index for index, word in enumerate(words) if word.endswith(("ttrl.py", "train.sh"))]
     flags = [word for word in words[names[0] + 1 :] if word not in ("MODEL",)]
-    if "--nproc" in flags:
-        del flags[flags.index("--nproc") : flags.index("--nproc") + 2]
+    for name in TRAIN_FLAGS.intersection(flags):
+        del flags[flags.index(name) : flags.index(name) + 2]
     configure(parse(flags, ttrl.REWARDS))
 
 

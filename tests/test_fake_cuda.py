@@ -426,8 +426,9 @@ def fake_a_step_of_the_loop(gpu, tmp_path, monkeypatch):
         run.config, run.tokenizer, "tiny", load("tiny")
     )
     run.engine = ScriptedEngine(run.sampler, 5, max(map(len, run.train_prompts)) + 40, 40, EOS)
-    metrics, shown = ttrl.train_step(run, 1)
-    assert metrics["train/updates"] == 2 and metrics["train/kl"] == 1.0 and len(shown) == 3
+    metrics, lines = ttrl.train_step(run, 1, {})
+    assert metrics["train/updates"] == 2 and metrics["train/kl"] == 1.0
+    assert len(lines["rollouts.jsonl"]) == 3 == len(lines["votes.jsonl"])
 
 
 # ----------------------------------------------------------------------------------------------------------

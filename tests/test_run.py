@@ -54,13 +54,24 @@ def finished(tmp_path_factory, few_questions):
 def test_a_run_leaves_every_file(finished):
     out, _ = finished
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "rollouts.jsonl", "curves.png", "summary.json", "checkpoint",
-        "model"}  # fmt: skip
+        "config.json", "metrics.jsonl", "rollouts.jsonl", "votes.jsonl", "curves.png", "report.html",
+        "summary.json", "checkpoint", "model"}  # fmt: skip
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and (
         out / "curves.png"
     ).stat().st_size > 20_000
     assert json.loads((out / "config.json").read_text())["votes"] == 8
     assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-000004"]
+
+
+def test_the_page_of_a_run_shows_what_its_files_hold(finished):
+    out, printed = finished
+    page = (out / "report.html").read_text(encoding="utf-8")
+    summary = json.loads((out / "summary.json").read_text())
+    assert f"{summary['before']['pass@1']:.3f} → {summary['after']['pass@1']:.3f}" in page
+    assert "4 of 4" in page and "report.html" in printed and summary["environment"]["torch"] in page
+    for row in summary["questions"]:
+        assert f"<code>{row['id']}</code>" in page
+    assert page.count('<g id="v') == 6 and page.count("step 1 → ") + page.count("step 2 → ") == 6
 
 
 def test_metrics_have_a_line_a_step_with_every_name(finished):
@@ -76,6 +87,27 @@ def test_metrics_have_a_line_a_step_with_every_name(finished):
     evaluation = {"eval/pass@1", "eval/pass@1_se", "eval/maj@4", "eval/pass@4", "eval/majority_ratio"}
     assert [evaluation <= line.keys() for line in lines] == [True, False, True, False, True]
     assert {"eval/greedy", "eval/pass@1 at 0.6/0.95"} <= lines[0].keys() & lines[-1].keys()
+
+
+def test_the_votes_of_every_step_add_up(finished):
+    lines = lines_of(finished[0] / "votes.jsonl")
+    assert [line["step"] for line in lines] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert len({line["question"] for line in lines}) == 6
+    measured = lines_of(finished[0] / "metrics.jsonl")
+    labels = {}
+    for step in range(1, 5):
+        votes = [line for line in lines if line["step"] == step]
+        for line in votes:
+            counts = list(line["votes"].values())
+            assert sum(counts) + line["none"] + line.get("other", 0) == 8
+            assert counts == sorted(counts, reverse=True) and next(iter(line["votes"]), None) == line["label"]
+        largest = [max(line["votes"].values(), default=0) / 8 for line in votes]
+        assert measured[step]["train/majority_ratio"] == pytest.approx(sum(largest) / 3)
+        assert measured[step]["train/distinct_answers"] == sum(len(line["votes"]) for line in votes) / 3
+        flips = [labels[line["question"]] != line["label"] for line in votes if line["question"] in labels]
+        assert measured[step].get("train/flip_rate") == (sum(flips) / 3 if flips else None)
+        assert ("train/locked_wrong" in measured[step]) == (step > 2) == bool(flips)
+        labels.update({line["question"]: line["label"] for line in votes})
 
 
 def test_sampler_and_learner_agree(finished):
@@ -235,23 +267,28 @@ def test_a_killed_run_goes_on_bitwise(finished, few_questions, tmp_path):
     assert same_weights(finished[0], out) and moved(out) > 1e-3
 
 
+def measured(out):
+    """The lines of metrics.jsonl without what depends on the clock and the machine."""
+    lines = lines_of(out / "metrics.jsonl")
+    varying = ("train/seconds_", "train/rollout_tokens_", "train/train_tokens_", "train/peak_memory_")
+    return [{name: line[name] for name in line if not name.startswith(varying)} for line in lines]
+
+
 def test_a_stopped_run_goes_on_bitwise_without_any_of_its_leftovers(finished, few_questions, tmp_path):
     """--max-minutes stops after a step; half-written files beside the checkpoint are not taken for one."""
     out = tmp_path / "run"
     arguments = ["--data", few_questions, "--out", out, *SMALL]
     assert "the same command goes on" in program(*arguments, "--max-minutes", "0.001").stdout
     shutil.copytree(out / "checkpoint" / "step-000001", out / "checkpoint" / "step-000003.tmp")
-    (out / "checkpoint" / "step-000003.tmp" / "weights.safetensors").write_bytes(b"half")
+    (out / "checkpoint" / "step-000003.tmp" / "weights-1-of-1.safetensors").write_bytes(b"half")
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "train/rew')
+    with open(out / "votes.jsonl", "a") as file:
+        file.write('{"step": 2, "question": "gone"}\n')
     program(*arguments)
-    assert same_weights(finished[0], out) and [line["step"] for line in lines_of(out / "metrics.jsonl")] == [
-        0,
-        1,
-        2,
-        3,
-        4,
-    ]
+    assert same_weights(finished[0], out) and measured(out) == measured(finished[0])
+    assert [line["step"] for line in measured(out)] == [0, 1, 2, 3, 4]
+    assert (out / "votes.jsonl").read_bytes() == (finished[0] / "votes.jsonl").read_bytes()
 
 
 def test_another_number_of_ranks_goes_on(finished, few_questions, tmp_path):
@@ -281,7 +318,7 @@ def test_other_flags_are_not_resumed(finished, few_questions):
 def test_the_checkpoint_of_another_model_is_one_sentence(finished, few_questions, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
-    path = out / "checkpoint" / "step-000004" / "weights.safetensors"
+    path = out / "checkpoint" / "step-000004" / "weights-1-of-1.safetensors"
     save_file({f"old.{name}": tensor.clone() for name, tensor in load_file(path).items()}, path)
     error = program("--data", few_questions, "--out", out, *SMALL, "--allow-changed-flags", code=2).stderr
     assert error.count("\n") == 1 and "step-000004: holds the parameters of another model" in error
@@ -411,7 +448,7 @@ def test_updates_that_are_never_finite_do_not_end_as_if_all_were_well(few_questi
 
 def moved_nowhere(out):
     base = load_file(TINY / "model.safetensors")
-    with safe_open(out / "checkpoint" / "step-000004" / "weights.safetensors", "pt") as file:
+    with safe_open(out / "checkpoint" / "step-000004" / "weights-1-of-1.safetensors", "pt") as file:
         return torch.equal(file.get_tensor("embed_tokens.weight"), base["model.embed_tokens.weight"])
 
 
@@ -433,7 +470,7 @@ def test_an_error_on_any_rank_is_said(few_questions, tmp_path, failing):
 
 
 def test_edited_sources_are_not_resumed_silently(few_questions, tmp_path):
-    """The same command after an edit of vote(): a sentence names the file; with the flag it goes on."""
+    """The same command after an edit of the reward: a sentence names the file; with the flag it goes on."""
     program_folder = tmp_path / "program"
     shutil.copytree(ROOT, program_folder, ignore=shutil.ignore_patterns(".*", "runs", "tests", "bench"))
     arguments = ["--data", few_questions, "--out", tmp_path / "run", *SMALL, "--max-minutes", "0.001"]
@@ -443,11 +480,11 @@ def test_edited_sources_are_not_resumed_silently(few_questions, tmp_path):
         return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300, cwd="/")
 
     assert again().returncode == 0
-    source = (program_folder / "ttrl.py").read_text()
-    (program_folder / "ttrl.py").write_text(source.replace("float(index in agreeing)", "0.5"))
+    source = (program_folder / "rewards.py").read_text()
+    (program_folder / "rewards.py").write_text(source.replace("float(index in agreeing)", "0.5"))
     refused = again()
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-    assert "holds a run with other sources (ttrl.py)" in refused.stderr
+    assert "holds a run with other sources (rewards.py)" in refused.stderr
     assert "resume   from step 1" in again("--allow-changed-flags").stdout
 
 

@@ -1,0 +1,209 @@
+"""Rewards, one for each --reward: pure functions of the responses to one question (a Group).
+
+    vote        1 for the majority                                  TTRL, arXiv 2504.16084
+    gold        1 for the true answer: the upper bound, not TTRL    the same, "leakage"
+    random      a fair coin: the control                            Spurious Rewards, arXiv 2506.10947
+    soft        the share of the votes that an answer has           EMPO, arXiv 2504.05812
+    selective   the majority if it is clear, against rare answers   SCRL, arXiv 2603.19880
+    novel       the majority, and in it what differs most           EVOL-RL, arXiv 2509.15194
+
+They are what TTRL's critics and successors propose, reduced to the reward: all else of a step stays TTRL's,
+so that a comparison changes one thing. No function but gold looks at a true answer. To add one, write it here
+and name it in REWARDS. Metrics describe the hard vote whatever the reward is.
+
+The advantage is computed from the rewards of the first M of the N responses (`advantages` in ttrl.py). The
+examples say what that makes of them for N = M = 8.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from kernels.sampler import uniform
+from rollout import row_keys
+from support.grading import majority
+from support.metrics import is_right, mean
+from support.questions import Question
+
+# The thresholds of SCRL's code, as shares of the N votes; the script of its example lowers them.
+CLEAR, MARGIN, RARE = 0.5, 0.15, 0.15
+
+
+class Group(NamedTuple):
+    """The N responses to one question, as a reward sees them."""
+
+    answers: list  # [N] of str or None
+    classes: list  # of lists of indices into answers, one for each class of equal answers
+    question: Question | None = None  # its .answer is for gold alone
+    tokens: Sequence = ()  # [N] the token ids of each response
+    coins: Sequence = ()  # [N] uniform numbers in (0, 1), see `toss`
+
+
+def vote_reward(group):
+    """1 for the answers of the majority, 0 for the others and for no answer. TTRL, section 2.2.
+
+    Advantages of the answers 4 4 4 7 7 9 none 5: 1.2076 for each 4, -0.7246 for the rest.
+
+    >>> vote_reward(Group(["4", None, "7", "4"], [[0, 3], [2]]))
+    [1.0, 0.0, 0.0, 1.0]
+    """
+    agreeing = majority(group.classes)
+    return [float(index in agreeing) for index in range(len(group.answers))]
+
+
+def gold_reward(group):
+    """1 for the answers that equal the true one: the upper bound of the paper ("leakage"), not TTRL.
+
+    >>> gold_reward(Group(["4", None, "7", "8/2"], [[0, 3], [2]], Question("2+5=?", "7")))
+    [0.0, 0.0, 1.0, 0.0]
+    """
+    return [float(is_right(group.question, answer)) for answer in group.answers]
+
+
+def random_reward(group):
+    """1 or 0 by a fair coin, whatever the answers: the control. What it gains, the vote cannot claim.
+
+    The coins are a hash of seed, step, question and sample (`toss`), so a run can be repeated on any number
+    of ranks; the paper's are drawn anew.
+
+    >>> random_reward(Group(["4", "4", None], [[0, 1]], coins=[0.7, 0.2, 0.4]))
+    [0.0, 1.0, 1.0]
+    """
+    return [float(coin < 0.5) for coin in group.coins]
+
+
+def soft_reward(group):
+    """The size of an answer's class over N, 0 for no answer: the likelihood reward of EMPO.
+
+    A second opinion is punished less than a lone one. Advantages of 4 4 4 7 7 9 none 5: 0.9991 for each 4,
+    0.1110 for each 7, -0.7771 for 9 and 5, -1.6652 for none. Of 4 4 4 4 4 7 7 7 they are those of the vote.
+    Not EMPO: it also leaves out questions whose answers agree too much or too little.
+
+    >>> soft_reward(Group(["4", None, "7", "4"], [[0, 3], [2]]))
+    [0.5, 0.0, 0.25, 0.5]
+    """
+    rewards = [0.0] * len(group.answers)
+    for members in group.classes:
+        for index in members:
+            rewards[index] = len(members) / len(rewards)
+    return rewards
+
+
+def selective_reward(group):
+    """1 for a majority that is clear, -1 for rare answers and for no answer, 0 for what lies between. SCRL.
+
+    A majority is clear with at least CLEAR of the votes and more than MARGIN ahead of the second; without one
+    nothing is rewarded, and only what is rare is punished. After the mean is taken off, the zeros of such a
+    group become positive advantages: of 4 4 4 7 7 9 none 5, 0.7246 for each 4 and 7 alike, -1.2076 for the
+    rest. Of 4 4 4 4 4 7 7 9: 0.6614, -0.6614 for each 7, -1.9843 for 9.
+    Not SCRL: it punishes a rare answer only where the policy is unsure of it (the entropy gate).
+
+    >>> selective_reward(Group(list("44444779"), [[0, 1, 2, 3, 4], [5, 6], [7]]))
+    [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, -1.0]
+    """
+    count = len(group.answers)
+    first, second = sorted([0, 0, *map(len, group.classes)], reverse=True)[:2]
+    is_clear = first >= CLEAR * count and first - second > MARGIN * count
+    rewards = [-1.0] * count
+    for members in group.classes:
+        is_label = is_clear and members == majority(group.classes)
+        for index in members:
+            rewards[index] = 1.0 if is_label else -1.0 if len(members) < RARE * count else 0.0
+    return rewards
+
+
+def novel_reward(group):
+    """From 0.5 to 1 for the majority, from -1 to -0.5 for the others, more for what is novel. EVOL-RL.
+
+    Not EVOL-RL: similarity is the cosine of counts of token trigrams, where the paper embeds the reasoning
+    with a second model; the only response with an answer has 1, there -1; and its clipping and entropy bonus
+    are left out.
+
+    >>> tokens = [[5, 5, 6, 7], [5, 5, 6, 7], [5, 5, 6, 8], [1, 2, 3]]
+    >>> novel_reward(Group(["4", "4", "4", "9"], [[0, 1, 2], [3]], tokens=tokens))
+    [0.5, 0.5, 1.0, -0.5]
+    """
+    return shaped_by_novelty(trigram_similarity(group.tokens).tolist(), group.classes)
+
+
+# The names that --reward takes; each is a function of a Group that returns a number for each answer.
+REWARDS = {"vote": vote_reward, "gold": gold_reward, "random": random_reward, "soft": soft_reward,
+           "selective": selective_reward, "novel": novel_reward}  # fmt: skip
+
+# -----------------------------------------------------------------------------------------------------------
+# random: the coins
+
+
+def toss(seed, step, questions, samples):
+    """The coins of a step: [P][N] uniform numbers in (0, 1), each a hash of what it is for.
+
+    They are a stream of their own, which shares no number with the sampling of responses.
+    """
+    question = torch.arange(questions).repeat_interleave(samples)  # [P N]
+    sample = torch.arange(samples).repeat(questions)  # [P N]
+    key = row_keys(seed, "reward", step, question, sample)
+    return uniform(key, torch.zeros_like(key)).reshape(questions, samples).tolist()
+
+
+# -----------------------------------------------------------------------------------------------------------
+# novel: similarity and what it is worth
+
+
+def trigram_similarity(responses):
+    """The cosine of the counts of token trigrams of each pair: N lists of token ids -> [N, N] in fp64.
+
+    A response of one or two tokens is filled up to the one trigram it then has.
+
+    >>> trigram_similarity([[1, 2, 3, 4], [1, 2, 3, 5], [7, 8, 9]]).tolist()
+    [[1.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+    size, trigrams = 2 + max(map(max, responses)), []
+    for response in responses:
+        ids = torch.tensor([*response] + [-1] * (3 - len(response))) + 1  # in [0, size)
+        trigrams.append((ids[:-2] * size + ids[1:-1]) * size + ids[2:])  # a number for each trigram
+    _, column = torch.cat(trigrams).unique(return_inverse=True)
+    row = torch.arange(len(responses)).repeat_interleave(torch.tensor(list(map(len, trigrams))))
+    counts = torch.zeros(len(responses), int(column.max()) + 1, dtype=torch.float64)  # [N, trigrams]
+    counts.index_put_((row, column), torch.ones(len(row), dtype=torch.float64), accumulate=True)
+    products = counts @ counts.T
+    squares = products.diagonal()
+    return products / (squares[:, None] * squares).sqrt()
+
+
+def shaped_by_novelty(similarity, classes):
+    """Rewards [N] from similarities [N][N]: the majority's novelty in [0.5, 1], the others' in [-1, -0.5].
+
+    No answer is -1, and nobody's neighbour.
+
+    >>> similarity = [[1, 0.8, 0.2, 0.1], [0.8, 1, 0.4, 0.3], [0.2, 0.4, 1, 0.5], [0.1, 0.3, 0.5, 1]]
+    >>> [round(reward, 4) for reward in shaped_by_novelty(similarity, [[0, 1, 2], [3]])]
+    [0.5833, 0.5, 1.0, -0.5]
+    """
+    answered, agreeing = [index for members in classes for index in members], majority(classes)
+    others = [index for index in answered if index not in agreeing]
+    rewards = [-1.0] * len(similarity)
+    for lowest, members in ((0.5, agreeing), (-1.0, others)):
+        for index, novelty in zip(members, novelties(similarity, members, answered), strict=True):
+            rewards[index] = lowest + 0.5 * novelty
+    return rewards
+
+
+def novelties(similarity, members, answered):
+    """The novelty of each member of a group, from 0 (the group's least) to 1 (its largest).
+
+    Novelty is 1 - half of the mean similarity to the other members - half of the largest similarity to any
+    other response that has an answer. As in EVOL-RL's code a lone member has 1, and members that are equally
+    novel have 0.5.
+    """
+    if len(members) < 2:
+        return [1.0] * len(members)
+    raw = []
+    for index in members:
+        in_group = mean(similarity[index][other] for other in members if other != index)
+        nearest = max(similarity[index][other] for other in answered if other != index)
+        raw.append(1 - in_group / 2 - nearest / 2)
+    least, spread = min(raw), max(raw) - min(raw)
+    if spread < 1e-9:  # rounding is no difference
+        return [0.5] * len(members)
+    return [(value - least) / spread for value in raw]
