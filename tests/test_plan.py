@@ -81,14 +81,29 @@ def test_parameters_are_counted_as_the_model_has_them():
     assert of_a_rank.total == pytest.approx((total - 2 * vocabulary) / 8 + 2 * vocabulary, rel=1e-3)
 
 
-@pytest.mark.parametrize("ranks", [1, 8])
-def test_the_memory_of_learning_is_that_of_a_simulation(ranks):
-    """Qwen2.5-Math-1.5B with two of its layers, 4,252 tokens: DDP and eight shards, each to 10 %."""
-    model_config = models.model_config("Qwen2.5-Math-1.5B")
-    model_config = dataclasses.replace(model_config, layers=2, windows=(None, None))
+def simulated_and_planned(model, ranks, **changed):
+    """Bytes of learning from 4,252 tokens; 1 rank is DDP, more hold slices."""
+    model_config = dataclasses.replace(models.model_config(MODELS[model]), **changed)
+    model_config = dataclasses.replace(model_config, windows=(None,) * model_config.layers)
     simulated = peak_of_learning(model_config, made_up_rollout(256, 4, 1000), ranks)
     planned = memory.learning_bytes(model_config, memory.Split(ranks), True, True, 256 + 4 * 999)
-    assert sum(planned.values()) == pytest.approx(simulated, rel=0.1)
+    return simulated, sum(planned.values())
+
+
+@pytest.mark.parametrize("model, ranks", [("1.5B", 1), ("1.5B", 8), ("7B", 8)])
+def test_the_memory_of_learning_is_that_of_a_simulation(model, ranks):
+    """Two layers of the real widths, with a tied and with an untied head, to 10 %."""
+    simulated, planned = simulated_and_planned(model, ranks, layers=2)
+    assert planned == pytest.approx(simulated, rel=0.1)
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_what_more_layers_take_is_that_of_a_simulation(ranks):
+    """What checkpointing keeps of a layer: fp32 under autocast, bf16 in slices."""
+    few = simulated_and_planned("1.5B", ranks, layers=3, vocab_size=1024)
+    many = simulated_and_planned("1.5B", ranks, layers=6, vocab_size=1024)
+    simulated, planned = (after - before for before, after in zip(few, many, strict=True))
+    assert planned == pytest.approx(simulated, rel=0.1)
 
 
 # ----------------------------------------------------------------------------------------------------------
