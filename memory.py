@@ -47,13 +47,14 @@ class Machine(NamedTuple):
 def find_machine(c, device):
     """The Machine of all ranks, the smallest numbers of any; or the one of --gpus. Every rank has to ask.
 
-    A single process may plan for more: torchrun's WORLD_SIZE and LOCAL_WORLD_SIZE count, not the group.
+    A dry run plans for the WORLD_SIZE and LOCAL_WORLD_SIZE that it is told, as torchrun names them.
     """
     if c.gpus:
         count, card = parse_gpus(c.gpus)
         return Machine(count, min(count, NODE), int(USABLE * card.memory()), None, True, card)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    told = os.environ if c.dry_run or "RANK" in os.environ else {}
+    ranks = int(told.get("WORLD_SIZE", 1))
+    per_node = int(told.get("LOCAL_WORLD_SIZE", ranks))
     host, card = physical_memory(), None
     memory = host // per_node
     if device.type == "cuda":

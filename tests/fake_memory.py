@@ -1,7 +1,7 @@
 """Test-only: the bytes that a forward and backward pass would allocate, without allocating any.
 
-torch's FakeTensorMode runs the real model on tensors without numbers, and `fully_shard` on a process group
-that exchanges nothing. `Held` adds up the storages that are alive after each operation.
+torch's FakeTensorMode runs the real model on tensors without numbers, `parallel.shard` cuts it for a process
+group that exchanges nothing. `Held` adds up the storages that are alive after each operation.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_module
+import parallel
 from kernels.logprob import TILE
 from model import Transformer
 from rollout import empty_rollout
@@ -64,7 +64,6 @@ def peak_of_learning(config, rows, ranks):
             return pack(*args)
 
     dist.init_process_group("fake", rank=0, world_size=ranks)
-    mesh = dist.init_device_mesh("cpu", (ranks,))
     try:
         with (
             mock.patch.object(model_module, "pack_responses", pack_for_real),
@@ -72,25 +71,25 @@ def peak_of_learning(config, rows, ranks):
             FakeTensorMode(allow_non_fake_inputs=True),
             Held() as held,
         ):
-            learner = fake_learner(config, mesh, held)
+            learner = fake_learner(config, ranks, held)
             return run(learner, rows, ranks, held)
     finally:
         dist.destroy_process_group()
 
 
-def fake_learner(config, mesh, held):
-    """The model without numbers, sliced over the mesh or with gradients as DDP's buckets hold them."""
-    with torch.device("meta" if mesh.size() > 1 else "cpu"):
+def fake_learner(config, ranks, held):
+    """The model without numbers, in slices of `ranks` ranks or with gradients as DDP's buckets hold them."""
+    with torch.device("meta" if ranks > 1 else "cpu"):
         learner = Transformer(config)
     learner.checkpointing = True
-    if mesh.size() > 1:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for unit in (*learner.layers, learner):
-            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if ranks > 1:
+        with unset_fake_temporarily():  # the mesh is read, and the parameters are on the meta device
+            parallel.shard(learner, ranks, device=torch.device("cpu"), compute_dtype=torch.bfloat16)
         frequency = learner.rope_frequency
         learner.to_empty(device="cpu")
         learner.rope_frequency = torch.empty(frequency.shape)
-        learner.lm_head.weight = learner.embed_tokens.weight
+        if config.tie_word_embeddings:
+            learner.lm_head.weight = learner.embed_tokens.weight
     for p in learner.parameters():
         p.grad = torch.zeros_like(p)
         held.count(p)

@@ -81,14 +81,29 @@ def test_parameters_are_counted_as_the_model_has_them():
     assert of_a_rank.total == pytest.approx((total - 2 * vocabulary) / 8 + 2 * vocabulary, rel=1e-3)
 
 
-@pytest.mark.parametrize("ranks", [1, 8])
-def test_the_memory_of_learning_is_that_of_a_simulation(ranks):
-    """Qwen2.5-Math-1.5B with two of its layers, 4,252 tokens: DDP and eight shards, each to 10 %."""
-    model_config = models.model_config("Qwen2.5-Math-1.5B")
-    model_config = dataclasses.replace(model_config, layers=2, windows=(None, None))
+def simulated_and_planned(model, ranks, **changed):
+    """Bytes of learning from 4,252 tokens; 1 rank is DDP, more hold slices."""
+    model_config = dataclasses.replace(models.model_config(MODELS[model]), **changed)
+    model_config = dataclasses.replace(model_config, windows=(None,) * model_config.layers)
     simulated = peak_of_learning(model_config, made_up_rollout(256, 4, 1000), ranks)
     planned = memory.learning_bytes(model_config, memory.Split(ranks), True, True, 256 + 4 * 999)
-    assert sum(planned.values()) == pytest.approx(simulated, rel=0.1)
+    return simulated, sum(planned.values())
+
+
+@pytest.mark.parametrize("model, ranks", [("1.5B", 1), ("1.5B", 8), ("7B", 8)])
+def test_the_memory_of_learning_is_that_of_a_simulation(model, ranks):
+    """Two layers of the real widths, with a tied and with an untied head, to 10 %."""
+    simulated, planned = simulated_and_planned(model, ranks, layers=2)
+    assert planned == pytest.approx(simulated, rel=0.1)
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_what_more_layers_take_is_that_of_a_simulation(ranks):
+    """What checkpointing keeps of a layer: fp32 under autocast, bf16 in slices."""
+    few = simulated_and_planned("1.5B", ranks, layers=3, vocab_size=1024)
+    many = simulated_and_planned("1.5B", ranks, layers=6, vocab_size=1024)
+    simulated, planned = (after - before for before, after in zip(few, many, strict=True))
+    assert planned == pytest.approx(simulated, rel=0.1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -124,6 +139,16 @@ def test_flags_decide_what_they_name():
     assert models.layout(MODELS["7B"], "8x80", offload=True).split == (8, 1, True)
     layout = models.layout(MODELS["1.5B"], "8x80", rollout_tokens=9 * 4096, micro_batch_tokens=5000)
     assert (layout.rollout_tokens, layout.rows, layout.micro_batch_tokens) == (9 * 4096, 9, 5000)
+
+
+def test_a_row_is_keys_values_and_logits():
+    """32B: 64 layers of 8 heads of 128 numbers, twice, in bf16; each of 8 ranks has one of the heads."""
+    layout = models.layout(MODELS["32B"], "16x80", sampler_ranks=8)
+    assert layout.row == 4096 * 2 * 64 * 128 * 2 + 4 * 152064
+    whole = models.layout(MODELS["32B"], "16xH200", sampler_ranks=1)
+    assert whole.row == 4096 * 2 * 64 * 1024 * 2 + 4 * 152064
+    used = sum(layout.parts.values()) + layout.rows * layout.row
+    assert 0.9 * 0.98 * 80 * 2**30 - layout.row < used <= 0.9 * 0.98 * 80 * 2**30
 
 
 def test_evaluation_holds_the_sampler_alone():
