@@ -613,6 +613,14 @@ IN_LEARNING = {
         (packing.AttentionGroup, "mask", "device = self.query.device", "device = None", MIXES),
     "shared heads under a mask": (packing, "sdpa", "if q.is_cuda:", "if False:", "a mask and shared heads"),
 }  # fmt: skip
+ON_TWO = {
+    "slices compute in fp32":
+        (parallel, "shard", "param_dtype=compute_dtype", "param_dtype=torch.float32", "torch.float32"),
+    "slices on the CPU":
+        (parallel, "shard", 'torch.device("cpu") if offload else device', 'torch.device("cpu")', "cuda|cpu"),
+    "heads are summed on the host":
+        (parallel, "sum_over", "x = x.contiguous()", "x = x.cpu()", "from the device to the host"),
+}  # fmt: skip
 ONLY_TORCH = ("slots are numbered on the CPU", "the mask of keys on the CPU", "the learner's mask on the CPU",
               "shared heads under a mask")  # fmt: skip
 
@@ -638,3 +646,13 @@ def fake_mistake_in_learning(gpu, tmp_path, monkeypatch, mistake):
     fake.plant(monkeypatch, *change)
     with pytest.raises((AssertionError, RuntimeError), match=says):
         check_learning(make_run(tmp_path, SMALL), gpu, monkeypatch)
+
+
+@pytest.mark.parametrize("gpu, mistake", [(PACKAGES[0], m) for m in ON_TWO], indirect=["gpu"])
+def fake_mistake_on_two_ranks(two_gpus, tmp_path, monkeypatch, mistake):
+    *change, says = ON_TWO[mistake]
+    fake.plant(monkeypatch, *change)
+    with pytest.raises((AssertionError, RuntimeError), match=says):
+        run = make_run(tmp_path, SMALL, SPLITS["slices and heads"])
+        check_sampling(run)
+        check_learning(run, two_gpus, monkeypatch)
