@@ -54,6 +54,7 @@ def results(folder, processes):
     """What each rank saw: a list of {name of the case: ...}."""
     errors = [process.communicate(timeout=900)[1] for process in processes]
     assert not any(process.returncode for process in processes), "\n".join(error[-3000:] for error in errors)
+    assert not any("returned a view" in error for error in errors)  # FSDP2 warns of it
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(len(processes))]
 
 
