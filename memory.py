@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from model import Transformer
 from support.gpus import NODE, Card, card_called, parse_gpus
 from support.ranks import all_reduce
 
@@ -109,58 +108,67 @@ class Parameters(NamedTuple):
 
 def count_parameters(model_config, sampler_ranks=1):
     """Parameters of the model, or of what one of `sampler_ranks` ranks samples with."""
-    n = sampler_ranks
-    part = dataclasses.replace(
-        model_config,
-        layers=1,
-        heads=model_config.heads // n,
-        kv_heads=model_config.kv_heads // n,
-        intermediate_size=model_config.intermediate_size // n,
-    )
-    with torch.device("meta"):
-        model = Transformer(part)
-    block = sum(p.numel() for p in model.layers[0].parameters())
-    total = sum(p.numel() for p in model.parameters()) + (model_config.layers - 1) * block
-    return Parameters(block, model.lm_head.weight.numel(), total)
+    c, n = model_config, sampler_ranks
+    width, heads, inner = c.hidden_size, c.heads // n * c.head_dim, c.intermediate_size // n
+    qkv = heads + 2 * (c.kv_heads // n) * c.head_dim
+    block = width * (qkv + heads + 3 * inner) + 2 * width  # and the two norms
+    block += c.qkv_bias * qkv + c.o_bias * width + c.mlp_bias * (2 * inner + width)
+    block += c.qk_norm * 2 * c.head_dim
+    vocabulary = c.vocab_size * width
+    matrices = 1 if c.tie_word_embeddings else 2
+    return Parameters(block, vocabulary, c.layers * block + matrices * vocabulary + width)
 
 
-def memory_parts(c, model_config, split, cuda):
-    """{part: bytes of it on each rank}, without activations and rows; "host" is what offload moves there."""
-    whole, half = count_parameters(model_config), 2 if cuda else 4
+def memory_parts(c, model_config, split, cuda, tokens):
+    """{part: bytes of it on each rank} with micro-batches of `tokens`; "host" is what offload moves there."""
+    half, total = 2 if cuda else 4, count_parameters(model_config).total
     sampler = half * count_parameters(model_config, split.sampler_ranks).total
     if c.eval_only:
         return {"sampler": sampler}
-    parts = {"state": 16 * whole.total // split.shard}
-    parts["reference"] = half * whole.total // split.shard if c.kl > 0 else 0
+    parts = {"state": 16 * total // split.shard}
+    if c.kl > 0:
+        parts["reference"] = half * total // split.shard
     if split.offload and cuda:
         parts = {"host": sum(parts.values())}
-    if cuda or split.in_slices or split.sampler_ranks > 1:
+    if cuda or split != Split():
         parts["sampler"] = sampler
-    parts["gathered"] = gathered_bytes(whole, half) if split.in_slices else 4 * whole.vocabulary
-    return {name: size for name, size in parts.items() if size}
+    return parts | learning_bytes(model_config, split, c.checkpointing, cuda, tokens)
 
 
-def gathered_bytes(whole, half):
-    """Bytes that a sharded model makes whole for a moment."""
-    return (3 * half + 4) * whole.vocabulary + 2 * half * whole.block
+def learning_bytes(model_config, split, checkpointing, cuda, tokens):
+    """{"gathered", "activations"}: the peak of a forward and backward pass.
+
+    Autograd keeps about 4 MLP widths and 10 widths of each layer, or with checkpointing one width, and about
+    half as much again of the layer at work. With autocast the residual stream is fp32.
+
+    A sharded model has a peak at the head (and embedding), whose weight and gradient are whole, the gradient
+    in fp32 too; and one at each layer, where these wait in half precision, and the weights and gradients of
+    two layers are whole. Fitted to a simulation of `fully_shard` (tests/test_plan.py).
+    """
+    half, sharded = 2 if cuda else 4, split.in_slices
+    width, inner = model_config.hidden_size, model_config.intermediate_size
+    norms = 5 * width if model_config.qk_norm else 0
+    layer = half * tokens * (6 * inner + 14 * width + norms)
+    kept = half * tokens * (4 * inner + 10 * width + norms)
+    if checkpointing:
+        kept = (half if sharded else 4) * tokens * width
+    activations = (model_config.layers - 1) * kept + layer
+    block, vocabulary, _ = count_parameters(model_config)
+    if not sharded:
+        return {"gathered": 4 * vocabulary, "activations": activations}  # the head's gradient
+    matrices = 1 if model_config.tie_word_embeddings else 2
+    at_head = (matrices + 1) * half * vocabulary + 4 * vocabulary
+    at_layer = (matrices + 1) * half * vocabulary + 4 * half * block
+    if split.offload:  # fp32 slices on their way from the host and back
+        at_head += 4 * vocabulary // split.shard
+        at_layer += 8 * block // split.shard
+    return {"gathered": max(at_layer, at_head - layer), "activations": activations}
 
 
 def kv_bytes(model_config, cuda, sampler_ranks=1):
     """Bytes of the keys and values of a token, on each of the ranks of a sampler."""
     kv_heads = model_config.kv_heads // sampler_ranks
     return 2 * model_config.layers * kv_heads * model_config.head_dim * (2 if cuda else 4)
-
-
-def activation_bytes(model_config, checkpointing, split, cuda):
-    """Bytes that learning holds per token.
-
-    Each layer keeps about 16 widths and 5 MLP widths; with checkpointing one width, and all of one layer.
-    """
-    half = 2 if cuda and split.in_slices else 4
-    layer = half * (16 * model_config.hidden_size + 5 * model_config.intermediate_size)
-    if checkpointing:
-        return model_config.layers * half * model_config.hidden_size + layer
-    return model_config.layers * layer
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -188,31 +196,32 @@ class Layout(NamedTuple):
 
 def lay_out(c, model_config, machine, split, longest):
     """The Layout of a split. longest: tokens of the longest prompt and response."""
-    parts = memory_parts(c, model_config, split, machine.cuda)
+    cuda = machine.cuda
+    tokens = micro_batch_tokens(c, model_config, machine, split, longest)
+    parts = memory_parts(c, model_config, split, cuda, max(tokens, longest))  # at least one row
     host = machine.per_node * parts.pop("host", 0)
-    left, tokens = machine.memory - sum(parts.values()), longest
-    if not c.eval_only:
-        each = activation_bytes(model_config, c.checkpointing, split, machine.cuda)
-        room = left // 4 if machine.cuda else min(left // 4, 10**9)  # a GB keeps a CPU busy
-        affordable = min(LARGEST_MICRO_BATCH[machine.cuda], room // each)
-        tokens = max(longest, c.micro_batch_tokens or affordable)  # at least one row
-        parts["activations"] = tokens * each
-        left -= parts["activations"]
-    if not machine.cuda:
+    left = machine.memory - sum(parts.values())
+    if not cuda:
         left //= 2  # other programs use this memory too
-    row = longest * kv_bytes(model_config, machine.cuda, split.sampler_ranks) + 4 * model_config.vocab_size
+    row = longest * kv_bytes(model_config, cuda, split.sampler_ranks) + 4 * model_config.vocab_size
     rows = c.rollout_tokens // longest if c.rollout_tokens else max(0, left // row)
     needed = row * (min(FEWEST_ROWS, rows) if c.rollout_tokens else FEWEST_ROWS)
-    return Layout(
-        split,
-        parts,
-        host,
-        row,
-        rows,
-        rollout_tokens=c.rollout_tokens or rows * longest,
-        micro_batch_tokens=c.micro_batch_tokens or tokens,
-        missing=max(0, needed - left),
-    )
+    rollout_tokens, missing = c.rollout_tokens or rows * longest, max(0, needed - left)
+    return Layout(split, parts, host, row, rows, rollout_tokens, tokens, missing)
+
+
+def micro_batch_tokens(c, model_config, machine, split, longest):
+    """--micro-batch-tokens, or what takes a quarter of the memory that is left; a GB keeps a CPU busy."""
+    if c.micro_batch_tokens or c.eval_only:
+        return c.micro_batch_tokens or longest
+
+    def left(tokens):
+        parts = memory_parts(c, model_config, split, machine.cuda, tokens)
+        return machine.memory - sum(size for part, size in parts.items() if part != "host")
+
+    room = left(0) // 4 if machine.cuda else min(left(0) // 4, 10**9)
+    each = (left(0) - left(10**6)) // 10**6  # bytes
+    return max(longest, min(LARGEST_MICRO_BATCH[machine.cuda], room // each))
 
 
 def splits(c, model_config, machine):
@@ -304,15 +313,20 @@ def refusal(*where):
     """
     c, model_config, machine, longest, _ = where
     tried = [lay_out(c, model_config, machine, split, longest) for split in splits(c, model_config, machine)]
-    nearest = min(tried, key=lambda layout: layout.missing)
-    flags = other_flags(*where)
-    would = [flags] if flags else filter(None, [more_gpus(*where), more_host_memory(*where)])
+    short = [layout for layout in tried if layout.missing]
+    flags, host = other_flags(*where), more_host_memory(*where)
+    would = [flags] if flags else [change for change in (more_gpus(*where), host) if change]
+    if c.offload and host:
+        reason, would = f"it needs {host}", [change for change in would if change != host]
+    else:
+        nearest = min(short, key=lambda layout: layout.missing)
+        reason = (
+            f"each rank needs {sum(nearest.parts.values()) / 1e9:.1f} GB ({listed(nearest.parts)}) and "
+            f"{FEWEST_ROWS * nearest.row / 1e9:.2f} GB to sample eight rows, "
+            f"and has {machine.memory / 1e9:.1f} GB"
+        )
     would = " or ".join(would) or shorter_responses(*where)
-    return (
-        f"{c.model} does not fit: each rank needs {sum(nearest.parts.values()) / 1e9:.1f} GB "
-        f"({listed(nearest.parts)}) and {FEWEST_ROWS * nearest.row / 1e9:.2f} GB to sample eight rows, "
-        f"and has {machine.memory / 1e9:.1f} GB" + (f"; it would fit with {would}" if would else "")
-    )
+    return f"{c.model} does not fit: {reason}" + (f"; it would fit with {would}" if would else "")
 
 
 def listed(parts):
@@ -367,8 +381,7 @@ def more_host_memory(c, model_config, machine, longest, _):
     if not hosts:
         return None
     return (
-        f"--offload, which needs {min(hosts) / 1e9:.0f} GB of host memory on each node "
-        f"(there are {machine.host / 1e9:.0f})"
+        f"{min(hosts) / 1e9:.0f} GB of host memory on each node for --offload, not {machine.host / 1e9:.0f}"
     )
 
 

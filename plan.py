@@ -1,4 +1,4 @@
-"""What a run is going to do and to hold: steps, updates, responses, bytes by part; refused if it cannot fit.
+"""What a run is going to do: steps, updates, responses, the least hours it takes, and what it prints of that.
 
 All of it is arithmetic on the settings and on config.json: no weight has been read when the plan is printed.
 """
@@ -9,7 +9,7 @@ import resource
 
 import torch
 
-from memory import count_parameters, listed
+from memory import count_parameters, kv_bytes, listed, split_flags
 from support.config import LOWER_TEMPERATURES, differences
 from support.ranks import print0
 
@@ -47,7 +47,49 @@ def planned_responses(c, question_count, eval_question_count):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# bytes
+# time
+
+
+def least_hours(c, model_config, machine, layout, prompt_tokens, responses):
+    """{"sampling", "evaluation", "learning"}: hours by a roofline (Williams et al. 2009), or None for a CPU.
+
+    What the vendor's peaks allow at best, if every response has --max-new-tokens. Decoding a token reads the
+    sampler's weights and the keys and values of its rows, and computes 2 operations a weight and row;
+    learning computes 6 a weight and token, 2 more with checkpointing and 2 for the reference. Exchange
+    between ranks, voting and loading are left out. responses: as `planned_responses` counts them.
+    """
+    card = machine.card
+    if card is None or not card.flops:
+        return None
+    context = prompt_tokens + c.max_new_tokens / 2  # on average
+    rate = decoded_tokens_per_s(c, model_config, machine, layout, context)
+    tokens = {name: count * c.max_new_tokens for name, count in responses.items()}
+    trained = responses["train"] / c.votes * (c.samples * c.max_new_tokens + prompt_tokens)
+    passes = 3 + bool(c.checkpointing) + (c.kl > 0)  # a backward pass counts as two forward passes
+    learning = trained * passes * forward_flops(model_config, context) / (card.flops * machine.ranks)
+    seconds = {"sampling": tokens["train"] / rate, "evaluation": tokens["eval"] / rate, "learning": learning}
+    return {name: value / 3600 for name, value in seconds.items()}
+
+
+def decoded_tokens_per_s(c, model_config, machine, layout, context):
+    """Tokens a second that all samplers decode at best, all of their slots filled."""
+    n, card = layout.split.sampler_ranks, machine.card
+    rows = min(layout.rows, math.ceil(c.questions_per_step * c.votes * n / machine.ranks))
+    read = 2 * count_parameters(model_config, n).total + rows * context * kv_bytes(model_config, True, n)
+    computed = rows * forward_flops(model_config, context) / n
+    return rows * machine.ranks / n / max(read / card.bandwidth, computed / card.flops)
+
+
+def forward_flops(model_config, context):
+    """Operations of a forward pass, per token: 2 a weight, and 2 a number of the keys and values it reads."""
+    _, vocabulary, total = count_parameters(model_config)
+    products = total if model_config.tie_word_embeddings else total - vocabulary  # an embedding is looked up
+    attention = 2 * model_config.layers * model_config.heads * model_config.head_dim * context
+    return 2 * (products + attention)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what is printed
 
 
 def peak_memory_gb():
@@ -57,28 +99,81 @@ def peak_memory_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# ----------------------------------------------------------------------------------------------------------
-# what is printed
-
-
 def print_plan(run, model_config, machine, layout, given, shown_prompt):
     """What is going to happen, on rank 0."""
-    c, questions, parts = run.config, len(run.train_set), layout.parts
-    count, place = count_parameters(model_config).total, "cuda" if machine.cuda else "cpu"
+    c, questions = run.config, len(run.train_set)
     responses = planned_responses(c, questions, len(run.eval_set))
     share = responses["eval"] / sum(responses.values())
     steps = c.epochs * steps_per_epoch(c, questions)
+    lengths = [len(prompt) for prompt in run.train_prompts]
+    hours = least_hours(c, model_config, machine, layout, sum(lengths) / questions, responses)
     print0(
-        f"model    {c.model}: {count / 1e6:.1f} M parameters, {sum(parts.values()) / 1e9:.2f} GB per rank "
-        f"({listed(parts)})",
-        f"ranks    {machine.ranks} on {place}, {torch.get_num_threads()} threads each",
+        f"model    {c.model}: {count_parameters(model_config).total / 1e6:,.1f} M parameters",
+        f"ranks    {ranks_line(machine)}",
         f"data     {c.data}: {questions} questions, prompts up to {run.longest - c.max_new_tokens} tokens",
         f"plan     {c.epochs} epochs, {steps} steps of {c.questions_per_step} questions x {c.votes} votes at "
         f"temperature {c.temperature}; {c.samples} are trained on, rewarded by {c.reward}",
         f"sampling {sum(responses.values()):,} responses, {share:.0%} of them for evaluation "
         f"(--eval-every {c.eval_every}, --eval-samples {c.eval_samples})",
         f"prompt   {shown_prompt}",
-        f"memory   sampler up to {run.rollout_tokens:,} tokens, micro-batches {run.micro_batch_tokens:,}",
+        *memory_lines(c, model_config, machine, layout, run.longest),
+        *(time_lines(c, machine, hours, responses) if hours and not c.eval_only else ()),
         *(f"differs  {line}" for line in differences(c, given)),
         f"out      {c.out}",
     )
+
+
+def ranks_line(machine):
+    if not machine.cuda:
+        return f"{machine.ranks} on cpu, {torch.get_num_threads()} threads each"
+    name = f" ({machine.card.name})" if machine.card else ""
+    nodes = machine.ranks // machine.per_node
+    return f"{machine.ranks} on cuda{name}" + (f", {machine.per_node} on each of {nodes} nodes" * (nodes > 1))
+
+
+def memory_lines(c, model_config, machine, layout, longest):
+    """A line for a CPU; for GPUs the split and a table of bytes by part."""
+    parts, used = layout.parts, sum(layout.parts.values())
+    if not machine.cuda:
+        return [
+            f"memory   {used / 1e9:.2f} GB per rank ({listed(parts)}), sampler up to "
+            f"{layout.rollout_tokens:,} tokens, micro-batches {layout.micro_batch_tokens:,}"
+        ]
+    logits = 4 * layout.rows * model_config.vocab_size
+    rows = layout.rows * layout.row - logits
+    notes = {
+        "state": "weights, gradients and two moments in fp32",
+        "reference": "the initial weights in bf16",
+        "sampler": "the weights in bf16",
+        "gathered": "weights and gradients that are whole for a moment",
+        "activations": f"of a micro-batch of {layout.micro_batch_tokens:,} tokens",
+        "rows": f"keys and values of {layout.rows} rows of {longest:,} tokens",
+        "logits": "of those rows in fp32",
+        "free": f"of the {machine.memory / 1e9:.1f} GB that a rank may use",
+    }
+    sizes = {**parts, "rows": rows, "logits": logits, "free": machine.memory - used - rows - logits}
+    table = [f"         {sizes[name] / 1e9:8.2f}  {name:12} {notes[name]}" for name in notes if name in sizes]
+    flags = " ".join(split_flags(layout.split._asdict()).values())
+    return [f"memory   GB on each rank, {flags}", *table, *host_lines(c, machine, layout)]
+
+
+def host_lines(c, machine, layout):
+    """What lies in host memory, if anything does, and why."""
+    if not layout.host:
+        return []
+    there = "" if machine.host is None else f" of {machine.host / 1e9:.0f} that may be used"
+    why = "" if c.offload else "; chosen because nothing else fits, each update is slower"
+    return [f"offload  {layout.host / 1e9:.0f} GB of host memory on each node{there}{why}"]
+
+
+def time_lines(c, machine, hours, responses):
+    """Tokens, and the least hours."""
+    step = c.questions_per_step * c.max_new_tokens / 1e6
+    tokens = sum(responses.values()) * c.max_new_tokens / 1e6
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in hours.items())
+    return [
+        f"tokens   a step samples up to {step * c.votes:.2f} M and trains on {step * c.samples:.2f} M; "
+        f"the run samples up to {tokens:,.0f} M, with evaluation",
+        f"time     at least {sum(hours.values()):.1f} hours ({parts}) for so many, by the vendor's peaks of "
+        f"{machine.card.name}: a bound, not a promise",
+    ]

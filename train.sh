@@ -39,9 +39,6 @@ fi
 if [ "$nproc $nnodes $restarts" = '1 1 0' ]; then
     exec "${ttrl[@]}"
 fi
-# A wrong flag is one sentence here; from inside torchrun it would come with a page about failed processes.
-plan=$("${ttrl[@]}" --dry-run) || exit $?
-case " ${flags[*]-} " in *" --help "* | *" -h "* | *" --dry-run "*) echo "$plan"; exit ;; esac
 # Processes share a machine better than threads do: they meet once an update, threads at every matrix product.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ "$nnodes" = 1 ]; then
@@ -62,6 +59,9 @@ print(s.getsockname()[0])'
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     meet=(--nnodes "$nnodes" --rdzv-backend c10d --rdzv-endpoint "$endpoint" --local-addr "$address")
 fi
+# A wrong flag is one sentence here; from inside torchrun it would come with a page about failed processes.
+plan=$(WORLD_SIZE=$((nnodes * nproc)) LOCAL_WORLD_SIZE=$nproc "${ttrl[@]}" --dry-run) || exit $?
+case " ${flags[*]-} " in *" --help "* | *" -h "* | *" --dry-run "*) echo "$plan"; exit ;; esac
 # `python -m torch.distributed.run`, but the caller's folder is not searched for modules.
 torchrun='import sys; sys.path.pop(0); from torch.distributed.run import main; main()'
 exec "$PYTHON" -c "$torchrun" "${meet[@]}" --max-restarts "$restarts" --nproc-per-node "$nproc" "${ttrl[@]:1}"

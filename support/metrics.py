@@ -39,6 +39,21 @@ def describe(groups):
     }
 
 
+def reward_accuracy(right, agreeing):
+    """The share of responses whose reward by the vote equals their reward by the true answer.
+
+    It may be high under a wrong label, the paper's "lucky hit": a wrong answer that differs from the wrong
+    label gets the 0 that it deserves.
+
+    right: 1 or 0 for each response, its reward by the true answer. agreeing: the indices of the responses in
+    the majority, which the vote rewards with 1, and all others with 0.
+
+    >>> reward_accuracy([0.0, 0.0, 1.0, 0.0], agreeing=[0, 1])  # answers 4 4 7 9, truth 7: only the 9 agrees
+    0.25
+    """
+    return mean((index in agreeing) == bool(r) for index, r in enumerate(right))
+
+
 def is_right(question, answer):
     """Whether an answer equals the true one; None never does."""
     return answer is not None and grading.same_answer(question.answer, answer, question.kind)
@@ -66,7 +81,7 @@ def grade(question, responses, voted):
         right = [float(is_right(question, response.answer)) for response in responses]
         record.update({"right": right, "pass@1": mean(right), "any_right": any(right)})
         record["majority_right"] = is_right(question, label)
-        record["reward_accuracy"] = mean((index in agreeing) == bool(r) for index, r in enumerate(right))
+        record["reward_accuracy"] = reward_accuracy(right, agreeing)
     return record
 
 

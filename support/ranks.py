@@ -46,7 +46,7 @@ def network_interface():
     leads to rank 0; gloo's own choice is the address of the host's name, on Debian 127.0.1.1.
     """
     loopback = socket.if_nameindex()[0][1]
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+    if "RANK" not in os.environ or os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         return loopback
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         # Sends nothing: it looks up the route, and with it the address of this end.

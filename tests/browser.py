@@ -93,6 +93,11 @@ class Page:
         own = [c for c in self.complaints if c[1].get("request", {}).get("url") == address]
         self.complaints = [c for c in self.complaints if c not in own]
 
+    def busy_seconds(self):
+        """How long the page's main thread has worked, in the time domain of Performance.enable."""
+        metrics = self.call("Performance.getMetrics")["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
+
     def evaluate(self, expression):
         """The value of a JavaScript expression on the page."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)

@@ -164,6 +164,26 @@ def test_values_and_gradients(tokens, width, vocabulary, used, dtype, monkeypatc
     assert_close(exact, eager, got)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, width, vocabulary, programs", [
+    (1, 8, 5, 1), (5, 24, 333, 1), (37, 70, 301, 3), (70, 24, 333, 1000),
+])  # fmt: skip
+def test_partial_results_by_the_plain_formula(tokens, width, vocabulary, programs, dtype, monkeypatch):
+    """The pieces of the vocabulary put together in float64: log-probability, entropy, the largest logit."""
+    monkeypatch.setattr(logprob_triton, "programs_wanted", lambda device: programs)
+    hidden, weight, targets, _ = inputs(tokens, width, vocabulary, dtype)
+    pieces = logprob_triton.partials_triton(hidden.to(dtype), weight.to(dtype), targets, 0.7)
+    max_logit, sum_exp, sum_exp_c, target = pieces.double()  # [pieces, T] each
+    logits = hidden @ weight.T
+    assert (max_logit.amax(0) - logits.amax(1)).abs().max() < 1e-5
+    lse = (max_logit / 0.7 + sum_exp.log()).logsumexp(0)
+    scale = (max_logit / 0.7 - lse).exp()  # what a piece's exponentials are worth in all
+    entropy = -(scale * (sum_exp_c + (max_logit / 0.7 - lse) * sum_exp)).sum(0)
+    got = target.sum(0) / 0.7 - lse, entropy
+    for expected, x in zip(plain(hidden, weight, targets, 0.7), got, strict=True):
+        assert (x - expected).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("programs", [1, 1000])
 def test_however_the_vocabulary_is_split(programs, monkeypatch):
     monkeypatch.setattr(logprob_triton, "programs_wanted", lambda device: programs)

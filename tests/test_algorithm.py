@@ -170,9 +170,49 @@ def test_loss_is_a_sum_over_tokens_by_the_global_count():
 
 def test_masked_tokens_have_no_gradient_even_if_not_finite():
     logprob = torch.tensor([[0.1, float("-inf")]], requires_grad=True)
-    loss, _ = ttrl.grpo_loss(logprob, torch.zeros(1, 2), torch.ones(1, 1), torch.tensor([[True, False]]))
+    loss, sums = ttrl.grpo_loss(logprob, torch.zeros(1, 2), torch.ones(1, 1), torch.tensor([[True, False]]))
     loss.backward()
     assert logprob.grad[0, 1] == 0 and logprob.grad.isfinite().all()
+    assert all(value.isfinite() for value in sums.values())
+
+
+def test_the_gradient_of_the_loss_equals_finite_differences():
+    """In float64, away from the corners of the clips: tokens clipped and not, masked ones, a KL."""
+    generator = torch.Generator().manual_seed(0)
+    logprob, old, ref = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
+    advantage = torch.tensor([[1.0], [-1.0], [0.5], [-2.0]], dtype=torch.float64)
+    mask = torch.rand(4, 5, generator=generator) < 0.7
+    logprob.requires_grad_()
+
+    def loss(x):
+        return ttrl.grpo_loss(x, old, advantage, mask, ref_logprob=ref, kl=0.3)[0]
+
+    assert torch.autograd.gradcheck(loss, logprob)
+    (gradient,) = torch.autograd.grad(loss(logprob), logprob)
+    assert gradient[~mask].eq(0).all() and gradient.ne(0).sum() > 5
+
+
+# ----------------------------------------------------------------------------------------------------------
+# how right the rewards of a vote are
+
+
+@pytest.mark.parametrize(
+    "answers, truth, expected",
+    [
+        ("4 4 4 7 7 9 none 5", "7", 3 / 8),  # of 8 rewards the 9, the 5 and the one without an answer agree
+        ("4 4 4 7 7 9 none 5", "4", 1),  # the label is right, so every reward is
+        ("4 4 4 7 7 9 none 5", "8", 5 / 8),  # nobody is right: all but the majority agree
+        ("1 2 3 4 5 6 6 7", "7", 5 / 8),  # "lucky hit": the label is wrong and most rewards are right
+        ("3 3 3 3", "5", 0),
+        ("none none", "5", 1),  # no label and nobody right: no reward, as it should be
+    ],
+)
+def test_reward_accuracy_by_hand(answers, truth, expected):
+    answers = [None if answer == "none" else answer for answer in answers.split()]
+    spellings = [answer for answer in dict.fromkeys(answers) if answer is not None]
+    label = max(spellings, key=answers.count, default=None)  # a vote by spelling, ties to the first
+    agreeing = [i for i, answer in enumerate(answers) if answer is not None and answer == label]
+    assert metrics.reward_accuracy([float(answer == truth) for answer in answers], agreeing) == expected
 
 
 # ----------------------------------------------------------------------------------------------------------

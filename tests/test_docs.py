@@ -32,7 +32,15 @@ RUN_FILES = {
     "checkpoint",
     "model",
 }
-OTHER_FLAGS = {"--nproc", "--nproc-per-node", "--local-addr", "--help", "--no-build-isolation", "--cases"}
+TRAIN_FLAGS = {"--nproc", "--nnodes", "--rdzv-endpoint", "--local-addr", "--max-restarts"}
+OTHER_FLAGS = {
+    "--no-offload",
+    "--nproc-per-node",
+    "--rdzv-backend",
+    "--help",
+    "--no-build-isolation",
+    "--cases",
+} | TRAIN_FLAGS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -60,8 +68,8 @@ def test_the_flags_of_every_command_are_right(command):
     words = shlex.split(command)
     names = [index for index, word in enumerate(words) if word.endswith(("ttrl.py", "train.sh"))]
     flags = [word for word in words[names[0] + 1 :] if word not in ("MODEL",)]
-    if "--nproc" in flags:
-        del flags[flags.index("--nproc") : flags.index("--nproc") + 2]
+    for name in TRAIN_FLAGS.intersection(flags):
+        del flags[flags.index(name) : flags.index(name) + 2]
     configure(parse(flags, ttrl.REWARDS))
 
 

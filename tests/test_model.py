@@ -88,6 +88,30 @@ def test_cached_decode_equals_transformers_long(config, lengths, forced, seed):
     check_decode(config, lengths, forced, seed)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 4])
+def test_decode_of_a_row_does_not_depend_on_the_batch(window):
+    """Batch of 1 = batch of 64: given tokens, no sampling, rows of many lengths, slots used before."""
+    model, _ = both(FIXED | ({"model_type": "mistral", "sliding_window": window} if window else {}))
+    lengths, tokens = torch.arange(64) % 9 + 1, draw_tokens(FIXED, (64, 14))
+    prompts = prefill(model, [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)])
+
+    def decoded(rows):
+        cache = KVCache(model, slots=len(rows), capacity=16)
+        cache.k.fill_(7), cache.v.fill_(7)  # what another row left there, which nobody may see
+        for slot, row in enumerate(rows):
+            cache.insert(slot, prompts[row].k, prompts[row].v)
+        steps = [lengths[rows] + step for step in range(4)]
+        return [
+            decode(model, cache, tokens[rows, place], place, context=int(place.max()) + 1) for place in steps
+        ]
+
+    together = torch.stack(decoded(list(range(64))), 1)  # [64, steps, V]
+    for row in range(64):
+        alone = torch.stack(decoded([row]), 1)
+        assert (together[row] - alone[0]).abs().max() < 1e-4, row
+
+
 # ------------------------------------------------------------------------------------------------------------
 # can these tests fail? planted mistakes
 

@@ -1,5 +1,7 @@
 """Packed rows: forward and gradients against transformers, row by row; attention against its plain form."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from parity import FIXED, NOTICED, TOLERANCE, both, configs, draw_tokens, examples
 
 import model
+from engine import KVCache
 from kernels import attention
 from kernels.attention import flash_available
 from packing import AttentionGroup, pack_responses
@@ -66,6 +69,28 @@ def test_packed_attention_equals_each_row_alone(window):
         strict=True,
     ):
         assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_cached_attention_equals_each_row_alone(window):
+    """Three rows at different places, token after token through the cache of two layers, as decoding does."""
+    windows = (None, window)
+    config = SimpleNamespace(windows=windows, head_dim=8, kv_heads=2, layers=2)
+    weight = torch.zeros(1)
+    cache = KVCache(SimpleNamespace(config=config, embed_tokens=SimpleNamespace(weight=weight)), 4, 12)
+    cache.k.fill_(3), cache.v.fill_(9)  # what other rows left behind
+    q, k, v = (torch.randn(2, 3, 10, heads, 8) for heads in (4, 2, 2))  # [L, B, T, heads, E]
+    filled = torch.tensor([1, 6, 3])
+    for row, length in enumerate(filled):
+        cache.insert(row, *(x[:, row, :length].transpose(1, 2) for x in (k, v)))
+    at = torch.arange(3)
+    for position in (filled, filled + 1, filled + 2):
+        cache.open_step(position, context=int(position.max()) + 1)
+        for layer in (0, 1):
+            got = cache.attend_cached(layer, *(x[layer, at, position] for x in (q, k, v)))
+            for row, place in enumerate(position):
+                alone = (x[layer, row, : place + 1] for x in (q, k, v))
+                assert torch.allclose(got[row], plain_attention(*alone, windows[layer])[-1], atol=1e-5)
 
 
 def test_the_example_of_the_docstring():

@@ -147,7 +147,7 @@ def test_the_bars_without_a_true_answer_a_label_or_votes():
 def test_more_votes_than_bars_are_thinned_and_the_rest_is_one_class():
     lines = [vote_line(step, "q", {str(n): 9 - n for n in range(9)}) for step in range(1000)]
     small, _, _ = drawing.votes("v", lines, "0", "math", 1000)
-    assert set(re.findall('class="(.)"', small)) == set("tabco") and "H100" in small
+    assert set(re.findall('class="(.)"', small)) == set("tabco") and 'H100"' in small
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,7 @@ def test_warnings_of_updates_and_of_accuracy():
         (r"4 and 44, so \boxed{4}. 4?", "4", r"4 and 44, so \boxed{<mark>4</mark>}. 4?"),
         ("4, so the answer is 44, not 144", "44", "4, so the answer is <mark>44</mark>, not 144"),
         ("<4>", "<4>", "<mark>&lt;4&gt;</mark>"),
+        ("4? 4? Yes, 4!", "4", "4? 4? Yes, <mark>4</mark>!"),
         ("nothing", None, "nothing"),
         ("one half", "1/2", "one half"),
     ],
@@ -394,15 +395,15 @@ def test_it_reads_without_a_script_on_a_phone_in_the_dark_and_on_paper(shown, tm
 
 @needs_browser
 def test_a_large_page_opens_and_sorts_at_once(large):
+    """Seconds of the page's own thread, which other jobs on the machine do not prolong."""
     with browser.opened() as tab:
-        began = time.perf_counter()
+        tab.call("Performance.enable", timeDomain="threadTicks")
         tab.open(large)
-        opened = time.perf_counter() - began
-        began = time.perf_counter()
+        tab.evaluate("document.body.offsetHeight")
+        opened = tab.busy_seconds()
         tab.click("#ledger th:nth-child(2) button")
         tab.evaluate("document.body.offsetHeight")
-        print(f"\nopened in {opened:.1f} s, sorted in {time.perf_counter() - began:.1f} s")
-        assert (
-            tab.complaints == [] and tab.evaluate("document.querySelectorAll('#ledger tbody').length") == 500
-        )
-        assert opened < 15  # about 2 on two busy cores
+        print(f"\nopened in {opened:.2f} s, sorted in {tab.busy_seconds() - opened:.2f} s")
+        assert tab.complaints == []
+        assert tab.evaluate("document.querySelectorAll('#ledger tbody').length") == 500
+        assert tab.busy_seconds() < 5

@@ -3,20 +3,27 @@
 import dataclasses
 import gc
 import json
+import re
+import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, program
+from fake_memory import made_up_rollout, peak_of_learning
 from torch.profiler import ProfilerActivity, profile
 
 import memory
 import plan
 import ttrl
-from model import ModelConfig
+from model import ModelConfig, Transformer
 from run import open_run
 from support import config, ranks
+
+sys.path.append(str(ROOT / "docs"))
+import models
 
 
 def test_the_plan_counts_the_responses_of_evaluation():
@@ -25,29 +32,244 @@ def test_the_plan_counts_the_responses_of_evaluation():
     assert plan.planned_responses(c, 500, 500) == {"train": 10 * 500 * 64, "eval": 81 * 500 * 16 + 2 * 500}
 
 
-def test_a_model_that_does_not_fit_is_refused_with_the_bytes(tmp_path):
-    """7B parameters on 80 GB: 16 bytes each and 4 for the reference do not fit, the 4 of evaluation do."""
-    widths = {
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "max_position_embeddings": 4096,
-    }
-    shape = {
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": False,
-    }
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **widths, **shape}))
-    c = config.configure({"model": "Qwen2.5-Math-7B", "device": "cpu"})
+# ----------------------------------------------------------------------------------------------------------
+# bytes by part
+
+MODELS = {"1.5B": "Qwen2.5-Math-1.5B", "3B": "Llama-3.2-3B-Instruct", "7B": "Qwen2.5-Math-7B",
+          "8B": "Llama-3.1-8B-Instruct", "Qwen3": "Qwen3-8B", "12B": "Mistral-Nemo-Instruct-2407",
+          "32B": "Qwen2.5-32B"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model, gpus, split, state, sampler, reference, total, host",
+    [
+        ("1.5B", "8x80", (1, 1, False), 24.7, 3.1, 3.1, 33.6, 0),
+        ("1.5B", "1x24", (1, 1, True), 0, 3.1, 0, 6.2, 28),
+        ("1.5B", "2x24", (2, 1, False), 12.3, 3.1, 1.5, 19.4, 0),
+        ("3B", "1x80", (1, 1, False), 51.4, 6.4, 6.4, 68.3, 0),
+        ("7B", "8x80", (8, 1, False), 15.2, 15.2, 1.9, 39.8, 0),
+        ("7B", "4x80", (4, 1, False), 30.5, 15.2, 3.8, 56.9, 0),
+        ("7B", "1x80", (1, 1, True), 0, 15.2, 0, 24.3, 137),
+        ("8B", "8x80", (8, 1, False), 16.1, 16.1, 2.0, 41.4, 0),
+        ("Qwen3", "8x80", (8, 1, False), 16.4, 16.4, 2.0, 42.6, 0),
+        ("12B", "8x80", (8, 1, False), 24.5, 24.5, 3.1, 61.0, 0),
+        ("32B", "8x80", (8, 8, True), 0, 10.9, 0, 24.7, 590),
+        ("32B", "16x80", (16, 8, False), 32.8, 10.9, 4.1, 61.1, 0),
+    ],
+)
+def test_the_bytes_of_the_papers_models(model, gpus, split, state, sampler, reference, total, host):
+    """In GB. By hand: parameters x 16 / shards, x 2 / sampler's ranks, x 2 / shards; the sum to 4 %."""
+    shard, sampler_ranks, offload = split
+    flags = dict(shard=shard, sampler_ranks=sampler_ranks, offload=offload, micro_batch_tokens=4096)
+    layout = models.layout(MODELS[model], gpus, **flags)
+    found = [layout.parts.get(part, 0) / 1e9 for part in ("state", "sampler", "reference")]
+    assert found == pytest.approx([state, sampler, reference], abs=0.051)
+    assert sum(layout.parts.values()) / 1e9 == pytest.approx(total, rel=0.04)
+    assert layout.host / 1e9 == pytest.approx(host, abs=0.5)
+
+
+def test_parameters_are_counted_as_the_model_has_them():
+    """Of one layer times the layers; a sampler's rank has its heads and MLP, and the whole vocabulary."""
+    for name in ("Qwen2.5-Math-1.5B", "Qwen3-8B", "Mistral-Nemo-Instruct-2407"):
+        model_config = models.model_config(name)
+        with torch.device("meta"):
+            whole = Transformer(model_config)
+        assert memory.count_parameters(model_config).total == sum(p.numel() for p in whole.parameters())
+    block, vocabulary, total = memory.count_parameters(models.model_config("Qwen2.5-32B"))
+    of_a_rank = memory.count_parameters(models.model_config("Qwen2.5-32B"), 8)
+    assert of_a_rank.vocabulary == vocabulary and of_a_rank.block == pytest.approx(block / 8, rel=1e-3)
+    assert of_a_rank.total == pytest.approx((total - 2 * vocabulary) / 8 + 2 * vocabulary, rel=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_the_memory_of_learning_is_that_of_a_simulation(ranks):
+    """Qwen2.5-Math-1.5B with two of its layers, 4,252 tokens: DDP and eight shards, each to 10 %."""
+    model_config = models.model_config("Qwen2.5-Math-1.5B")
+    model_config = dataclasses.replace(model_config, layers=2, windows=(None, None))
+    simulated = peak_of_learning(model_config, made_up_rollout(256, 4, 1000), ranks)
+    planned = memory.learning_bytes(model_config, memory.Split(ranks), True, True, 256 + 4 * 999)
+    assert sum(planned.values()) == pytest.approx(simulated, rel=0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what is chosen
+
+
+@pytest.mark.parametrize(
+    "model, gpus, split",
+    [
+        ("1.5B", "1x24", (1, 1, True)),
+        ("1.5B", "1x80", (1, 1, False)),
+        ("1.5B", "8x80", (1, 1, False)),
+        ("1.5B", "4x4090", (4, 1, False)),
+        ("3B", "1x80", (1, 1, False)),
+        ("7B", "1x80", (1, 1, True)),
+        ("7B", "8x80", (4, 1, False)),
+        ("7B", "16x80", (4, 1, False)),
+        ("8B", "8xA100", (8, 1, False)),
+        ("Qwen3", "8xH100", (8, 1, False)),
+        ("12B", "8x80", (8, 4, False)),
+        ("32B", "8x80", (8, 4, True)),
+        ("32B", "16x80", (16, 8, False)),
+        ("32B", "8xH200", (8, 8, False)),
+    ],
+)
+def test_the_smallest_split_with_room_for_rows_is_chosen(model, gpus, split):
+    assert models.layout(MODELS[model], gpus).split == split
+
+
+def test_flags_decide_what_they_name():
+    assert models.layout(MODELS["1.5B"], "8x80", shard=8).split == (8, 1, False)
+    assert models.layout(MODELS["1.5B"], "8x80", sampler_ranks=2).split == (1, 2, False)
+    assert models.layout(MODELS["7B"], "8x80", offload=True).split == (8, 1, True)
+    layout = models.layout(MODELS["1.5B"], "8x80", rollout_tokens=9 * 4096, micro_batch_tokens=5000)
+    assert (layout.rollout_tokens, layout.rows, layout.micro_batch_tokens) == (9 * 4096, 9, 5000)
+
+
+def test_evaluation_holds_the_sampler_alone():
+    layout = models.layout(MODELS["32B"], "8x80", eval_only=True)
+    assert layout.split == (1, 2, False) and layout.parts.keys() == {"sampler"}
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ({"shard": 3}, r"--shard 3: must divide the number of ranks, 8$"),
+        ({"sampler_ranks": 3}, r"--sampler-ranks 3: must divide the ranks of a node, 8$"),
+        ({"sampler_ranks": 8}, r"--sampler-ranks 8: must divide the key/value heads and the MLP width"),
+        ({"rollout_tokens": 100}, r"--rollout-tokens 100: must be at least 4096, the tokens of the longest"),
+        ({"shard": 1, "offload": False}, r"state 121\.85, .* has 75\.8 GB; it would fit with --shard 4$"),
+        ({"shard": 1, "sampler_ranks": 1, "offload": False}, r"it would fit with --shard 4$"),
+        ({"checkpointing": False, "micro_batch_tokens": 40000}, r"it would fit with --checkpointing$"),
+        (
+            {"gpus": "8x12"},
+            r"needs 1\d\.\d GB \(sampler .* to sample eight rows, and has 11\.4 GB$",
+        ),
+    ],
+)
+def test_a_split_that_cannot_work_is_a_sentence(flags, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        models.layout(MODELS["7B"], **{"gpus": "8x80", **flags})
+
+
+@pytest.mark.parametrize(
+    "gpus, sentence",
+    [
+        ("8", "must be a number of GPUs, x, and the GB of each or H100, A100, H200, 4090: 8x80"),
+        ("0x80", "must be a number of GPUs, x, and"),
+        ("8xTPU", "must be a number of GPUs, x, and"),
+        ("12x80", "more than 8 are planned as nodes of 8"),
+    ],
+)
+def test_gpus_that_cannot_be_planned_for(gpus, sentence):
+    with pytest.raises(ValueError, match=f"--gpus {gpus}: {sentence}"):
+        config.configure({"gpus": gpus, "dry_run": True})
+
+
+def test_gpus_go_with_a_dry_run():
+    with pytest.raises(ValueError, match=r"--gpus 8x80: .* so --dry-run goes with it"):
+        config.configure({"gpus": "8x80"})
+
+
+def on(c, machine, model="7B", longest=4096):
+    return memory.choose_layout(c, models.model_config(MODELS[model]), machine, longest, 512)
+
+
+def test_host_memory_that_is_too_small_is_said():
+    """7B on one GPU of 80 GB with 120 GB of host memory; 32B on eight, where --offload is given."""
+    c = config.configure({"model": "7B", "data": "aime", "gpus": "1x80", "dry_run": True})
+    machine = memory.find_machine(c, None)._replace(host=120 * 10**9)
+    advice = r"with 2 GPUs more or 137 GB of host memory on each node for --offload, not 120$"
+    with pytest.raises(ValueError, match=r"state 121\.85, .*" + advice):
+        on(c, machine)
+    assert on(c, machine._replace(host=140 * 10**9)).split.offload
+    c = config.configure({"model": "32B", "data": "aime", "gpus": "8x80", "dry_run": True, "offload": True})
+    machine = memory.find_machine(c, None)._replace(host=500 * 10**9)
+    advice = r"590 GB of host memory on each node for --offload, not 500; it would fit with 8 GPUs more$"
+    with pytest.raises(ValueError, match=advice):
+        on(c, machine, "32B")
+
+
+def test_a_shorter_response_is_the_last_advice():
+    c = config.configure({"model": "1.5B", "data": "aime", "device": "cpu", "max_new_tokens": 30000})
+    machine = memory.Machine(1, 1, memory=50 * 10**9, host=50 * 10**9, cuda=False)
+    with pytest.raises(ValueError, match=r"it would fit with --max-new-tokens (\d+)$") as refused:
+        on(c, machine, "1.5B", 31024)
+    tokens = int(str(refused.value).split()[-1])
+    assert on(dataclasses.replace(c, max_new_tokens=tokens), machine, "1.5B", tokens + 1024)
+
+
+def test_a_model_that_does_not_fit_a_cpu_is_refused_with_the_bytes():
+    """7B parameters on 72 GB: 16 bytes each and 4 for the reference do not fit, the 4 of evaluation do."""
+    c = config.configure({"model": "Qwen2.5-Math-7B", "data": "aime", "device": "cpu"})
     machine = memory.Machine(1, 1, memory=72 * 10**9, host=72 * 10**9, cuda=False)
-    options = (ModelConfig.from_pretrained(tmp_path), machine, 4096, 512)
-    needs = r"224\.3 GB \(state 121\.85, reference 30\.46, gathered 2\.18, activations 69\.76\) .* 72\.0 GB"
+    needs = r"needs \d+\.\d GB \(state 121\.85, reference 30\.46, gathered 2\.18, .* and has 72\.0 GB"
     with pytest.raises(ValueError, match=needs):
-        memory.choose_layout(c, *options)
-    layout = memory.choose_layout(dataclasses.replace(c, eval_only=True), *options)
+        on(c, machine)
+    layout = on(dataclasses.replace(c, eval_only=True), machine)
     assert 32 * 4096 < layout.rollout_tokens < 64 * 4096
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what is printed
+
+
+def test_the_least_hours_by_hand():
+    """1.5B on one H100, 8 x 64 rows of 100 + 1,000 tokens at once, no KL.
+
+    A decoding step reads 3.087 GB of weights and 512 x 600 x 28,672 bytes of keys and values: 11.90 GB at
+    3.35 TB/s, 3.55 ms for 512 tokens. Learning: 1.54 G weights and 600 x 28 x 2 x 1,536 of attention, 2
+    operations each, four passes with checkpointing.
+    """
+    flags = dict(model="1.5B", data="aime", gpus="1xH100", dry_run=True, max_new_tokens=1000, kl=0.0)
+    c, model_config = config.configure(flags), models.model_config(MODELS["1.5B"])
+    machine = memory.find_machine(c, None)
+    layout = memory.choose_layout(c, model_config, machine, 1100, 512)
+    hours = plan.least_hours(c, model_config, machine, layout, 100, {"train": 5120, "eval": 512})
+    assert hours["sampling"] == pytest.approx(5120 * 1000 / 512 * 0.00355 / 3600, rel=0.01)
+    assert hours["evaluation"] == pytest.approx(hours["sampling"] / 10)
+    operations = 2 * (1.5437e9 + 600 * 28 * 2 * 1536) * 4
+    assert hours["learning"] == pytest.approx(80 * 32100 * operations / 989e12 / 3600, rel=0.01)
+
+
+def test_a_plan_for_gpus_that_are_not_here(tmp_path, few_questions):
+    """The real program, on config.json and a tokenizer alone."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ROOT / "tiny" / "model" / file, tmp_path / file)
+    raw = {**models.SHAPES["Qwen2.5-Math-7B"], "rms_norm_eps": 1e-6, "eos_token_id": 330}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    flags = ["--dry-run", "--model", tmp_path, "--data", few_questions]
+    printed = program(*flags, "--gpus", "8xH100").stdout
+    assert "8 on cuda (H100)" in printed and "--shard 4 --sampler-ranks 1 --no-offload" in printed
+    table = re.findall(r"^ +(\d+\.\d\d)  (\w+) ", printed, re.MULTILINE)
+    assert ("30.46", "state") in table and ("15.23", "sampler") in table
+    assert sum(float(size) for size, _ in table) == pytest.approx(75.8, abs=0.1)
+    assert re.search(
+        r"time +at least \d+\.\d hours .* vendor's peaks of H100: a bound, not a promise", printed
+    )
+    printed = program(*flags, "--gpus", "1x80").stdout
+    assert "137 GB of host memory on each node; chosen because nothing else fits" in printed
+    refused = program(*flags, "--gpus", "1x80", "--no-offload", code=2).stderr
+    assert refused.count("\n") == 1 and refused.endswith("it would fit with --offload\n")
+
+
+def test_a_plan_for_more_ranks_than_there_are(few_questions, monkeypatch):
+    """As train.sh makes it, before it starts torchrun."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    printed = program("--dry-run", "--data", few_questions, "--shard", "2").stdout
+    assert re.search(r"^ranks +4 on cpu", printed, re.MULTILINE)
+    refused = program("--dry-run", "--data", few_questions, "--shard", "3", code=2).stderr
+    assert refused == "ttrl.py: --shard 3: must divide the number of ranks, 4\n"
+
+
+def test_the_table_of_models_is_what_the_plan_says():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in models.table() if line not in page] == []
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what a run on the CPU really allocates
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +309,7 @@ def measured(tmp_path_factory, few_questions):
         run.learner = None  # before the group: its end would wait for gloo's thread with the GIL held
         ttrl.dist.destroy_process_group()
     with_model = ModelConfig.from_pretrained(ROOT / "tiny" / "model")
-    return run, memory.memory_parts(c, with_model, memory.Split(), False), sizes, outside
+    return run, memory.memory_parts(c, with_model, memory.Split(), False, 300), sizes, outside
 
 
 def held(profiled):
@@ -121,12 +343,11 @@ def test_the_plan_counts_what_is_held(measured):
     assert sizes["learned"] == pytest.approx(half, rel=0.02)
 
 
-def test_the_plan_bounds_the_peak_of_learning(measured):
-    """Moments, the head's gradient and a micro-batch of activations are bounded, by less than twice."""
-    run, parts, sizes, _ = measured
-    active = memory.activation_bytes(run.policy.config, run.config.checkpointing, memory.Split(), False)
-    planned = parts["state"] / 2 + parts["gathered"] + run.micro_batch_tokens * active
-    assert 0.5 * planned < sizes["peak of learning"] < planned
+def test_the_plan_knows_the_peak_of_learning(measured):
+    """Moments, the head's gradient and a micro-batch of activations, to 10 %."""
+    _, parts, sizes, _ = measured
+    planned = parts["state"] / 2 + parts["gathered"] + parts["activations"]
+    assert sizes["peak of learning"] == pytest.approx(planned, rel=0.1)
 
 
 @pytest.mark.parametrize(

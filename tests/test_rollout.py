@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine import Engine, KVCache
 from kernels.cuda_graph import GraphCache
-from kernels.sampler import sample_inverse_cdf, uniform
+from kernels.sampler import inverse_cdf, sample_inverse_cdf, uniform
 from rollout import Rollout, fill_gaps, generate, row_keys
 
 PROMPTS = [[5, 17, 3, 88, 41], [7, 7, 9], [60, 2, 2, 31, 14, 55, 90, 8], [12]]
@@ -236,6 +236,24 @@ def test_uniform_numbers_are_uniform_and_unrelated():
     ):
         # neighbours in position, question and sample
         assert torch.corrcoef(torch.stack((a, b)))[0, 1].abs() < 0.05
+
+
+def test_a_uniform_number_is_a_function_of_key_and_position():
+    """The same again, whatever else is in the batch, and another one for another key or position."""
+    key, position = torch.tensor([3, -7, 3, 2**62, -(2**63)]), torch.tensor([0, 5, 1, 0, 2**40])
+    u = uniform(key, position)
+    assert u.dtype == torch.float32 and torch.equal(u, uniform(key, position)) and len(set(u.tolist())) == 5
+    alone = [uniform(key[i : i + 1], position[i : i + 1]) for i in range(5)]
+    assert torch.equal(torch.cat(alone), u) and u.min() > 0 and u.max() < 1
+
+
+def test_inverse_cdf_by_hand():
+    """Targets on an edge belong to the next mass; one that was rounded up to the total to the last mass."""
+    mass = torch.tensor([0.0, 0, 1, 0, 2, 0, 0, 0]).repeat(6, 1)
+    index, rest = inverse_cdf(mass, torch.tensor([0.0, 0.5, 1.0, 2.5, 3.0, 3.5]))
+    assert index.tolist() == [2, 2, 4, 4, 4, 4] and rest.tolist() == [0, 0.5, 0, 1.5, 2, 2.5]
+    index, _ = inverse_cdf(torch.tensor([[torch.nan, torch.nan]]), torch.tensor([torch.nan]))
+    assert 0 <= index.item() < 2
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (1.0, 0.8), (0.6, 0.95)])

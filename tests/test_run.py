@@ -17,7 +17,7 @@ from conftest import ROOT, SMALL, command, environment, lines_of, program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import plan
+import memory
 import run
 import ttrl
 from support import questions
@@ -505,7 +505,7 @@ def test_the_plan_comes_before_the_weights(few_questions, tmp_path, monkeypatch,
             endings.append(stopped.code)
         finally:
             torch.distributed.destroy_process_group()
-        monkeypatch.setattr(plan, "physical_memory", lambda: 10**7)  # from the second on nothing fits
+        monkeypatch.setattr(memory, "physical_memory", lambda: 10**7)  # from the second on nothing fits
     printed = capsys.readouterr()
     assert endings == [None, 2, 2] and fetched == []
     assert "plan " in printed.out and printed.err.count("Qwen2.5-Math-1.5B does not fit") == 2

@@ -1,0 +1,58 @@
+"""Print the memory table of docs/models.md: the plan's figures for the paper's models, from docs/models.json.
+
+models.json holds what the config.json of each says of its shape. No weight and no GPU is needed.
+
+    python docs/models.py
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from memory import choose_layout, find_machine, split_flags  # noqa: E402
+from model import ModelConfig  # noqa: E402
+from support.config import configure  # noqa: E402
+
+SHAPES = json.loads((HERE / "models.json").read_text())
+LONGEST = 4096  # tokens: a prompt of 1,024 and a response of 3,072
+COLUMNS = ("state", "reference", "sampler", "gathered", "activations")
+
+
+def model_config(name):
+    """The ModelConfig of a model in models.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps({"rms_norm_eps": 1e-6, **SHAPES[name]}))
+        return ModelConfig.from_pretrained(folder)
+
+
+def layout(name, gpus, **flags):
+    """The plan's Layout for a model on GPUs that are not here, with the paper's settings for AIME 2024."""
+    c = configure({"model": name, "data": "aime", "dry_run": True, "gpus": gpus, **flags})
+    most_rows = max(c.questions_per_step * c.votes, 30 * c.eval_samples)
+    return choose_layout(c, model_config(name), find_machine(c, None), LONGEST, most_rows)
+
+
+def row(name, gpus):
+    """A row of the table: GB of each part on a GPU, rows that are sampled at once, GB of host memory."""
+    plan = layout(name, gpus)
+    flags = " ".join(text for text in split_flags(plan.split._asdict()).values() if text[:4] != "--no")
+    parts = [f"{plan.parts[part] / 1e9:.1f}" if part in plan.parts else "0" for part in COLUMNS]
+    used, host = sum(plan.parts.values()) / 1e9, plan.host / 1e9
+    cells = [f"`{name}`", gpus, f"`{flags}`", *parts, f"{used:.1f}", f"{plan.rows}", f"{host:.0f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def table():
+    """The lines of the table."""
+    head = f"| MODEL | GPUs | the plan's split | {' | '.join(COLUMNS)} | sum | rows | host |"
+    cases = [(name, "8x80") for name in SHAPES] + [("Qwen2.5-32B", "16x80")]
+    cases += [("Qwen2.5-Math-1.5B", "1x24"), ("Qwen2.5-Math-7B", "1x80")]
+    return [head, "|---" * (head.count("|") - 1) + "|", *(row(*case) for case in cases)]
+
+
+if __name__ == "__main__":
+    print(*table(), sep="\n")

@@ -1,0 +1,109 @@
+"""Test-only: the bytes that a forward and backward pass would allocate, without allocating any.
+
+torch's FakeTensorMode runs the real model on tensors without numbers, and `fully_shard` on a process group
+that exchanges nothing. `Held` adds up the storages that are alive after each operation.
+"""
+
+import contextlib
+import gc
+import weakref
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import model as model_module
+from kernels.logprob import TILE
+from model import Transformer
+from rollout import empty_rollout
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations return, as long as these live, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = weakref.WeakSet(), 0
+
+    def now(self):
+        return sum(storage.nbytes() for storage in list(self.storages))
+
+    def count(self, tensor):
+        self.storages.add(getattr(tensor, "_local_tensor", tensor).untyped_storage())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and not x.is_sparse:
+                self.count(x)
+        self.peak = max(self.peak, self.now())
+        return out
+
+
+def made_up_rollout(prompt, responses, length):
+    """`responses` responses of `length` tokens to a prompt of `prompt` tokens."""
+    rows = empty_rollout([[1] * prompt], [(0, sample) for sample in range(responses)], length)
+    for row in range(responses):
+        rows.fill(row, torch.ones(length, dtype=torch.int64), torch.zeros(length), [7])
+    return rows.trim()
+
+
+def peak_of_learning(config, rows, ranks):
+    """Bytes above weights and gradients in two micro-batches on one of `ranks` ranks; 1 is DDP, no exchange.
+
+    The arithmetic is that of a GPU, bf16 with checkpointing, in tiles of a GPU's size.
+    """
+    pack = model_module.pack_responses
+
+    def pack_for_real(*args):
+        with unset_fake_temporarily():
+            return pack(*args)
+
+    dist.init_process_group("fake", rank=0, world_size=ranks)
+    mesh = dist.init_device_mesh("cpu", (ranks,))
+    try:
+        with (
+            mock.patch.object(model_module, "pack_responses", pack_for_real),
+            mock.patch.dict(TILE, cpu=TILE["cuda"]),
+            FakeTensorMode(allow_non_fake_inputs=True),
+            Held() as held,
+        ):
+            learner = fake_learner(config, mesh, held)
+            return run(learner, rows, ranks, held)
+    finally:
+        dist.destroy_process_group()
+
+
+def fake_learner(config, mesh, held):
+    """The model without numbers, sliced over the mesh or with gradients as DDP's buckets hold them."""
+    with torch.device("meta" if mesh.size() > 1 else "cpu"):
+        learner = Transformer(config)
+    learner.checkpointing = True
+    if mesh.size() > 1:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for unit in (*learner.layers, learner):
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        frequency = learner.rope_frequency
+        learner.to_empty(device="cpu")
+        learner.rope_frequency = torch.empty(frequency.shape)
+        learner.lm_head.weight = learner.embed_tokens.weight
+    for p in learner.parameters():
+        p.grad = torch.zeros_like(p)
+        held.count(p)
+    return learner
+
+
+def run(learner, rows, ranks, held):
+    gc.collect()
+    before, held.peak = held.now(), 0
+    for _ in range(2):
+        autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+        with autocast if ranks == 1 else contextlib.nullcontext():
+            logprob, _ = learner(rows)
+        logprob.sum().backward()
+        del logprob
+    return held.peak - before
