@@ -2,7 +2,7 @@
 
     python bench/scaling.py                     # all three; ten CPU-minutes at most
     python bench/scaling.py --axes vocabulary
-    python bench/scaling.py --axes ranks        # SmolLM2-135M on two processes; another ten, and 6 GB
+    python bench/scaling.py --axes ranks        # SmolLM2-135M on two processes: three CPU-minutes, 6 GB
 
 A random Qwen2 of 4 layers and width 128 (heads of width 256 for the vocabulary), fp32, one value of one axis
 in a process of its own. Sampling is `rollout.generate` to the full length, all rows at once; learning is
