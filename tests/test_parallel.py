@@ -16,7 +16,7 @@ from conftest import ROOT, SMALL, command, environment, lines_of, program
 from parity import assert_one_sentence
 from safetensors.torch import load_file
 from several_ranks import FAULTS, FOUR, MODELS, SPLITS, TIED, TWO, Case, InSlices
-from test_nodes import kill
+from test_nodes import lose
 
 import model
 from memory import Split
@@ -350,7 +350,8 @@ def leave_in_the_middle(line, out):
     deadline = time.monotonic() + 300
     while not list(out.glob("checkpoint/step-00000[1-3]")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    kill(process)
+    lose(process)
+    process.wait()
     assert checkpoint.read_state(checkpoint.newest(out / "checkpoint"))["step"] < 4
 
 
