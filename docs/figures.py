@@ -26,7 +26,7 @@ from model import Transformer  # noqa: E402
 from packing import pack_responses  # noqa: E402
 from support import grading, questions  # noqa: E402
 from support.prompts import decode_response, encode_prompt, load_tokenizer  # noqa: E402
-from ttrl import advantages, vote, vote_reward  # noqa: E402
+from ttrl import advantages, vote  # noqa: E402
 
 GREEN, GREY, RED = "#2a9d5c", "#c9c9c9", "#c8553d"
 COLORS = ["#8ecae6", "#ffb703", "#a3c585", "#e5989b"]  # of questions
@@ -64,7 +64,7 @@ def draw_shapes():
     lengths = [[6, 5, 6, 7], [6, 8, 9, 7]]
     trained = 3
     votes = [vote(group) for group in answers]
-    rewards = [vote_reward(None, group, votes[p][1]) for p, group in enumerate(answers)]
+    rewards = [[float(a == label) for a in group] for group, (label, _) in zip(answers, votes, strict=True)]
     advantage = advantages(torch.tensor(rewards)[:, :trained]).tolist()
 
     figure = Figure(figsize=(13, 3.9), layout="constrained")
@@ -277,41 +277,44 @@ def draw_majority(policy, tokenizer, loaded, prompts, options, votes=64):
         count.pop(None, None)
         rival = max((n for answer, n in count.items() if answer != question.answer), default=0)
         shares.append((count[question.answer] / votes, rival / votes))
-    sizes, by_size = [1, 2, 4, 8, 16, 32, 64], {}
-    for name, lead in (("right answer leads", True), ("a wrong answer leads", False)):
-        group = [
-            (c, q.answer)
-            for c, q, (right, rival) in zip(counts, loaded, shares, strict=True)
-            if (right > rival) == lead
-        ]
-        by_size[name] = [
-            sum(vote_is_right(count, truth, n) for count, truth in group) / len(group) for n in sizes
-        ]
     report(loaded, counts, shares, votes)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    colors = [GREEN if own > rival else RED for own, rival in shares]
-    left.scatter(*zip(*shares, strict=True), c=colors, s=28)
-    left.plot([0, 0.85], [0, 0.85], color="black", lw=0.8)
-    left.axvline(0.5, color="0.6", lw=0.8, ls=":")
-    left.text(0.51, 0.72, "more than half", fontsize=9, color="0.4")
-    left.set(
-        xlabel="share of the right answer",
-        ylabel="share of the most frequent wrong answer",
-        xlim=(0, 0.85),
-        ylim=(0, 0.85),
-    )
     left.set_title(f"{len(loaded)} questions, {votes} samples each", loc="left", fontsize=10, weight="bold")
-    for (name, values), color in zip(by_size.items(), (GREEN, RED), strict=True):
-        right.plot(sizes, values, "o-", color=color, label=name)
-    right.set(xscale="log", xlabel="votes drawn", ylabel="probability that the vote is right", ylim=(0, 1.02))
-    right.set_xticks(sizes, sizes)
-    right.minorticks_off()
-    right.legend(frameon=False, loc="upper left")
+    show_shares(left, shares)
     right.set_title("more votes enlarge the lead, whoever has it", loc="left", fontsize=10, weight="bold")
+    show_votes(right, [q.answer for q in loaded], counts, [own > rival for own, rival in shares])
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def show_shares(ax, shares, top=0.85):
+    """A point for each question, green where the right answer leads."""
+    colors = [GREEN if own > rival else RED for own, rival in shares]
+    ax.plot([0, top], [0, top], color="black", lw=0.8)
+    ax.axvline(0.5, color="0.6", lw=0.8, ls=":")
+    ax.text(0.51, 0.72, "more than half", fontsize=9, color="0.4")
+    ax.scatter(*zip(*shares, strict=True), c=colors, s=28)
+    ax.set(xlim=(0, top), ylim=(0, top))
+    ax.set(xlabel="share of the right answer", ylabel="share of the most frequent wrong answer")
+
+
+def show_votes(ax, truths, counts, leads):
+    """The probability that a vote is right by its size, for questions where the right answer leads or not."""
+    sizes = [1, 2, 4, 8, 16, 32, 64]
+    for name, lead, color in (("right answer leads", True, GREEN), ("a wrong answer leads", False, RED)):
+        group = [
+            (count, truth)
+            for count, truth, leading in zip(counts, truths, leads, strict=True)
+            if leading == lead
+        ]
+        means = [sum(vote_is_right(count, truth, n) for count, truth in group) / len(group) for n in sizes]
+        ax.plot(sizes, means, "o-", color=color, label=name)
+    ax.set(xscale="log", xlabel="votes drawn", ylabel="probability that the vote is right", ylim=(0, 1.02))
+    ax.set_xticks(sizes, sizes)
+    ax.minorticks_off()
+    ax.legend(frameon=False, loc="upper left")
 
 
 def vote_is_right(count, truth, votes, trials=400):

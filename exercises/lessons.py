@@ -184,9 +184,9 @@ def one_rank(arguments):
     """What each of those processes runs: ttrl.py, with a clock around its step."""
     untimed = ttrl.train_step
 
-    def train_step(run, step):
+    def train_step(run, *others):
         start = time.process_time()
-        result = untimed(run, step)
+        result = untimed(run, *others)
         (Path(run.config.out) / f"seconds-{dist.get_rank()}").write_text(f"{time.process_time() - start}")
         return result
 

@@ -67,9 +67,10 @@ def test_sampling_gives_the_tokens_of_generate(weights, prompts, rollout, monkey
             assert torch.allclose(logprob[row, :n], rows.logprob[row, :n], atol=1e-4)
 
 
-def test_a_number_near_one_gives_a_token_of_the_vocabulary(weights, prompts):
-    tokens, _, _ = first_lesson.sample(weights, prompts[0], torch.full((1, 3), 1 - 2**-24), [330])
-    assert tokens.max() < 331
+def test_a_number_that_no_running_sum_exceeds_gives_the_last_token(weights, prompts):
+    """Rounding may leave the sum of all probabilities below a number near 1."""
+    tokens, _, _ = first_lesson.sample(weights, prompts[0], torch.full((1, 3), 1.5), [330])
+    assert tokens.tolist() == [[330]] * 3
 
 
 def test_vote():
@@ -154,10 +155,13 @@ def test_lesson_6(monkeypatch, capsys):
 
 
 def test_memory_is_counted_while_it_is_held():
-    """A tensor of 4,000 bytes is let go before the next, a view takes none, and what is done in place none."""
-    assert (
-        lessons.measure(lambda: [torch.ones(1000).view(10, 100).add_(1).sum() for _ in range(3)]).bytes < 4100
-    )
+    """4,000 bytes, let go before the next 4,000; neither a view nor what is done in place takes more."""
+
+    def one_by_one():
+        for _ in range(3):
+            torch.ones(1000).view(10, 100).add_(1).sum()
+
+    assert 4000 <= lessons.measure(one_by_one).bytes < 4100
     assert lessons.measure(lambda: [torch.ones(1000) for _ in range(3)]).bytes == 12_000
 
 
@@ -195,8 +199,9 @@ def test_the_pictures_can_be_drawn(figures, policy, prompts, tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_the_numbers_of_the_theory_page(tmp_path):
+def test_the_numbers_under_the_pictures(tmp_path):
     printed = program("--out", tmp_path, script="docs/figures.py").stdout
-    page = " ".join((ROOT / "docs" / "theory.md").read_text(encoding="utf-8").split())
-    for sentence in re.findall(r"^(?:majority|refill): (.*)", printed, re.MULTILINE):
-        assert sentence in page
+    for name, page in (("majority", "theory.md"), ("refill", "lessons.md")):
+        text = " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
+        lines = re.findall(rf"^{name}: (.*)", printed, re.MULTILINE)
+        assert lines and [line for line in lines if line not in text] == []
