@@ -45,7 +45,10 @@ class PackedBatch:
 
     def unpack(self, x):
         """Numbers of the response tokens, [N] -> [B, R], 0 past the end of a response."""
-        return x.new_zeros(self.shape.numel()).scatter(0, self.unpacked, x).view(self.shape)
+        flat = x.new_zeros(self.shape.numel()).scatter(0, self.unpacked, x)
+        # No view: slices of a model hang their hooks on what it returns, and an in-place operation on a view
+        # would lose them.
+        return flat.view(self.shape).clone()
 
     def to(self, device):
         """Move all indices to the model's device. They are built on the CPU, where sizes need no wait."""

@@ -2,6 +2,7 @@
 
     python bench/scaling.py                     # all three; ten CPU-minutes at most
     python bench/scaling.py --axes vocabulary
+    python bench/scaling.py --axes ranks        # SmolLM2-135M on two processes: three CPU-minutes, 6 GB
 
 A random Qwen2 of 4 layers and width 128 (heads of width 256 for the vocabulary), fp32, one value of one axis
 in a process of its own. Sampling is `rollout.generate` to the full length, all rows at once; learning is
@@ -12,24 +13,40 @@ lower of two runs; bytes are what was resident at most, less what was before.
 Beside each number stands the exponent between it and the one above, log(cost ratio) / log(size ratio): 1 is
 linear. Beside the axis stands what the arithmetic says: the exponent of the floating-point operations of
 sampling, attention included.
+
+The axis `ranks` is a table of its own: two processes that hold a model as DDP does, in slices, or in slices
+in host memory (here the same memory: it shows the mechanism, and no gain). A step samples 8 responses of 16
+tokens to two questions and learns from them in two updates. Bytes are a rank's own memory: pages of the file
+that is read are not counted, those that gloo exchanges are. Seconds are by the clock, CPU-seconds those of a
+rank. Weights and moments are saved and loaded by support/checkpoint.py, and by torch.distributed.checkpoint.
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-from common import clocked, forget_peak, last_line, memory, peak_memory, say, table
+from common import clocked, forget_peak, last_line, memory, model_folder, peak_memory, say, status, table
 
 import torch  # isort: skip
+import torch.distributed as dist  # isort: skip
+import torch.distributed.checkpoint as dcp  # isort: skip
 
 import ttrl  # isort: skip
+from memory import Split  # isort: skip
 from model import ModelConfig, Transformer  # isort: skip
 from rollout import generate  # isort: skip
+from run import Run, build_models  # isort: skip
+from support import checkpoint, ranks  # isort: skip
+from support.config import configure  # isort: skip
 
 PROMPT = 16  # tokens
 BASE = {"rows": 64, "length": 64, "vocabulary": 4096, "width": 128}
@@ -114,6 +131,109 @@ def learn(model, rollout):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# the axis `ranks`
+
+SPLITS = {"DDP": Split(), "slices": Split(2), "slices in host memory": Split(2, 1, True)}
+
+
+class OwnMemory:
+    """With it: the most memory of this process's own, in bytes, looked at every 5 ms; what it began with."""
+
+    def __enter__(self):
+        self.before = self.peak = status("RssAnon")
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while not self.ended.wait(0.005):
+            self.peak = max(self.peak, status("RssAnon"))
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.thread.join()
+
+
+def open_spread(folder, split, device):
+    """A Run of two questions on random prompts, its models not built."""
+    prompts = torch.randint(100, 1000, (2, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
+    flags = dict(votes=4, samples=4, questions_per_step=2, max_new_tokens=16, temperature=1.0, kl=0.0)
+    c = configure(dict(model=str(folder), data="amc", device="cpu", **flags))
+    data = ([SimpleNamespace(id="a"), SimpleNamespace(id="b")], prompts) * 2
+    return Run(c, device, folder, None, [-1], *data, PROMPT + 16, 4 * (PROMPT + 16), 512, split)
+
+
+def one_step(run):
+    rollout = ttrl.sample(run, run.train_prompts, 4, stream="train", step=1, temperature=1.0)
+    ttrl.learn(run, rollout, torch.tensor([1.0, -1.0]).repeat(2, 2), 1)
+
+
+def measure_spread(folder, name, out):
+    """A rank's figures of one split: bytes and seconds of loading, of a step, and of two ways to save."""
+    run = open_spread(folder, SPLITS[name], ranks.start_processes("cpu"))
+    with OwnMemory() as loading:
+        _, load, _ = clocked(build_models, run, run.device)
+    own = status("RssAnon") - loading.before
+    one_step(run)  # makes the moments
+    with OwnMemory() as training:
+        _, step, cpu = clocked(one_step, run)
+    parameters = dict(run.policy.named_parameters())
+    tensors = {
+        f"{key} {name}": tensor
+        for name, p in parameters.items()
+        for key, tensor in [("weight", p.detach()), *run.optimizer.state[p].items()]
+    }
+    ours, theirs = out / "ours", out / "dcp"
+    figures = {
+        "load s": load,
+        "load peak GB": (loading.peak - loading.before) / 1e9,
+        "loaded GB": own / 1e9,
+        "step s": step,
+        "step CPU s": cpu,
+        "step peak GB": (training.peak - loading.before) / 1e9,
+        "saved GB": sum(tensor.numel() * 4 for tensor in tensors.values()) / 1e9,
+        "save s": together(checkpoint.save, ours, run.policy, run.optimizer, {"step": 1}),
+        "restore s": together(checkpoint.restore, ours / "step-000001", run.policy, run.optimizer),
+        "dcp save s": together(dcp.save, tensors, checkpoint_id=theirs),
+        "dcp load s": together(dcp.load, tensors, checkpoint_id=theirs),
+    }
+    dist.barrier()
+    dist.destroy_process_group()
+    return figures
+
+
+def together(action, *arguments, **options):
+    """Seconds until all ranks are through."""
+    dist.barrier()
+    return clocked(lambda: (action(*arguments, **options), dist.barrier()))[1]
+
+
+def ranks_table(model, threads):
+    """Start two processes for each split; print what rank 0 measured, and return it."""
+    points = []
+    for name in SPLITS:
+        with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as stack:
+            started = []
+            for rank in range(2):
+                size = {"model": str(model), "split": name, "out": out}
+                command = [sys.executable, __file__, "--child", json.dumps(size), "--threads", str(threads)]
+                where = dict(RANK=rank, WORLD_SIZE=2, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=2)
+                where.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=29400 + os.getpid() % 500)
+                variables = {**os.environ, **{key: str(value) for key, value in where.items()}}
+                process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
+                started.append(stack.enter_context(process))
+            printed = [process.communicate()[0] for process in started]
+        if any(process.returncode for process in started):
+            raise SystemExit(f"scaling.py: {name} failed")
+        points.append({"split": name, **json.loads(printed[0].splitlines()[-1])})
+        say("  " + ", ".join(f"{key} {v if key == 'split' else f'{v:.2f}'}" for key, v in points[-1].items()))
+    names = [key for key in points[0] if key != "split"]
+    say(table(["on two ranks", *names], [[p["split"], *(f"{p[n]:.2f}" for n in names)] for p in points]))
+    return points
+
+
+# ----------------------------------------------------------------------------------------------------------
 # the tables
 
 
@@ -179,16 +299,26 @@ def why(axis, points):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="[all three]")
+    choices = [*AXES, "ranks"]
+    parser.add_argument("--axes", nargs="+", choices=choices, default=list(AXES), help="[all but ranks]")
+    parser.add_argument("--model", type=Path, help="of the axis ranks [SmolLM2-135M-Instruct]")
     parser.add_argument("--threads", type=int, default=1, help="[1]")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.child:
-        print(json.dumps(measure(json.loads(args.child))))
+        size = json.loads(args.child)
+        if "split" in size:
+            print(json.dumps(measure_spread(Path(size["model"]), size["split"], Path(size["out"]))))
+        else:
+            print(json.dumps(measure(size)))
         return
     began, results = time.monotonic(), {}
     for axis in args.axes:
+        if axis == "ranks":
+            say("\nranks")
+            results[axis] = ranks_table(model_folder(args.model), args.threads)
+            continue
         values, changes = AXES[axis]
         fixed = {name: value for name, value in {**BASE, **changes}.items() if name != axis}
         say(f"\n{axis}, with " + ", ".join(f"{name} {value}" for name, value in fixed.items()))

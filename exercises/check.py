@@ -249,6 +249,9 @@ def parse(argv):
         parser.error("name one exercise, or --all")
     if not args.folder.is_dir():
         parser.error(f"there is no folder {args.folder}")
+    missing = [name for name in ("torch", "pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f'{missing[0]} is not installed for {sys.executable}: pip install ".[test]"')
     return args
 
 

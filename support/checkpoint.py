@@ -12,13 +12,12 @@ import json
 import os
 import re
 import shutil
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support.ranks import broadcast, is_rank0, on_every_rank
+from support.ranks import on_every_rank, on_rank0
 from support.slices import is_first_copy, local, rows_of_slice, slice_of
 
 
@@ -89,7 +88,7 @@ def save(root, policy, optimizer, state):
     All ranks have to call it, and have to see the same disk.
     """
     target = root / f"step-{state['step']:06d}"
-    temporary = Path(broadcast(str(make_temporary(target)) if is_rank0() else None))
+    temporary = on_rank0(lambda: make_temporary(target))
     on_every_rank(lambda: save_slices(temporary, policy, optimizer))
 
     def complete():
@@ -99,7 +98,7 @@ def save(root, policy, optimizer, state):
             if older != target:
                 shutil.rmtree(older)
 
-    on_every_rank(lambda: complete() if is_rank0() else None)
+    on_rank0(complete)
 
 
 def save_slices(folder, policy, optimizer):

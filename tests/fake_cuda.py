@@ -237,5 +237,5 @@ def plant(monkeypatch, where, name, old, new):
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(old) == 1, f"{name} does not hold the text to change once: {old}"
     space = {}
-    exec(source.replace(old, new), function.__globals__, space)
+    exec(source.replace(old, new), inspect.unwrap(function).__globals__, space)
     monkeypatch.setattr(where, name, space[name])

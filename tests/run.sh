@@ -10,5 +10,4 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 "$PYTHON" -m ruff check --quiet .
 "$PYTHON" -m ruff format --check --quiet .
 "$PYTHON" -m pytest ${tier[@]+"${tier[@]}"} --doctest-modules --durations=10 "$@" \
-    ttrl.py run.py plan.py rollout.py engine.py model.py packing.py kernels support \
-    exercises/make.py exercises/mutants.py tests
+    *.py kernels support exercises/make.py exercises/mutants.py tests

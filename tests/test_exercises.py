@@ -163,6 +163,13 @@ def test_every_link_and_file_of_the_pages_exists(page):
     assert [f for f in files - written if not any((place / f).exists() for place in places)] == []
 
 
+def test_a_missing_package_is_named_before_anything_else(monkeypatch, capsys):
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None if name == "hypothesis" else 1)
+    with pytest.raises(SystemExit) as ended:
+        check.main(["vote"])
+    assert ended.value.code == 2 and 'pip install ".[test]"' in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------
 # the hand-out
 

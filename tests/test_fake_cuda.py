@@ -21,20 +21,25 @@ import pytest
 import torch
 from conftest import ROOT, environment
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 
 import engine
 import kernels.logprob
 import kernels.sampler
+import model
 import packing
+import parallel
 import rollout
 import run as run_module
 import ttrl
 from kernels import attention, cuda_graph
-from model import ModelConfig, Transformer
+from memory import Split
+from model import Transformer
 from support import metrics, ranks
 from support.config import configure
 from support.prompts import load_tokenizer
 from support.questions import load
+from support.slices import local
 
 logprob_triton, sampler_triton = fake.triton_halves()
 
@@ -259,10 +264,51 @@ def gpu(machine, request, monkeypatch):
         monkeypatch.setattr(cuda_graph, "capture", capture)
         for module in (rollout, run_module):
             monkeypatch.setattr(module, "Engine", ScriptedEngine)
-        monkeypatch.setattr(run_module, "DistributedDataParallel", NoExchange)
+        monkeypatch.setattr(parallel, "DistributedDataParallel", NoExchange)
         patch_to_host(monkeypatch, read_on_device)
         mode.kernels = launched if both else None
         yield mode
+
+
+WHOLE = Split()  # nothing is shared out but rows
+
+
+class Stream:
+    """What FSDP asks of streams and events, which have nothing to wait for."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self, *args):
+        return self
+
+    def wait(self, *args):
+        pass
+
+    record_event = record
+    wait_event = wait_stream = synchronize = wait
+
+
+@pytest.fixture
+def two_gpus(gpu):
+    """This process as the first of two: torch's fake process group exchanges nothing."""
+    from torch.distributed._tools import fake_collectives  # noqa: F401  # shapes of what is exchanged
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    stream = Stream()
+    replaced = dict(
+        Stream=Stream, Event=Stream, current_stream=lambda *_: stream, stream=contextlib.nullcontext,
+        current_device=lambda: 0, device_count=lambda: 2, set_device=lambda _: None,
+        is_initialized=lambda: True,
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for name, value in replaced.items():
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", value))
+        yield gpu
+    torch.distributed.destroy_process_group()
+    ranks.start_processes("cpu")
 
 
 QWEN2 = dict(model_type="qwen2", hidden_size=3584, num_attention_heads=28, num_key_value_heads=4,
@@ -277,30 +323,21 @@ SMALL = dict(model_type="llama", hidden_size=64, num_attention_heads=4, num_key_
              intermediate_size=96, vocab_size=500, num_hidden_layers=1)  # fmt: skip
 
 
-def build(cls, folder, dtype=torch.float32, device="cpu"):
-    """Transformer.from_pretrained without weights; real widths cost nothing where there are no numbers."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            whole = cls(ModelConfig.from_pretrained(folder))
-    finally:
-        torch.set_default_dtype(before)
-    whole.rope_frequency = whole.rope_frequency.to(device)
-    return whole
+def make_run(folder, config, split=WHOLE):
+    """A Run on the device, as run.open_run makes it; the models by run.build_models, without weights.
 
-
-def make_run(folder, config):
-    """A Run on the device, as run.open_run makes it; the models by run.build_models."""
+    Real widths cost nothing where there are no numbers.
+    """
     (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "rms_norm_eps": 1e-6, **config}))
     c = configure(dict(model=str(folder), data="amc", votes=6, samples=4, questions_per_step=3,
                        questions_per_update=2, max_new_tokens=40, temperature=1.0, kl=0.01))  # fmt: skip
     assert c.checkpointing and c.device == "cuda"
     asked = [SimpleNamespace(id=str(i)) for i in range(3)]
     prompts = [[11, 12, 13, 14, 15], [21, 22], [31] * 9]
-    run = run_module.Run(c, folder, None, EOS, asked, prompts, asked, prompts, 49, 5 * 49, 24)
+    data = (asked, prompts, asked, prompts)
+    run = run_module.Run(c, torch.device("cuda", 0), folder, None, EOS, *data, 49, 5 * 49, 24, split)
     here = mock.patch.object(run_module, "on_every_rank", lambda action: action())  # nothing pickles here
-    with here, mock.patch.object(Transformer, "from_pretrained", classmethod(build)):
+    with here, mock.patch.object(model, "read_weights", lambda *_: ()):
         run_module.build_models(run, torch.device("cuda", 0))
     return run
 
@@ -432,6 +469,50 @@ def fake_a_step_of_the_loop(gpu, tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# the same as one of two ranks. The fake group exchanges nothing; and what lies in host memory is left out,
+# since pinning it asks the CUDA driver: test_gpu.py has that
+
+
+SPLITS = {"slices": Split(2), "heads": Split(1, 2), "slices and heads": Split(2, 2)}
+
+
+@pytest.mark.parametrize("gpu", PACKAGES[:1], indirect=True)
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("config", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+def fake_slices_have_the_right_dtypes(two_gpus, tmp_path, config, split):
+    run = make_run(tmp_path, config, split)
+    for built, dtype in ((run.policy, torch.float32), (run.reference, torch.bfloat16)):
+        held = list(built.parameters())
+        assert {(p.dtype, p.device.type) for p in held} == {(dtype, "cuda")}
+        assert all(isinstance(p, DTensor) == split.in_slices for p in held)
+        assert all(len(local(p)) == len(p) // split.shard for p in held)
+        assert (built.lm_head.weight is built.embed_tokens.weight) == config["tie_word_embeddings"]
+    heads = config["num_key_value_heads"] // split.sampler_ranks
+    assert run.sampler.config.kv_heads == run.engine.cache.k.shape[2] == heads
+    assert {(p.dtype, p.device.type) for p in run.sampler.parameters()} == {(torch.bfloat16, "cuda")}
+    assert run.sampler.rope_frequency.is_cuda and run.policy.rope_frequency.dtype == torch.float32
+
+
+def fake_sampling_on_two_ranks(two_gpus, tmp_path):
+    """What a rank exchanges with those that have the other heads stays within the recorded step."""
+    check_sampling(make_run(tmp_path, SMALL, SPLITS["heads"]))
+
+
+@pytest.mark.parametrize(
+    "gpu, config, split",
+    [(PACKAGES[0], QWEN3, SPLITS["slices and heads"]), (PACKAGES[1], QWEN2, SPLITS["slices"])],
+    indirect=["gpu"],
+    ids=["qwen3", "qwen2"],
+)
+def fake_learning_on_two_ranks(two_gpus, tmp_path, config, split, monkeypatch):
+    """Two updates and a refresh: gradients in fp32, products in bf16 without autocast, the same few waits."""
+    run = make_run(tmp_path, config, split)
+    before = [p.untyped_storage()._cdata for p in run.sampler.parameters()]
+    check_learning(run, two_gpus, monkeypatch)
+    assert before == [p.untyped_storage()._cdata for p in run.sampler.parameters()]
+
+
+# ----------------------------------------------------------------------------------------------------------
 # the fake device itself
 
 FORBIDDEN = {
@@ -499,8 +580,8 @@ IN_SAMPLING = {  # what is wrong: (where, function, its text, the text planted, 
         (Transformer, "next_token_logits", "if hidden.is_cuda:", "if False:", "rounded to bf16"),
     "the sampler on the CPU":
         (run_module, "load_models",
-         "run.sampler = Transformer.from_pretrained(run.folder, half, device)",
-         "run.sampler = Transformer.from_pretrained(run.folder, half)", "the engine is on the CPU"),
+         "run.folder, compute_dtype, device, group=group",
+         "run.folder, compute_dtype, group=group", "the engine is on the CPU"),
 }  # fmt: skip
 IN_LEARNING = {
     "advantages on the CPU":
@@ -516,13 +597,14 @@ IN_LEARNING = {
         (ttrl, "micro_batch_loss", "mask.to(device, non_blocking=True)", "mask.to(device)", "slow_uploads"),
     "no autocast":
         (ttrl, "micro_batch_loss",
-         'enabled=device.type == "cuda"', "enabled=False", r"\(torch.float32, True\)"),
+         "enabled=mixed", "enabled=False", r"\(torch.float32, True\)"),
     "the policy in bf16":
-        (run_module, "load_models", "half if c.eval_only else torch.float32", "half", "bfloat16, True, True"),
+        (run_module, "load_models", "run.folder, torch.float32, device, shard",
+         "run.folder, compute_dtype, device, shard", "bfloat16, True, True"),
     "the sampler in fp32":
         (run_module, "load_models",
-         "run.sampler = Transformer.from_pretrained(run.folder, half, device)",
-         "run.sampler = Transformer.from_pretrained(run.folder, torch.float32, device)", "torch.float32"),
+         "run.folder, compute_dtype, device, group=group",
+         "run.folder, torch.float32, device, group=group", "torch.float32"),
     "the sampler on the CPU": (*IN_SAMPLING["the sampler on the CPU"][:-1], "from the device to the host"),
     "an index stays on the CPU":
         (packing.PackedBatch, "to",
@@ -530,6 +612,14 @@ IN_LEARNING = {
     "the learner's mask on the CPU":
         (packing.AttentionGroup, "mask", "device = self.query.device", "device = None", MIXES),
     "shared heads under a mask": (packing, "sdpa", "if q.is_cuda:", "if False:", "a mask and shared heads"),
+}  # fmt: skip
+ON_TWO = {
+    "slices compute in fp32":
+        (parallel, "shard", "param_dtype=compute_dtype", "param_dtype=torch.float32", "torch.float32"),
+    "slices on the CPU":
+        (parallel, "shard", 'torch.device("cpu") if offload else device', 'torch.device("cpu")', "cuda|cpu"),
+    "heads are summed on the host":
+        (parallel, "sum_over", "x = x.contiguous()", "x = x.cpu()", "from the device to the host"),
 }  # fmt: skip
 ONLY_TORCH = ("slots are numbered on the CPU", "the mask of keys on the CPU", "the learner's mask on the CPU",
               "shared heads under a mask")  # fmt: skip
@@ -556,3 +646,13 @@ def fake_mistake_in_learning(gpu, tmp_path, monkeypatch, mistake):
     fake.plant(monkeypatch, *change)
     with pytest.raises((AssertionError, RuntimeError), match=says):
         check_learning(make_run(tmp_path, SMALL), gpu, monkeypatch)
+
+
+@pytest.mark.parametrize("gpu, mistake", [(PACKAGES[0], m) for m in ON_TWO], indirect=["gpu"])
+def fake_mistake_on_two_ranks(two_gpus, tmp_path, monkeypatch, mistake):
+    *change, says = ON_TWO[mistake]
+    fake.plant(monkeypatch, *change)
+    with pytest.raises((AssertionError, RuntimeError), match=says):
+        run = make_run(tmp_path, SMALL, SPLITS["slices and heads"])
+        check_sampling(run)
+        check_learning(run, two_gpus, monkeypatch)

@@ -13,7 +13,8 @@ import time
 import flash_attention
 import pytest
 import torch
-from conftest import SMALL, lines_of, program
+from conftest import ROOT, SMALL, lines_of, program
+from safetensors.torch import load_file
 from test_flash_attention import (
     check_decoding,
     check_learning,
@@ -368,6 +369,60 @@ def test_the_program(device, tmp_path, few_questions):
             steps = [line for line in lines_of(out / "metrics.jsonl") if "train/logprob_gap" in line]
             assert len(steps) == 4 and all(line["train/logprob_gap"] < 0.05 for line in steps)
             assert (out / "model" / "model.safetensors").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# a model on several GPUs, or partly in host memory: NCCL, collectives in CUDA graphs, pinned memory. That the
+# numbers are right in fp32 is shown by test_parallel.py, on a CPU
+
+ON_ONE = {"slices in host memory": ["--offload"]}
+ON_TWO = {
+    "slices": ["--shard", "2"],
+    "heads": ["--sampler-ranks", "2"],
+    "slices and heads in host memory": ["--shard", "2", "--sampler-ranks", "2", "--offload"],
+}
+needs_two = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="fewer than two CUDA devices here: run tests/test_gpu.py on two"
+)
+
+
+def first_norm(out):
+    return next(
+        line["train/grad_norm"] for line in lines_of(out / "metrics.jsonl") if "train/grad_norm" in line
+    )
+
+
+def check_spread(tmp_path, few_questions, flags, ranks):
+    """In bf16 the first step's gradient is DDP's to a few percent; a stopped run goes on."""
+
+    def train(name, *flags):
+        base = [*SMALL, "--data", few_questions, "--device", "cuda", "--kl", "0.01"]
+        return program(*base, "--out", tmp_path / name, *flags, ranks=ranks).stdout
+
+    train("spread", *flags)
+    train("copies", "--shard", "1")
+    spread, copies = tmp_path / "spread", tmp_path / "copies"
+    gaps = [line["train/logprob_gap"] for line in lines_of(spread / "metrics.jsonl")[1:]]
+    assert len(gaps) == 4 and max(gaps) < 0.05
+    assert first_norm(spread) == pytest.approx(first_norm(copies), rel=0.1)
+    weights = load_file(spread / "model" / "model.safetensors")
+    base = load_file(ROOT / "tiny" / "model" / "model.safetensors")
+    assert weights.keys() == base.keys() and all(tensor.isfinite().all() for tensor in weights.values())
+    assert max((weights[name] - base[name]).abs().max() for name in base) > 1e-3
+    train("stopped", *flags, "--max-minutes", "0.001")
+    assert "resume   from step 1" in train("stopped", *flags)
+
+
+@needs_gpu
+@pytest.mark.parametrize("how", ON_ONE)
+def test_one_gpu_and_host_memory(tmp_path, few_questions, how):
+    check_spread(tmp_path, few_questions, ON_ONE[how], None)
+
+
+@needs_two
+@pytest.mark.parametrize("how", ON_TWO)
+def test_a_model_on_two_gpus(tmp_path, few_questions, how):
+    check_spread(tmp_path, few_questions, ON_TWO[how], 2)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -224,6 +224,23 @@ def test_train_plans_for_the_ranks_of_all_nodes(start):
 # what is lost comes back
 
 
+def start_all(start, host, meet, *arguments):
+    """An agent for each node; the rendezvous is at `host`, whose agent listens before the others start.
+
+    All nodes are one machine here, so the first agent to listen at the address would be the host.
+    """
+    agents, deadline = {host: start(train(host, meet, *arguments), host)}, time.monotonic() + 300
+    address, port = meet.split(":")
+    listening = False
+    while not listening:
+        assert time.monotonic() < deadline and agents[host].poll() is None
+        time.sleep(0.1)
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection((address, int(port)), timeout=5).close()
+            listening = True
+    return {**agents, **{node: start(train(node, meet, *arguments), node) for node in NODES if node != host}}
+
+
 def wait_for_a_checkpoint(out, *agents):
     deadline = time.monotonic() + 600
     while not list(out.glob("checkpoint/step-00000[1-3]")):
@@ -254,7 +271,7 @@ def test_a_lost_node_comes_back_by_the_same_command(start, undisturbed, few_ques
     [other] = NODES.keys() - {lost}
     out, meet = tmp_path / "run", endpoint(other)
     arguments = ["--data", few_questions, "--out", out, *SMALL]
-    agents = {name: start(train(name, meet, *arguments), name) for name in (other, lost)}
+    agents = start_all(start, other, meet, *arguments)
     wait_for_a_checkpoint(out, *agents.values())
     lose(agents[lost], how)
     agents[lost] = start(train(lost, meet, *arguments), lost)
@@ -267,7 +284,7 @@ def test_a_lost_node_comes_back_by_the_same_command(start, undisturbed, few_ques
 def test_without_the_node_of_the_rendezvous_all_end_and_go_on(start, undisturbed, few_questions, tmp_path):
     out, meet = tmp_path / "run", endpoint("a")
     arguments = ["--data", few_questions, "--out", out, *SMALL]
-    agents = {node: start(train(node, meet, *arguments), node) for node in NODES}
+    agents = start_all(start, "a", meet, *arguments)
     wait_for_a_checkpoint(out, *agents.values())
     lose(agents["a"])
     end(agents["b"], code=1)

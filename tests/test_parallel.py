@@ -1,0 +1,412 @@
+"""One model over several ranks against one: rollouts, gradients, weights, samplers, checkpoints, bytes.
+
+The cases are those of several_ranks.py. Two processes of gloo run all of them, and this one runs them alone;
+what is compared here is what each of them saw. Four processes are the long tier.
+"""
+
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import several_ranks
+import torch
+from conftest import ROOT, SMALL, command, environment, lines_of, program
+from parity import assert_one_sentence
+from safetensors.torch import load_file
+from several_ranks import FAULTS, FOUR, MODELS, SPLITS, TIED, TWO, Case, InSlices
+from test_nodes import lose
+
+import model
+from memory import Split
+from model import Transformer
+from support import checkpoint, ranks
+
+SCRIPT = ROOT / "tests" / "several_ranks.py"
+# Two ranks sum in another order than one: gradients, and the outputs of a sampler's heads.
+NORM, LOGITS = 1e-4, 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models, and a checkpoint that one rank has written; this process is a group of one meanwhile."""
+    folder = tmp_path_factory.mktemp("ranks")
+    several_ranks.write_models(folder / "models")
+    ranks.start_processes("cpu")
+    saved = several_ranks.save_after_a_step(folder / "models", folder / "saved by one rank", Split())
+    torch.save(saved, folder / "saved by one rank.pt")
+    yield folder
+    torch.distributed.destroy_process_group()
+
+
+def started(folder, count):
+    command = [sys.executable, str(SCRIPT), str(folder)]
+    return [
+        subprocess.Popen(
+            [*command, str(rank), str(count)], env=environment(), stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(count)
+    ]
+
+
+def results(folder, processes):
+    """What each rank saw: a list of {name of the case: ...}."""
+    errors = [process.communicate(timeout=900)[1] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(error[-3000:] for error in errors)
+    assert not any("returned a view" in error for error in errors)  # FSDP2 warns of it
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(len(processes))]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """alone(case): what one rank sees of it."""
+    seen = {}
+
+    def run(case):
+        key = case.alone()
+        if key not in seen:
+            seen[key] = several_ranks.train(key, folder / "models")
+        return seen[key]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def two(folder, alone):
+    """What two ranks saw. This process makes its own side meanwhile."""
+    processes = started(folder, 2)
+    for case in TWO.values():
+        alone(case)
+    return results(folder, processes)
+
+
+@pytest.fixture(scope="module")
+def four(folder, tmp_path_factory):
+    apart = tmp_path_factory.mktemp("four")
+    for name in ("models", "saved by one rank"):
+        (apart / name).symlink_to(folder / name)
+    return results(apart, started(apart, 4))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# learning
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def differences(case, one, several, models):
+    """What of a case is not the same on several ranks as on one: a set of names, empty if all is well."""
+    found, base = set(), dict(Transformer.from_pretrained(models / case.model).named_parameters())
+    tokens = {}
+    for seen in several:
+        tokens.update(seen["tokens"])
+        if not (
+            one["norms"].shape == seen["norms"].shape
+            and torch.allclose(seen["norms"], one["norms"], rtol=NORM, atol=0)
+        ):
+            found.add("norms")
+        if largest_difference(one["weights"], seen["weights"]) > 0.01 * largest_difference(
+            base, one["weights"]
+        ):
+            found.add("weights")
+        if largest_difference(several[0]["weights"], seen["weights"]) > 0:
+            found.add("copies")
+        if seen["sampler"]:
+            found.add("sampler")
+        if seen["moved"]:
+            found.add("addresses")
+    return found | ({"tokens"} if tokens != one["tokens"] else set())
+
+
+def check_case(case, alone, several, models):
+    one = alone(case)
+    assert len(one["tokens"]) == 18 and len({len(ids) for ids in one["tokens"].values()}) > 3
+    assert len(one["norms"]) == (6 if case.questions_per_update == 1 else 4) and one["norms"].min() > 0.01
+    assert differences(case, one, several, models) == set()
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_ranks_learn_what_one_learns(folder, alone, two, name):
+    """Tokens of the first step, unclipped norm of every update, weights; samplers at their places."""
+    check_case(TWO[name], alone, [seen[name] for seen in two], folder / "models")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks_learn_what_one_learns(folder, alone, four, name):
+    check_case(FOUR[name], alone, [seen[name] for seen in four], folder / "models")
+
+
+@pytest.mark.parametrize("one, other", [
+    ("DDP", "whole slices"),  # DDP is slices that are whole
+    ("DDP, one micro-batch", "slices, one micro-batch"),  # and two numbers have one sum
+])  # fmt: skip
+def test_they_are_the_same_bitwise(two, one, other):
+    for seen in two:
+        # The norm of slices is summed slice by slice. It clips nothing here, or weights would follow it.
+        torch.testing.assert_close(seen[one]["norms"], seen[other]["norms"], rtol=1e-6, atol=0)
+        assert largest_difference(seen[one]["weights"], seen[other]["weights"]) == 0
+
+
+@pytest.mark.parametrize("split", [InSlices(), Split(offload=True)], ids=["one slice", "in host memory"])
+def test_one_rank_in_slices_is_one_rank_bitwise(folder, alone, split):
+    case = Case(TIED, split)
+    seen = several_ranks.train(case, folder / "models")
+    assert seen["norms"].equal(alone(case)["norms"])
+    assert largest_difference(seen["weights"], alone(case)["weights"]) == 0
+
+
+def test_metrics_are_of_all_ranks(alone, two):
+    """Entropy, KL and the gap are means over the tokens of all ranks, and each rank knows them."""
+    for name in ("DDP", "slices", "slices and a sampler on two ranks"):
+        for seen in two:
+            mine, theirs = seen[name]["metrics"][0], alone(TWO[name])["metrics"][0]
+            assert mine.keys() == theirs.keys()
+            exact = ("trained_tokens", "updates", "skipped_updates", "lr")
+            assert all(mine[key] == theirs[key] for key in exact)
+            for key in ("entropy", "kl", "grad_norm", "grad_norm_max"):
+                assert mine[key] == pytest.approx(theirs[key], rel=NORM), key
+            assert mine["logprob_gap"] < 1e-5
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_mistake_is_noticed(folder, alone, two, name):
+    case, changed = FAULTS[name]
+    several = [seen[f"planted: {name}"] for seen in two]
+    assert changed in differences(case, alone(case), several, folder / "models")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# sampling
+
+
+def check_logits(folder, several, heads):
+    for name, logits in several[0][f"logits {heads}"].items():
+        whole = several_ranks.next_logits(folder / "models", name, None)
+        assert whole.std() > 1
+        for seen in several:
+            torch.testing.assert_close(seen[f"logits {heads}"][name], whole, rtol=LOGITS, atol=LOGITS)
+            assert seen[f"logits {heads}"][name].equal(logits), "two ranks of a sampler compute apart"
+
+
+def test_a_sampler_on_two_ranks_has_the_logits_of_one(folder, two):
+    check_logits(folder, two, 2)
+    assert two[0]["logits 2"].keys() == MODELS.keys()
+
+
+@pytest.mark.long
+def test_a_sampler_on_four_ranks_has_the_logits_of_one(folder, four):
+    check_logits(folder, four, 2)
+    check_logits(folder, four, 4)
+
+
+def check_few(folder, several, heads):
+    alone = several_ranks.evaluate_few(folder / "models", Split())["gathered"]
+    assert several[0][f"few {heads}"]["gathered"] == alone
+    assert [seen[f"few {heads}"]["rows"] for seen in several] == [1] + [0] * (len(several) - 1)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_an_evaluation_may_have_fewer_rows_than_ranks(folder, two, heads):
+    check_few(folder, two, heads)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("heads", [2, 4])
+def test_groups_without_a_row_wait_for_none(folder, four, heads):
+    check_few(folder, four, heads)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# saved and resumed
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def check_resumed(folder, several):
+    """Whatever wrote it, whatever reads it: weights and moments bitwise, and training goes on as it did."""
+    for source in ("one rank", *SPLITS):
+        written = [seen[f"saved by {source}"] for seen in several if source in SPLITS]
+        written = written or [torch.load(folder / "saved by one rank.pt")]
+        for name in SPLITS:
+            for rank, seen in enumerate(several):
+                saved, resumed = written[rank % len(written)], seen[f"{source} to {name}"]
+                assert same(saved["saved"], resumed["saved"]), f"{source} to {name}"
+                assert largest_difference(saved["end"], resumed["end"]) < 0.01 * largest_difference(
+                    saved["saved"], saved["end"]
+                )
+                if source == name:
+                    assert same(saved["end"], resumed["end"]), f"{source} goes on"
+
+
+def check_read_by_one(folder, several):
+    """And one rank reads what several wrote."""
+    for source in SPLITS:
+        files = {path.name for path in (folder / f"saved by {source}" / "step-000001").iterdir()}
+        count = SPLITS[source].shard
+        slices = [f"{number}-of-{count}.safetensors" for number in range(1, count + 1)]
+        names = [f"{kind}-{part}" for kind in ("weights", "optimizer") for part in slices]
+        assert files == {*names, "state.json"}
+        resumed = several_ranks.resume(folder / "models", folder / f"saved by {source}", Split())
+        assert same(several[0][f"saved by {source}"]["saved"], resumed["saved"])
+        moments = [name for name in resumed["saved"] if name.startswith("exp_avg ")]
+        assert moments and all(resumed["saved"][name].abs().max() > 0 for name in moments)
+
+
+def test_two_ranks_resume_what_one_and_two_saved(folder, two):
+    check_resumed(folder, two)
+
+
+def test_one_rank_resumes_what_two_saved(folder, two):
+    check_read_by_one(folder, two)
+
+
+def test_a_missing_slice_is_one_sentence(folder, two, tmp_path):
+    saved = shutil.copytree(folder / "saved by slices", tmp_path / "saved")
+    (saved / "step-000001" / "optimizer-2-of-2.safetensors").unlink()
+    with pytest.raises(ValueError, match="missing or damaged") as error:
+        several_ranks.resume(folder / "models", saved, Split())
+    assert_one_sentence(error.value, "step-000001", "optimizer-2-of-2")
+
+
+@pytest.mark.long
+def test_four_ranks_resume_what_one_and_four_saved(folder, four):
+    check_resumed(folder, four)
+
+
+def test_moments_of_another_slice_are_noticed(two):
+    for seen in two:
+        saved, resumed = seen["saved by slices"], seen["moments in the wrong slice"]
+        assert not same(saved["saved"], resumed["saved"])
+        assert largest_difference(saved["end"], resumed["end"]) > 0.01 * largest_difference(
+            saved["saved"], saved["end"]
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# bytes
+
+
+def held_little(held):
+    """A rank's own slices, and one tensor besides, which may be there twice while it is joined."""
+    return held["own"] + held["largest"] <= held["loading"] <= held["own"] + 2.2 * held["largest"]
+
+
+def test_loading_holds_one_tensor_besides_its_slice(two):
+    for seen in two:
+        for name, share in (("export slices", 2), ("export DDP", 1)):
+            held = seen[name]
+            assert held["own"] * share == pytest.approx(held["whole"], rel=0.02)
+            assert held_little(held) and held["whole"] > 4 * held["largest"]
+
+
+def test_loading_all_tensors_first_would_be_noticed(folder, tmp_path, monkeypatch):
+    read = model.read_weights
+    monkeypatch.setattr(model, "read_weights", lambda *arguments: list(read(*arguments)))
+    held = several_ranks.load_and_export(folder / "models", tmp_path, Split())
+    assert held["loading"] >= held["own"] + held["whole"] and not held_little(held)
+
+
+def test_export_is_the_same_and_holds_one_file(folder, two):
+    """Several files, the same bytes under slices as under DDP; no rank holds more than one of them."""
+    here, there = (folder / f"export {name}" / "model" for name in ("DDP", "slices"))
+    names = sorted(path.name for path in here.iterdir())
+    assert sum(name.endswith(".safetensors") for name in names) > 2
+    assert names == sorted(path.name for path in there.iterdir())
+    assert all((here / name).read_bytes() == (there / name).read_bytes() for name in names)
+    trained = dict(Transformer.from_pretrained(here).named_parameters())
+    base = dict(Transformer.from_pretrained(folder / "models" / "deep").named_parameters())
+    assert same(trained, base)
+    for seen in two:
+        held = seen["export slices"]
+        assert held["exporting"] <= several_ranks.FILE_SIZE + 3 * held["largest"] < held["whole"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the real program, killed
+
+
+def arguments(few_questions, out, *more):
+    return ["--data", few_questions, "--out", out, *SMALL, *more]
+
+
+def weights(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+def moved(out):
+    return largest_difference(load_file(ROOT / "tiny" / "model" / "model.safetensors"), weights(out))
+
+
+def leave_in_the_middle(line, out):
+    """Start the program, and kill all of its processes once a step before the last is saved."""
+    process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not list(out.glob("checkpoint/step-00000[1-3]")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    lose(process)
+    process.wait()
+    assert checkpoint.read_state(checkpoint.newest(out / "checkpoint"))["step"] < 4
+
+
+def check_it_went_on(out, printed, undisturbed):
+    """All steps are there once, and the weights are as they would have been: to rounding."""
+    assert "resume   from step" in printed
+    assert [line["step"] for line in lines_of(out / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert moved(undisturbed) > 1e-3
+    assert largest_difference(weights(out), weights(undisturbed)) < 0.01 * moved(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def in_slices(few_questions, tmp_path_factory):
+    """(a run of two ranks with --shard 2, the same killed on its way)."""
+    out = tmp_path_factory.mktemp("in slices")
+    program(*arguments(few_questions, out / "run", "--shard", "2"), ranks=2)
+    killed = arguments(few_questions, out / "killed", "--shard", "2")
+    leave_in_the_middle(command(*killed, ranks=2), out / "killed")
+    return out / "run", out / "killed"
+
+
+def test_a_killed_run_in_slices_goes_on_bitwise(few_questions, in_slices, tmp_path):
+    out = shutil.copytree(in_slices[1], tmp_path / "run")
+    printed = program(*arguments(few_questions, out, "--shard", "2"), ranks=2).stdout
+    check_it_went_on(out, printed, in_slices[0])
+    assert same(weights(out), weights(in_slices[0]))
+
+
+def test_one_rank_goes_on_with_what_two_left(few_questions, in_slices, tmp_path):
+    """How a model is spread is no setting of the run: no flag is complained about."""
+    out = shutil.copytree(in_slices[1], tmp_path / "run")
+    printed = program(*arguments(few_questions, out)).stdout
+    check_it_went_on(out, printed, in_slices[0])
+    assert "ranks was 2 and is 1: the run goes on, but not bitwise the same" in printed
+
+
+SPREAD = {"copies": [], "slices": ["--shard", "2"], "heads": ["--sampler-ranks", "2"],
+          "host": ["--shard", "2", "--offload"]}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("then", SPREAD)
+def test_two_ranks_go_on_with_what_two_left(few_questions, in_slices, tmp_path, then):
+    out = shutil.copytree(in_slices[1], tmp_path / "run")
+    printed = program(*arguments(few_questions, out, *SPREAD[then]), ranks=2).stdout
+    check_it_went_on(out, printed, in_slices[0])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("before, then", [(1, 2), (4, 2)])
+def test_another_number_of_ranks_goes_on_in_slices(few_questions, in_slices, tmp_path, before, then):
+    out = tmp_path / "run"
+    first = [] if before == 1 else ["--shard", before]
+    leave_in_the_middle(
+        command(*arguments(few_questions, out, *first), ranks=None if before == 1 else before), out
+    )
+    printed = program(*arguments(few_questions, out, "--shard", then), ranks=then).stdout
+    check_it_went_on(out, printed, in_slices[0])
