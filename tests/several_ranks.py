@@ -109,7 +109,7 @@ FOUR = {
     "DDP": Case(TIED),
     "slices on four ranks": Case(NORMS, Split(4)),
     "slices on two ranks, two copies": Case(TIED, Split(2)),
-    "slices on two ranks, a rank without rows": Case(UNTIED, Split(2), samples=3),
+    "slices on two ranks, two ranks without rows": Case(BIASES, Split(2), samples=2),
     "a sampler on four ranks": Case(UNTIED, Split(1, 4)),
     "two samplers on two ranks": Case(TIED, Split(4, 2)),
     "all of it": Case(BIASES, Split(2, 4, True), questions_per_update=2),
