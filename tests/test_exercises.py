@@ -24,7 +24,9 @@ def solution(exercise):
         tree = ast.parse(text)
         node = make.find(tree, function.split(":")[1])
         used = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
-        imports |= {line for top in tree.body for line in needed(top, function.split(":")[0], used)}
+        module, qualified_name = function.split(":")
+        used |= set(qualified_name.split(".")[:-1])  # the class of a method, which a student may look at
+        imports |= {line for top in tree.body for line in needed(top, module, used)}
         lines = text.splitlines()[node.lineno - 1 - len(node.decorator_list) : node.end_lineno]
         parts.append("\n".join(line[node.col_offset :] for line in lines))
     own = {f" import {short_name(function)}" for function in exercise.functions}
@@ -193,6 +195,10 @@ def test_every_target_is_blanked_and_the_copy_compiles(copy):
             assert ast.get_docstring(new) == ast.get_docstring(old)
             assert ast.unparse(new.body[-1]) == f"raise NotImplementedError({message!r})"
             assert len(new.body) <= 2
+    for path in (copy / "kernels").glob("*_triton.py"):  # a kernel shows what its torch twin does
+        nodes = [node for node in ast.parse(path.read_text("utf-8")).body if hasattr(node, "decorator_list")]
+        kernels = [node for node in nodes if "triton.jit" in "".join(map(ast.unparse, node.decorator_list))]
+        assert len(kernels) >= 2 and all(isinstance(node.body[-1], ast.Raise) for node in kernels)
 
 
 def test_nothing_else_is_changed(copy):
