@@ -1,6 +1,6 @@
 """What a model takes in memory, how ranks may split it, and the smallest split that fits.
 
-    state       fp32 weights, gradients and two moments: 16 bytes a parameter, over --shard ranks; with
+    state       fp32 weights, gradients and two moments: 16 bytes per parameter, over --shard ranks; with
                 --offload in host memory
     sampler     bf16 copy of the weights, over --sampler-ranks ranks
     reference   bf16 copy, split as the state is

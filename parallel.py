@@ -1,14 +1,15 @@
 """How one model is spread over ranks. Each rank samples and learns from rows of its own; what else is shared?
 
     nothing      DDP: each rank holds all weights, gradients and moments             data_parallel
-    the learner  FSDP2: of all three a rank holds some rows, and gathers layers      shard
+    the learner  FSDP2: a rank holds slices of all three, and gathers layers         shard
     the sampler  tensor parallelism: a rank holds some heads and a part of the MLP   narrow, part, sum_over
 
-DDP is what a model gets that fits. `shard` keeps the same numbers in slices (ZeRO stage 3, arXiv 1910.02054):
-a parameter is a DTensor, whole again only while its layer computes. With fewer slices than ranks there are
-several sets of slices, as DDP has several copies. A sampler over several ranks is the same Transformer with
-fewer heads and a narrower MLP (Megatron-LM, arXiv 1909.08053): the ranks of a group decode the same rows, and
-add up what their heads and their part of the MLP found. Embedding and head stay whole.
+A model that fits gets DDP. `shard` keeps the same numbers in slices (ZeRO stage 3, arXiv 1910.02054): a
+parameter is a DTensor, cut by the rows of its matrix, and whole again only while its layer computes. With
+fewer slices than ranks there are several sets of slices, as DDP has several copies. A sampler over several
+ranks is the same Transformer with fewer heads and a narrower MLP (Megatron-LM, arXiv 1909.08053): the ranks
+of a group decode the same responses, and add up what their heads and their parts of the MLP found. Embedding
+and head stay whole.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ def shard(model, ranks, *, device, compute_dtype, offload=False):
     """Cut each parameter of a model into slices of rows, one for each of `ranks` neighbouring ranks.
 
     The model may still be on the meta device. It computes in compute_dtype; gradients are averaged in fp32.
-    With `offload` slices, gradients and moments lie in host memory, and the optimizer works there. Returns
+    With `offload`, slices, gradients and moments lie in host memory, and the optimizer works there. Returns
     the device on which the slices have to be.
     """
     grid = mesh(device, ("copy", "slice"), ranks)

@@ -54,8 +54,8 @@ def least_hours(c, model_config, machine, layout, prompt_tokens, responses):
     """{"sampling", "evaluation", "learning"}: hours by a roofline (Williams et al. 2009), or None for a CPU.
 
     What the vendor's peaks allow at best, if every response has --max-new-tokens. Decoding a token reads the
-    sampler's weights and the keys and values of its rows, and computes 2 operations a weight and row;
-    learning computes 6 a weight and token, 2 more with checkpointing and 2 for the reference. Exchange
+    sampler's weights and the keys and values of its rows, and computes 2 operations per weight and row;
+    learning computes 6 per weight and token, 2 more with checkpointing and 2 for the reference. Exchange
     between ranks, voting and loading are left out. responses: as `planned_responses` counts them.
     """
     card = machine.card
@@ -81,7 +81,7 @@ def decoded_tokens_per_s(c, model_config, machine, layout, context):
 
 
 def forward_flops(model_config, context):
-    """Operations of a forward pass, per token: 2 a weight, and 2 a number of the keys and values it reads."""
+    """Operations of a forward pass, per token: 2 per weight, and 2 per number of the keys and values it reads."""
     _, vocabulary, total = count_parameters(model_config)
     products = total if model_config.tie_word_embeddings else total - vocabulary  # an embedding is looked up
     attention = 2 * model_config.layers * model_config.heads * model_config.head_dim * context

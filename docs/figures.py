@@ -71,7 +71,7 @@ def draw_shapes():
     axes = figure.subplots(1, 5, width_ratios=(1.5, 1, 1, 0.85, 1.35))
     titles = [
         "2 sample: responses [P][N]\nlists of tokens, each as long as it is",
-        "3 extract: answers [P, N]\n4 vote: the label of each row",
+        "3 extract: answers [P, N]\n4 vote: a label per question",
         "4 reward [P, N]\n1 if it agrees with the label",
         "5 advantage [P, M]\n(r - mean) / std",
         "6 learn: mini-batch [B, R]\none advantage for all tokens of a row",

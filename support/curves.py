@@ -67,7 +67,7 @@ def draw_policy(axes, lines):
         steps, values = series(lines, f"train/{name}")
         lowest = min([lowest, *values])
         drawn += axes.plot(
-            steps, values, color=color, label=name + (" (nats a token)" if name == "entropy" else "")
+            steps, values, color=color, label=name + (" (nats per token)" if name == "entropy" else "")
         )
     axes.set_ylim(bottom=1.05 * lowest)  # below 0 only if a mean reward is
     lengths = axes.twinx()

@@ -120,7 +120,7 @@ def warnings(lines, c, state):
          f"Collapse: the votes agree more (majority ratio {agreed:.2f} → {agree:.2f}) and are right less "
          f"often (label accuracy {was_right:.2f} → {right:.2f})."),
         (narrow < 0.2 * wide,
-         f"Entropy fell from {wide:.3f} to {narrow:.3f} nats a token: samples hardly differ any more."),
+         f"Entropy fell from {wide:.3f} to {narrow:.3f} nats per token: samples hardly differ any more."),
         (after < before - 0.02, f"pass@1 fell from {before:.3f} to {after:.3f}."),
         (cut > 0.2, f"{cut:.0%} of the responses are cut at --max-new-tokens {c.max_new_tokens}."),
         (unanswered > 0.2, f"No answer was found in {unanswered:.0%} of the responses."),
@@ -161,7 +161,7 @@ SHARES = {
     },
 }
 NUMBERS = {
-    "training: entropy of the policy": {"train/entropy": "nats a token"},
+    "training: entropy of the policy": {"train/entropy": "nats per token"},
     "training: length of responses": {"train/response_tokens": "tokens"},
 }
 

@@ -147,7 +147,7 @@ def shown_responses(step, asked, responses, votes, rewards, how_many=4):
 
 
 def counted_votes(step, asked, responses, votes):
-    """How the responses to each question voted, for votes.jsonl: a line a question.
+    """How the responses to each question voted, for votes.jsonl: a line per question.
 
     "votes" holds the size of each class by its most frequent spelling, the largest first: so the first is the
     label. Classes beyond the MOST_CLASSES largest are summed up as "other", a key that is there only then;
