@@ -164,7 +164,8 @@ def build_models(run, device):
     on_every_rank(lambda: load_models(run, device, group, grid))
     if device.type == "cuda":
         most_rows = max(c.questions_per_step * c.votes, len(run.eval_set) * c.eval_samples)
-        most_rows = math.ceil(most_rows * run.split.sampler_ranks / world_size())
+        # Of the fullest group: the ranks that have a row more than others may all be in one.
+        most_rows = math.ceil(most_rows / world_size()) * run.split.sampler_ranks
         slots = min(run.rollout_tokens // run.longest, most_rows)
         run.engine = Engine(run.sampler, slots, run.longest, c.max_new_tokens, run.eos_ids)
     if c.eval_only:
