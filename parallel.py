@@ -31,16 +31,21 @@ def data_parallel(policy):
     return DistributedDataParallel(policy, gradient_as_bucket_view=True)
 
 
-def shard(model, ranks, *, device, compute_dtype, offload=False):
-    """Cut each parameter of a model into slices of rows, one for each of `ranks` neighbouring ranks.
+def slice_mesh(device, ranks):
+    """The mesh over which `shard` cuts models, each into `ranks` slices. Every rank has to ask."""
+    grid = mesh(device, ("copy", "slice"), ranks)
+    return grid if grid.size(0) > 1 else grid["slice"]
+
+
+def shard(model, grid, *, device, compute_dtype, offload=False):
+    """Cut each parameter of a model into slices of rows, over `grid`, a `slice_mesh`. Exchanges nothing.
 
     The model may still be on the meta device. It computes in compute_dtype; gradients are averaged in fp32.
     With `offload`, slices, gradients and moments lie in host memory, and the optimizer works there. Returns
     the device on which the slices have to be.
     """
-    grid = mesh(device, ("copy", "slice"), ranks)
     options = dict(
-        mesh=grid if grid.size(0) > 1 else grid["slice"],
+        mesh=grid,
         mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
         # Also what stands outside of the layers: without a backward pass it would stay gathered.
         reshard_after_forward=True,

@@ -158,11 +158,14 @@ def check_against_data(c, model_config, machine, train_set, longest):
 def build_models(run, device):
     """Fill in policy, sampler, learner, reference and optimizer."""
     c = run.config
+    # Before any weight is read: a rank whose files are damaged would leave the others waiting for a group.
     group = parallel.sampler_group(device, run.split.sampler_ranks)
-    on_every_rank(lambda: load_models(run, device, group))
+    grid = parallel.slice_mesh(device, run.split.shard) if run.split.in_slices and not c.eval_only else None
+    on_every_rank(lambda: load_models(run, device, group, grid))
     if device.type == "cuda":
         most_rows = max(c.questions_per_step * c.votes, len(run.eval_set) * c.eval_samples)
-        most_rows = math.ceil(most_rows * run.split.sampler_ranks / world_size())
+        # Of the fullest group: the ranks that have a row more than others may all be in one.
+        most_rows = math.ceil(most_rows / world_size()) * run.split.sampler_ranks
         slots = min(run.rollout_tokens // run.longest, most_rows)
         run.engine = Engine(run.sampler, slots, run.longest, c.max_new_tokens, run.eos_ids)
     if c.eval_only:
@@ -174,15 +177,18 @@ def build_models(run, device):
     )
 
 
-def load_models(run, device, group):
-    """Read the weights of the sampler, and for training of policy and reference, each once or in slices."""
+def load_models(run, device, group, grid):
+    """Read the weights of the sampler, and for training of policy and reference, each once or in slices.
+
+    group: the ranks of this sampler, or None. grid: the mesh of the slices, or None. Exchanges nothing.
+    """
     c, split = run.config, run.split
     compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shard = None
-    if split.in_slices:
+    if grid is not None:
         shard = partial(
             parallel.shard,
-            ranks=split.shard,
+            grid=grid,
             device=device,
             compute_dtype=compute_dtype,
             offload=split.offload,

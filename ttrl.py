@@ -481,13 +481,4 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal cannot show
     torch.use_deterministic_algorithms(not torch.cuda.is_available())
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command goes on from the last checkpoint") from None
-    finally:
-        if dist.is_initialized():
-            # gloo's thread needs the GIL to drop the tensors of its last operation, and the group's end waits
-            # for that thread without giving the GIL away: a deadlock, unless the thread gets its turn before.
-            time.sleep(0.05)
-            dist.destroy_process_group()
+    ranks.run_and_leave(main)

@@ -8,11 +8,14 @@ mesh(...)       ranks in a grid
 import contextlib
 import datetime
 import fcntl
+import gc
 import os
 import platform
 import socket
 import struct
+import sys
 import time
+import traceback
 import uuid
 
 import torch
@@ -37,6 +40,36 @@ def start_processes(device):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def run_and_leave(main):
+    """main() in the process group that it joins, and out of it again. Never returns.
+
+    Who returns or raises SystemExit does so on all ranks, and they leave together. With any other exception a
+    rank is alone. It must not destroy the group: NCCL's end waits for ranks that wait in a collective for
+    this one, and torchrun would not see a failure for as long as TIMEOUT.
+    """
+    code = None
+    try:
+        main()
+    except SystemExit as stopped:
+        code = stopped.code  # no more of it: its traceback holds what main had, also CUDA graphs
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # also no destructors, which would wait
+    if dist.is_initialized():
+        # NCCL waits until no CUDA graph holds a collective of its (pytorch issue 115388).
+        gc.collect()
+        # gloo's thread needs the GIL to drop the tensors of its last operation, and the group's end waits for
+        # that thread without giving the GIL away: a deadlock, unless the thread gets its turn before.
+        time.sleep(0.05)
+        dist.destroy_process_group()
+    raise SystemExit(code)
 
 
 def network_interface():

@@ -84,7 +84,8 @@ def fake_learner(config, ranks, held):
     learner.checkpointing = True
     if ranks > 1:
         with unset_fake_temporarily():  # the mesh is read, and the parameters are on the meta device
-            parallel.shard(learner, ranks, device=torch.device("cpu"), compute_dtype=torch.bfloat16)
+            cpu = torch.device("cpu")
+            parallel.shard(learner, parallel.slice_mesh(cpu, ranks), device=cpu, compute_dtype=torch.bfloat16)
         frequency = learner.rope_frequency
         learner.to_empty(device="cpu")
         learner.rope_frequency = torch.empty(frequency.shape)

@@ -380,7 +380,8 @@ class Held(TorchDispatchMode):
 def load_and_export(models, out, split):
     """Load the policy, write out/model in small files: the bytes held meanwhile, and what is whole."""
     run = open_case(Case("deep", split), models)  # mesh and groups exist from here on
-    cut = partial(parallel.shard, ranks=split.shard, device=CPU, compute_dtype=torch.float32)
+    grid = parallel.slice_mesh(CPU, split.shard)
+    cut = partial(parallel.shard, grid=grid, device=CPU, compute_dtype=torch.float32)
     shard = cut if split.in_slices else None
     with Held() as loading:
         policy = Transformer.from_pretrained(run.folder, torch.float32, CPU, shard)

@@ -293,6 +293,20 @@ def test_moments_of_another_slice_are_noticed(two):
 # bytes
 
 
+def test_no_group_is_made_while_weights_are_read(folder, monkeypatch):
+    """A rank whose files are damaged would leave the others waiting in it."""
+    load, made = several_ranks.run_module.load_models, []
+
+    def load_and_note(*arguments):
+        monkeypatch.setattr(several_ranks.parallel, "mesh", lambda *line: made.append(line) or mesh(*line))
+        load(*arguments)
+
+    mesh = several_ranks.parallel.mesh
+    monkeypatch.setattr(several_ranks.run_module, "load_models", load_and_note)
+    several_ranks.open_case(Case("deep", Split(offload=True), kl=0.1), folder / "models")
+    assert not made
+
+
 def held_little(held):
     """A rank's own slices, and one tensor besides, which may be there twice while it is joined."""
     return held["own"] + held["largest"] <= held["loading"] <= held["own"] + 2.2 * held["largest"]

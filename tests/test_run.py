@@ -530,3 +530,48 @@ def test_answers_and_ids_are_texts_or_finite_numbers(tmp_path, key, value):
     path.write_text(f'{{"prompt": "1+1=?", "{key}": {value}}}\n')
     with pytest.raises(ValueError, match=f'odd.jsonl, line 1: "{key}" must be a text or a finite number'):
         questions.load(str(path))
+
+
+ENDING = """
+import gc, time, weakref
+from support import ranks
+
+class Graph:
+    def __init__(self):
+        self.cycle = self
+
+def main():
+    global graph
+    held = Graph()
+    graph = weakref.ref(held)
+    ranks.start_processes("cpu")
+    ENDS
+
+def destroy():
+    assert graph() is None, "a graph is alive"
+    print("left the group", flush=True)
+    leave()
+
+gc.disable()
+leave, ranks.dist.destroy_process_group = ranks.dist.destroy_process_group, destroy
+ranks.run_and_leave(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "printed", "complaint"),
+    [
+        ("raise RuntimeError('out of memory')", 1, "", "RuntimeError: out of memory\n"),
+        ("raise KeyboardInterrupt", 1, "", "goes on from the last checkpoint\n"),
+        ("raise SystemExit('nothing was learned')", 1, "left the group\n", "nothing was learned\n"),
+        ("pass", 0, "left the group\n", ""),
+    ],
+)
+def test_a_rank_leaves_the_group_only_with_the_others(ends, code, printed, complaint):
+    """One that fails would wait for them as its NCCL group ends. Nor may CUDA graphs live then."""
+    script = ENDING.replace("ENDS", ends)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=99
+    )
+    assert (done.returncode, done.stdout) == (code, printed)
+    assert done.stderr.endswith(complaint)
