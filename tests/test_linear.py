@@ -1,9 +1,9 @@
-"""The product of few rows on a CPU against float64."""
+"""The product of few rows on a CPU against float64, and the gradient of a tied weight."""
 
 import pytest
 import torch
 
-from kernels.linear import FEW_ROWS, Linear
+from kernels.linear import FEW_ROWS, Linear, TiedWeight
 
 
 @pytest.mark.parametrize("layout", ["by row", "by column", "with gaps"])
@@ -20,3 +20,12 @@ def test_a_product_without_gradients_is_the_product(rows, features, bias, by_row
     expected = x.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
     torch.testing.assert_close(y.double(), expected, atol=1e-6, rtol=1e-6)
     assert y.is_contiguous() or not by_row
+
+
+def test_the_gradient_of_a_frequent_token_is_a_sum_in_fp32():
+    """A model in slices computes in bf16, which added 4,096 times one by one stands still at 256."""
+    weight = torch.zeros(3, 4, dtype=torch.bfloat16, requires_grad=True)
+    embedding, head = TiedWeight.apply(weight)
+    embedded = torch.nn.functional.embedding(torch.ones(4096, dtype=torch.int64), embedding, sparse=True)
+    (embedded.sum() + (head * 1).sum()).backward()
+    assert weight.grad.tolist() == [[1.0] * 4, [4096.0] * 4, [1.0] * 4]  # 4097 in bf16 is 4096
