@@ -366,12 +366,13 @@ def split_flags(split):
 
 
 def more_gpus(c, model_config, machine, *rest):
-    """ "3 GPUs more", of the same kind, up to eight nodes; or None."""
+    """ "3 more GPUs", of the same kind, up to eight nodes; or None."""
     larger = [*range(machine.ranks + 1, NODE), *range(NODE, 8 * NODE + 1, NODE)] if machine.cuda else []
     for ranks in larger:
         more = machine._replace(ranks=ranks, per_node=min(ranks, NODE))
         if ranks > machine.ranks and smallest_that_fits(c, model_config, more, *rest):
-            return f"{ranks - machine.ranks} GPUs more"
+            count = ranks - machine.ranks
+            return f"{count} more GPU{'s' * (count > 1)}"
     return None
 
 

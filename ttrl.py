@@ -111,7 +111,7 @@ def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0,
     exp(d) - d - 1 with d = ref - new, at most 10 (GRPO, eq. 4).
 
     >>> one = torch.ones(1, 1)
-    >>> loss, _ = grpo_loss(one * 0.5, one * 0.0, one, one.bool())  # the ratio e^0.5 = 1.65 is clipped to 1.2
+    >>> loss, _ = grpo_loss(-0.5 * one, -one, one, one.bool())  # the ratio e^0.5 = 1.65 is clipped to 1.2
     >>> round(loss.item(), 4)
     -1.2
     """

@@ -204,13 +204,13 @@ def test_host_memory_that_is_too_small_is_said():
     """7B on one GPU of 80 GB with 120 GB of host memory; 32B on eight, where --offload is given."""
     c = config.configure({"model": "7B", "data": "aime", "gpus": "1x80", "dry_run": True})
     machine = memory.find_machine(c, None)._replace(host=120 * 10**9)
-    advice = r"with 2 GPUs more or 137 GB of host memory on each node for --offload, not 120$"
+    advice = r"with 2 more GPUs or 137 GB of host memory on each node for --offload, not 120$"
     with pytest.raises(ValueError, match=r"state 121\.85, .*" + advice):
         on(c, machine)
     assert on(c, machine._replace(host=140 * 10**9)).split.offload
     c = config.configure({"model": "32B", "data": "aime", "gpus": "8x80", "dry_run": True, "offload": True})
     machine = memory.find_machine(c, None)._replace(host=500 * 10**9)
-    advice = r"590 GB of host memory on each node for --offload, not 500; it would fit with 8 GPUs more$"
+    advice = r"590 GB of host memory on each node for --offload, not 500; it would fit with 8 more GPUs$"
     with pytest.raises(ValueError, match=advice):
         on(c, machine, "32B")
 
