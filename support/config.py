@@ -104,8 +104,10 @@ TINY = dict(temperature=1.0, lr=5e-5, epochs=10, max_new_tokens=96, questions_pe
             eval_every=16, eval_samples=64, eval_temperature=1.0, eval_top_p=1.0)  # fmt: skip
 # Part of the name: temperature 1.0 (paper, 3.1)
 REASONING_MODELS = ("qwen2.5-math", "deepseek-r1", "skywork-or1")
+# None of these changes what is computed, but for rounding.
 RESUME_MAY_CHANGE = {"out", "max_minutes", "allow_changed_flags", "dry_run", "wandb", "save_every",
-                     "shard", "sampler_ranks", "offload", "gpus"}  # fmt: skip
+                     "shard", "sampler_ranks", "offload", "gpus", "rollout_tokens", "micro_batch_tokens",
+                     "checkpointing"}  # fmt: skip
 # What is evaluated before the first step and after the last besides: samples, temperature, top-p
 LOWER_TEMPERATURES = {"greedy": (1, 0.0, 1.0), "pass@1 at 0.6/0.95": (16, 0.6, 0.95)}
 
