@@ -23,7 +23,9 @@ def opened():
     theirs_in, ours_out = os.pipe()
     # Chromium reads commands from 3 and answers on 4; from 10 on, the shell can move both without a clash.
     theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]
-    with tempfile.TemporaryDirectory() as profile, tempfile.TemporaryFile() as log:
+    # Processes of Chromium may outlive the first one, and still write into the profile while it is removed.
+    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with scratch as profile, tempfile.TemporaryFile() as log:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
                  f"--user-data-dir={profile}", "--remote-debugging-pipe"]  # fmt: skip
         shell = ["bash", "-c", f'exec "$@" 3<&{theirs[0]} 4>&{theirs[1]}', "bash", CHROMIUM, *flags]
