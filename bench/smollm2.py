@@ -160,6 +160,22 @@ def sentences():
     return [(word, examples + turn(word, ""), answer) for word, answer in PAIRS[:12]]
 
 
+def sums():
+    """Three digits added in two written steps, as turns of the chat template, below three examples."""
+
+    def turn(a, b, c, reply):
+        return f"<|im_start|>user\nWhat is {a} + {b} + {c}?<|im_end|>\n<|im_start|>assistant\n{reply}"
+
+    def reply(a, b, c):
+        boxed = f"\\boxed{{{a + b + c}}}"
+        return f"{a} + {b} = {a + b}, then {a + b} + {c} = {a + b + c}. {boxed}<|im_end|>\n"
+
+    examples = "".join(turn(*terms, reply(*terms)) for terms in ((3, 9, 2), (6, 4, 7), (8, 5, 5)))
+    draw = random.Random(1)
+    rows = [tuple(draw.randint(2, 9) for _ in range(3)) for _ in range(24)]
+    return [("+".join(map(str, terms)), examples + turn(*terms, ""), f"{sum(terms)}") for terms in rows]
+
+
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # the chat template's own
 NUMBERS = random.Random(0).sample(range(11, 99), 80)
 
@@ -192,6 +208,7 @@ TASKS = {
     "opposites": Task(opposites, f"{LONG} --epochs 3 --max-new-tokens 6 --eval-every 5"),
     "sentences": Task(sentences, f"{LONG} --epochs 2 --max-new-tokens 24 --eval-every 4"),
     "subtraction": Task(subtraction, f"{LONG} --epochs 3 --max-new-tokens 7 --eval-every 3"),
+    "sums": Task(sums, f"{LONG} --epochs 2 --max-new-tokens 32 --eval-every 4"),
     "number-after": Task(
         lambda: number_after(NUMBERS[:40]), NUMBER_AFTER, held_out=lambda: number_after(NUMBERS[40:])
     ),
