@@ -170,10 +170,12 @@ def sums():
         boxed = f"\\boxed{{{a + b + c}}}"
         return f"{a} + {b} = {a + b}, then {a + b} + {c} = {a + b + c}. {boxed}<|im_end|>\n"
 
-    examples = "".join(turn(*terms, reply(*terms)) for terms in ((3, 9, 2), (6, 4, 7), (8, 5, 5)))
-    draw = random.Random(1)
-    rows = [tuple(draw.randint(2, 9) for _ in range(3)) for _ in range(24)]
-    return [("+".join(map(str, terms)), examples + turn(*terms, ""), f"{sum(terms)}") for terms in rows]
+    shown, draw, asked = [(3, 9, 2), (6, 4, 7), (8, 5, 5)], random.Random(1), []
+    while len(asked) < 24:
+        terms = tuple(draw.randint(2, 9) for _ in range(3))
+        asked += [terms] if terms not in (*shown, *asked) else []
+    examples = "".join(turn(*terms, reply(*terms)) for terms in shown)
+    return [("+".join(map(str, terms)), examples + turn(*terms, ""), f"{sum(terms)}") for terms in asked]
 
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # the chat template's own
