@@ -21,7 +21,6 @@ docs/analyses.png. What they show is said in docs/rewards.md.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +28,9 @@ from pathlib import Path
 from common import ROOT, last_line, say, table
 
 from rewards import REWARDS
-from support.config import TINY
+from support.config import TINY, flag_name
+from support.metrics import mean, standard_error
+from support.report import read_metrics
 
 BUDGET = """--votes 32 --samples 16 --eval-samples 32 --eval-data tiny --eval-every 1000
     --save-every 1000""".split()
@@ -60,8 +61,7 @@ def run(out, flags):
         if done.returncode:
             raise SystemExit(f"rewards.py: {out}: {done.stderr.strip().splitlines()[-1]}")
     summary = json.loads((out / "summary.json").read_text())
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    by_step = {line["step"]: line for line in lines if line["step"] > 0}
+    by_step = {line["step"]: line for line in read_metrics(out) if line["step"] > 0}
     return summary, [by_step[step] for step in sorted(by_step)]
 
 
@@ -72,7 +72,7 @@ def flags_of(experiment, label, runs):
     flags = [*EXPERIMENTS[experiment][label], "--data", asked]
     if experiment == "base" and BASES[label] != 1:  # another model does not get the preset of tiny
         preset = {name: value for name, value in TINY.items() if name not in ("eval_every", "eval_samples")}
-        given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in preset.items()]
+        given = [(flag_name(name), str(value)) for name, value in preset.items()]
         flags += ["--model", make_base(runs, label), *sum(given, ())]
     return flags
 
@@ -85,7 +85,7 @@ def make_base(runs, label):
         factor = BASES[label]
         program = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tiny")!r}]
-import shutil, pathlib, make
+import pathlib, make
 make.SLIP *= {factor}
 make.FORGET = {{digit: min(p * {factor}, 0.9) for digit, p in make.FORGET.items()}}
 make.HERE = pathlib.Path({str(folder)!r} + ".building")
@@ -103,19 +103,19 @@ def measures(summary, steps):
     others = [row for row in summary["questions"] if row not in asked]
     last_pass = steps[-len(steps) // 10 :]
     found = {
-        "before": statistics.mean(row["pass@1"][0] for row in asked),
-        "never asked, before": statistics.mean(row["pass@1"][0] for row in others),
-        "pass@1": statistics.mean(row["pass@1"][1] for row in asked),
-        "never asked": statistics.mean(row["pass@1"][1] for row in others),
+        "before": mean(row["pass@1"][0] for row in asked),
+        "never asked, before": mean(row["pass@1"][0] for row in others),
+        "pass@1": mean(row["pass@1"][1] for row in asked),
+        "never asked": mean(row["pass@1"][1] for row in others),
         "greedy": summary["after"]["greedy"],
         "learned": sum(row["fate"] == "learned" for row in asked),
         "corrupted": sum(row["fate"] == "corrupted" for row in asked),
     }
     for name, moment in (("first vote", 0), ("maj@32", 1)):
-        found[name] = statistics.mean(row["majority"][moment] == row["truth"] for row in asked)
+        found[name] = mean(row["majority"][moment] == row["truth"] for row in asked)
     for name in ("flip_rate", "locked_wrong", "distinct_answers", "entropy"):
         values = [line[f"train/{name}"] for line in last_pass if f"train/{name}" in line]
-        found[name] = statistics.mean(values) if values else float("nan")
+        found[name] = mean(values) if values else float("nan")
     return found
 
 
@@ -123,7 +123,7 @@ def mean_and_error(numbers):
     """(mean, its standard error over seeds or None for one seed)."""
     if len(numbers) < 2:
         return numbers[0], None
-    return statistics.mean(numbers), statistics.stdev(numbers) / len(numbers) ** 0.5
+    return mean(numbers), standard_error(numbers)
 
 
 def experiment(name, seeds, runs):
@@ -156,7 +156,7 @@ def plain_voting(seed, samples=320):
     from rollout import generate
     from support import questions
     from support.grading import classes, extract_answer, majority
-    from support.metrics import is_right, mean
+    from support.metrics import is_right
     from support.prompts import decode_response, encode_prompt, load_tokenizer
 
     folder = ROOT / "tiny/model"
@@ -194,8 +194,8 @@ def show(name, results):
     for label, columns in results.items():
         cells = []
         for column in header[1:]:
-            mean, error = mean_and_error(columns[column])
-            cells.append(f"{mean:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
+            average, error = mean_and_error(columns[column])
+            cells.append(f"{average:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
         rows.append([label, *cells])
     say(table(header, rows))
 
@@ -288,7 +288,7 @@ def main():
     voting = {}
     if "voting" in given.experiments:
         by_seed = [plain_voting(seed) for seed in given.seeds]
-        voting = {count: statistics.mean(row[count] for row in by_seed) for count in by_seed[0]}
+        voting = {count: mean(row[count] for row in by_seed) for count in by_seed[0]}
         say("\nplain voting of the base")
         say(table(["samples", "accuracy"], [[count, f"{value:.3f}"] for count, value in voting.items()]))
     if voting and "rewards" in found:
