@@ -147,24 +147,31 @@ def subtraction():
     return [(f"{a}-{b}", f"{examples}{a} - {b} =", f"{a - b}") for a, b in sums]
 
 
+def turn(question, reply):
+    """A question and its reply, or the beginning of one, in the chat template."""
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{reply}"
+
+
 def sentences():
     """Opposites again, as turns of the chat template; the response is a whole sentence and ends by itself."""
 
-    def turn(word, reply):
-        return f"<|im_start|>user\nWhat is the opposite of {word}?<|im_end|>\n<|im_start|>assistant\n{reply}"
+    def ask(word):
+        return f"What is the opposite of {word}?"
 
     def reply(word, answer):
         return f"The opposite of {word} is {answer}, so the answer is \\boxed{{{answer}}}.<|im_end|>\n"
 
-    examples = turn("hot", reply("hot", "cold")) + turn("up", reply("up", "down"))
-    return [(word, examples + turn(word, ""), answer) for word, answer in PAIRS[:12]]
+    examples = "".join(
+        turn(ask(word), reply(word, answer)) for word, answer in (("hot", "cold"), ("up", "down"))
+    )
+    return [(word, examples + turn(ask(word), ""), answer) for word, answer in PAIRS[:12]]
 
 
 def sums():
     """Three digits added in two written steps, as turns of the chat template, below three examples."""
 
-    def turn(a, b, c, reply):
-        return f"<|im_start|>user\nWhat is {a} + {b} + {c}?<|im_end|>\n<|im_start|>assistant\n{reply}"
+    def ask(a, b, c):
+        return f"What is {a} + {b} + {c}?"
 
     def reply(a, b, c):
         boxed = f"\\boxed{{{a + b + c}}}"
@@ -174,8 +181,8 @@ def sums():
     while len(asked) < 24:
         terms = tuple(draw.randint(2, 9) for _ in range(3))
         asked += [terms] if terms not in (*shown, *asked) else []
-    examples = "".join(turn(*terms, reply(*terms)) for terms in shown)
-    return [("+".join(map(str, terms)), examples + turn(*terms, ""), f"{sum(terms)}") for terms in asked]
+    examples = "".join(turn(ask(*terms), reply(*terms)) for terms in shown)
+    return [("+".join(map(str, t)), examples + turn(ask(*t), ""), f"{sum(t)}") for t in asked]
 
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # the chat template's own
@@ -186,9 +193,8 @@ def number_after(numbers):
     """What comes after a number, without examples; the response is the number and a full stop."""
 
     def prompt(number):
-        asked = f"<|im_start|>user\nWhat number comes right after {number}?<|im_end|>\n"
-        begun = f"<|im_start|>assistant\nThe number after {number} is "
-        return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n{asked}{begun}"
+        question, begun = f"What number comes right after {number}?", f"The number after {number} is "
+        return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n{turn(question, begun)}"
 
     return [(f"{number}", prompt(number), f"{number + 1}") for number in numbers]
 
