@@ -20,7 +20,7 @@ import shutil
 import subprocess
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -113,12 +113,16 @@ def prepare(c, device, machine, given, folder, train_set, eval_set):
     evaluation = train if eval_set is train_set else load_prompts(c, tokenizer, c.eval_data, eval_set)
     longest = max(map(len, train[1] + evaluation[1])) + c.max_new_tokens
     check_against_data(c, model_config, machine, train[0], longest)
-    most_rows = max(c.questions_per_step * c.votes, len(evaluation[0]) * c.eval_samples)
-    layout = choose_layout(c, model_config, machine, longest, most_rows)
+    layout = choose_layout(c, model_config, machine, longest, most_rows(c, evaluation[0]))
     budgets = layout.rollout_tokens, layout.micro_batch_tokens
     run = Run(c, device, folder, tokenizer, eos_ids, *train, *evaluation, longest, *budgets, layout.split)
     print_plan(run, model_config, machine, layout, given, show_prompt(tokenizer, run.train_prompts[0]))
     return run
+
+
+def most_rows(c, eval_set):
+    """Rows of the largest rollout, in training or evaluation, over all ranks."""
+    return max(c.questions_per_step * c.votes, len(eval_set) * c.eval_samples)
 
 
 def load_prompts(c, tokenizer, name, loaded):
@@ -163,10 +167,9 @@ def build_models(run, device):
     grid = parallel.slice_mesh(device, run.split.shard) if run.split.in_slices and not c.eval_only else None
     on_every_rank(lambda: load_models(run, device, group, grid))
     if device.type == "cuda":
-        most_rows = max(c.questions_per_step * c.votes, len(run.eval_set) * c.eval_samples)
         # Of the fullest group: the ranks that have a row more than others may all be in one.
-        most_rows = math.ceil(most_rows / world_size()) * run.split.sampler_ranks
-        slots = min(run.rollout_tokens // run.longest, most_rows)
+        rows = math.ceil(most_rows(c, run.eval_set) / world_size()) * run.split.sampler_ranks
+        slots = min(run.rollout_tokens // run.longest, rows)
         run.engine = Engine(run.sampler, slots, run.longest, c.max_new_tokens, run.eos_ids)
     if c.eval_only:
         return
@@ -292,6 +295,7 @@ SOURCES = source_hashes()  # at the start: what runs is what was read then, not 
 
 
 @functools.cache
+@cache  # the page asks at every evaluation, for the sources that run
 def commit():
     """The commit of this program, with "-dirty" if files differ from it; "unknown" where git cannot tell."""
     command = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
