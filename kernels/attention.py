@@ -10,12 +10,21 @@ try:
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 except ImportError:  # an optional package, for CUDA only
     flash_attn_varlen_func = flash_attn_with_kvcache = None
+try:
+    from kernels.attention_triton import attend_cached_triton
+except ImportError:  # torch's CPU wheels come without triton
+    attend_cached_triton = None
 
 
 def flash_available(dtype, head_dim):
     """Is flash-attn installed, and does it take such numbers?"""
     supported = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
     return supported and flash_attn_varlen_func is not None
+
+
+def triton_available(x):
+    """Does attention over a cache run in Triton for tensors such as x, where flash-attn is not installed?"""
+    return x.is_cuda and attend_cached_triton is not None
 
 
 def flash_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window):

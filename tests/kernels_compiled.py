@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from kernels import attention_triton as attention
 from kernels import logprob_triton as logprob
 from kernels import sampler_triton as sampler
 
@@ -20,7 +21,7 @@ from kernels import sampler_triton as sampler
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma", 100: "tcgen05.mma"}
 TARGETS = [*SHARED_LIMIT, "gfx942"]
-SCALARS = {"temperature": "fp32"}  # by the end of the name; any other scalar is an i32
+SCALARS = {"temperature": "fp32", "scale": "fp32"}  # by the end of the name; any other scalar is an i32
 
 
 def compiled(kernel, target, pointers, constants, aligned, **options):
@@ -135,3 +136,19 @@ def test_sampler(target, tmp_path):
     check(sampler.block_mass, target, pointers, {"TILE": sampler.TILE}, ["stride"], tmp_path)
     pointers |= {"key": "i64", "position": "i64", "token": "i64", "logprob": "fp32"}
     check(sampler.block_draw, target, pointers, {"TILE": sampler.TILE, "BLOCKS": 256}, ["stride"], tmp_path)
+
+
+@pytest.mark.parametrize("group, width, dtype", [
+    (6, 128, "bf16"), (7, 64, "bf16"), (1, 96, "fp16"), (8, 256, "bf16"), (4, 128, "fp32"),
+])  # fmt: skip
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention_over_a_cache(target, group, width, dtype, tmp_path):
+    """Qwen2.5-1.5B's heads, 0.5B's, a width that is no power of 2, the widest, and fp32."""
+    tensors = dict.fromkeys(("q", "k", "v", "keys", "values"), dtype)
+    partial = dict.fromkeys(("acc", "peak", "mass"), "fp32")
+    sizes = attention.tile_sizes(group, width, 4 if dtype == "fp32" else 2)
+    strides = ["q_stride", "k_stride", "v_stride", "row_stride", "head_stride"]
+    pointers = {**tensors, **partial, "length": "i32"}
+    check(attention.attend_split, target, pointers, sizes, strides, tmp_path, num_warps=4, num_stages=3)
+    constants = {"N": attention.MOST_SPLITS, "E": width, "BE": sizes["BE"]}
+    check(attention.merge_splits, target, {**partial, "out": dtype}, constants, [], tmp_path)

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 import triton
+from test_flash_attention import check_decoding, small_model
 from triton import language as tl
 from triton.runtime import interpreter
 
-from kernels import logprob, logprob_triton, sampler, sampler_triton
+import engine
+from kernels import attention_triton, logprob, logprob_triton, sampler, sampler_triton
+from rollout import generate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Builder = interpreter.InterpreterBuilder
@@ -272,3 +275,91 @@ def test_draw_never_leaves_the_vocabulary():
     logits[0, 3], logits[1] = 0.0, torch.nan
     token, logp = sampler_triton.sample_tokens_triton(logits, key, position, 1.0)
     assert token[0] == 3 and logp[0] == 0 and 0 <= token[1] < 1500 and logp[1].isnan()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# attention of decoding
+
+
+def attended(q, k, v, keys, values, length, window):
+    """By the plain formula in float64: [B, H, E]."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    for row, filled in enumerate(length.tolist()):
+        seen = slice(0 if window is None else max(0, filled + 1 - window), filled)
+        for head in range(q.shape[1]):
+            of = head // (q.shape[1] // k.shape[1])
+            these = torch.cat((keys[row, of, seen], k[row, of][None])).double()
+            those = torch.cat((values[row, of, seen], v[row, of][None])).double()
+            out[row, head] = (these @ q[row, head].double() / q.shape[2] ** 0.5).softmax(0) @ those
+    return out
+
+
+def cached_rows(heads, kv_heads, width, lengths, capacity, dtype):
+    """What attention is given: heads of one product, as model.Attention cuts them, and a cache with NaN where
+    nothing has been written yet."""
+    generator = torch.Generator().manual_seed(width + heads)
+    qkv = torch.randn(len(lengths), heads + 2 * kv_heads, width, generator=generator).to(dtype)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
+    cache = torch.randn(2, 2, len(lengths) + 1, kv_heads, capacity, width, generator=generator).to(dtype)
+    for row, filled in enumerate(lengths):
+        cache[:, :, row, :, filled:] = torch.nan
+    keys, values = cache[0, 1, : len(lengths)], cache[1, 1, : len(lengths)]  # a layer's, without spare slots
+    return 2 * q, k, v, keys, values, torch.tensor(lengths, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, kv_heads, width, lengths, capacity, window, splits", [
+    (1, 1, 16, [0], 1, None, 1),  # nothing but the new token
+    (6, 1, 128, [0, 1, 64, 99], 100, None, 2),  # a full cache, a whole block, an empty second split
+    (8, 1, 64, [130, 5], 140, None, 4),
+    (4, 2, 80, [70, 33], 96, 1, 2),  # sees the new token alone
+    (4, 2, 96, [70, 33], 96, 17, 2),
+    (8, 8, 128, [150, 149], 151, 66, 1),
+    (28, 4, 128, [90], 200, 200, 8),
+])  # fmt: skip
+def test_attention_over_a_cache(
+    heads, kv_heads, width, lengths, capacity, window, splits, dtype, monkeypatch
+):
+    """Against float64 it errs no more than its own rounding, stores one token a row and touches no other."""
+    monkeypatch.setattr(attention_triton, "splits_wanted", lambda *_: splits)
+    q, k, v, keys, values, length = cached_rows(heads, kv_heads, width, lengths, capacity, dtype)
+    exact = attended(q, k, v, keys, values, length, window)
+    before = keys.clone(), values.clone()
+    out = attention_triton.attend_cached_triton(q, k, v, keys, values, length, window)
+    assert out.dtype == dtype and out.shape == q.shape
+    # the weights of values are rounded to dtype, and so is the result
+    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    assert (out.double() - exact).abs().max() < tolerance
+    for row, filled in enumerate(lengths):
+        before[0][row, :, filled], before[1][row, :, filled] = k[row], v[row]
+    assert all(a.equal(b) or torch.equal(a.nan_to_num(9), b.nan_to_num(9))
+               for a, b in zip(before, (keys, values), strict=True))  # fmt: skip
+
+
+def test_rows_are_split_until_the_gpu_is_busy(monkeypatch):
+    h100 = mock.Mock(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h100)
+    of = {rows: attention_triton.splits_wanted("cuda", 2 * rows, 4096) for rows in (1, 16, 64, 335, 4096)}
+    assert of == {1: 64, 16: 64, 64: 16, 335: 2, 4096: 1}
+    assert attention_triton.splits_wanted("cuda", 2, 40) == 1  # a short cache
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decoding_in_the_model(dtype, monkeypatch):
+    monkeypatch.setattr(attention_triton, "splits_wanted", lambda *_: 2)
+    check_decoding(monkeypatch, dtype, package=None, triton=True)
+
+
+@torch.no_grad()
+def test_rollouts_are_those_of_plain_attention(monkeypatch):
+    """The engine with the kernel in each layer, rows that move and are refilled included."""
+    monkeypatch.setattr(attention_triton, "splits_wanted", lambda *_: 2)
+    whole = small_model(torch.float32, windows=(None, 9))
+    rollouts = []
+    for in_triton in (False, True):
+        monkeypatch.setattr(engine, "triton_available", lambda x, answer=in_triton: answer)
+        how = dict(max_new_tokens=12, eos_ids=range(12), seed=1, stream="train", step=1, budget_tokens=4 * 17)
+        rollouts.append(generate(whole, [[5, 17, 3], [7, 7, 9, 60, 2]], 3, **how))
+    a, b = rollouts
+    assert a.tokens.equal(b.tokens) and (a.logprob - b.logprob).abs().max() < 1e-5
+    assert a.response_length.unique().numel() > 2

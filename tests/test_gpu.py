@@ -27,6 +27,7 @@ import rollout
 import ttrl
 from engine import Engine, prefill
 from kernels import cuda_graph, logprob, sampler
+from kernels.attention import attend_cached_triton, sdpa_one_query
 from kernels.cuda_graph import GraphCache
 from model import ModelConfig, Transformer
 from rollout import generate
@@ -185,6 +186,45 @@ def test_flash_attn_is_as_good_as_sdpa(dtype, monkeypatch):
     """What test_flash_attention.py proves of the CPU reference, of the package."""
     check_decoding(monkeypatch, dtype, "cuda", flash_attn)
     check_learning(monkeypatch, "cuda", flash_attn)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_kernel_over_a_cache_is_as_good_as_sdpa(dtype, monkeypatch):
+    check_decoding(monkeypatch, dtype, "cuda", package=None, triton=True)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("heads, kv_heads, width, window", [
+    (12, 2, 128, None), (14, 2, 64, None), (8, 8, 80, 300), (32, 8, 96, None), (28, 4, 128, 1),
+])  # fmt: skip
+def test_attention_over_a_long_cache(heads, kv_heads, width, window, dtype):
+    """Against float64: rows of many lengths, the rest of the cache NaN, and few and many splits."""
+    for lengths in ([0, 1, 63, 64, 65, 700, 2047], [1500] * 80):
+        generator = torch.Generator("cuda").manual_seed(0)
+        rows, options = len(lengths), dict(device="cuda", generator=generator)
+        q, k, v = (torch.randn(rows, n, width, **options).to(dtype) for n in (heads, kv_heads, kv_heads))
+        cache = torch.randn(2, rows, kv_heads, 2048, width, **options).to(dtype)
+        length = torch.tensor(lengths, device="cuda", dtype=torch.int32)
+        at = torch.arange(2048, device="cuda")
+        unwritten = (at >= length[:, None])[:, None, :, None]
+        keys, values = cache.masked_fill(unwritten, torch.nan)
+        got = attend_cached_triton(q, k, v, keys, values, length, window)
+        here = (torch.arange(rows, device="cuda"), slice(None), length.long())
+        assert keys[here].equal(k) and values[here].equal(v)
+        seen = (
+            at <= length[:, None]
+            if window is None
+            else (at <= length[:, None]) & (at > length[:, None] - window)
+        )
+        bias = torch.zeros(seen.shape, device="cuda", dtype=torch.float64).masked_fill(~seen, -torch.inf)
+        exact = sdpa_one_query(
+            q.double(), *(x.nan_to_num(0).double() for x in (keys, values)), bias[:, None, None]
+        )
+        assert (got - exact).abs().max() < {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[
+            dtype
+        ]
 
 
 @needs_flash
