@@ -230,10 +230,10 @@ def machine(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-PACKAGES = ["triton and flash-attn", "torch only"]
+PACKAGES = ["triton and flash-attn", "torch only", "torch without flash attention"]
 
 
-@pytest.fixture(params=PACKAGES)
+@pytest.fixture(params=PACKAGES[:2])
 def gpu(machine, request, monkeypatch):
     """The fake device, with the optional packages or without; `gpu.kernels` counts the launches of each."""
     with fake.fake_cuda() as mode:
@@ -258,6 +258,8 @@ def gpu(machine, request, monkeypatch):
         monkeypatch.setattr(kernels.sampler, "sampler_triton", sampler_triton if both else None)
         monkeypatch.setattr(attention, "flash_attn_with_kvcache", flash_with_kvcache if both else None)
         monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_varlen if both else None)
+        if request.param == PACKAGES[2]:
+            monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
         monkeypatch.setattr(
             torch.nn.functional, "scaled_dot_product_attention", attention_with_a_fused_kernel
         )
@@ -445,11 +447,12 @@ def check_learning(run, gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "gpu, config", [(PACKAGES[0], QWEN3), (PACKAGES[1], QWEN2)], indirect=["gpu"], ids=["qwen3", "qwen2"]
+    "gpu, config", [*zip(PACKAGES, (QWEN3, QWEN2, QWEN2), strict=True)], indirect=["gpu"], ids=PACKAGES
 )
 def fake_learning(gpu, tmp_path, config, monkeypatch):
     """Two updates: fp32 gradients and moments on the device, bf16 products, few waits for the device."""
     check_learning(make_run(tmp_path, config), gpu, monkeypatch)
+    assert (gpu.packed_calls > 0) == (gpu.kernels is None and attention.torch_has_flash(torch.device("cuda")))
 
 
 @pytest.mark.parametrize("gpu", PACKAGES[:1], indirect=True)
@@ -585,16 +588,22 @@ IN_SAMPLING = {  # what is wrong: (where, function, its text, the text planted, 
 }  # fmt: skip
 IN_LEARNING = {
     "advantages on the CPU":
-        (ttrl, "micro_batch_loss", "[:, None].to(device, non_blocking=True)", "[:, None]", MIXES),
+        (ttrl, "micro_batch_loss",
+         "upload(advantage[micro_batch.question, trained][:, None], device)",
+         "advantage[micro_batch.question, trained][:, None]", MIXES),
     "old log-probabilities on the CPU":
-        (ttrl, "micro_batch_loss", "mask.shape[1]].to(device, non_blocking=True)", "mask.shape[1]]", MIXES),
+        (ttrl, "micro_batch_loss",
+         "upload(micro_batch.logprob[:, : mask.shape[1]], device)",
+         "micro_batch.logprob[:, : mask.shape[1]]", MIXES),
     "a metric is read": (metrics.Tally, "add", "entropy, 0.0).sum()", "entropy, 0.0).sum().item()", READS),
     "learning branches on a gap":
         (metrics.Tally, "add", "self.gap_max = torch", "assert gap.max(); self.gap_max = torch", READS),
     "the loss branches on a ratio":
         (ttrl, "grpo_loss", "if ref_logprob is not None:", "if (ratio > 1).any():", READS),
-    "an upload waits":
-        (ttrl, "micro_batch_loss", "mask.to(device, non_blocking=True)", "mask.to(device)", "slow_uploads"),
+    "an upload waits": (ttrl, "upload", "non_blocking=True", "non_blocking=False", "slow_uploads"),
+    "an upload from memory that is not pinned": (ttrl, "upload", ".pin_memory()", "", "slow_uploads"),
+    "an upload of columns": (ttrl, "upload", ".contiguous()", "", "slow_uploads"),
+    "indices from memory that is not pinned": (packing, "upload", ".pin_memory()", "", "slow_uploads"),
     "no autocast":
         (ttrl, "micro_batch_loss",
          "enabled=mixed", "enabled=False", r"\(torch.float32, True\)"),
@@ -609,8 +618,18 @@ IN_LEARNING = {
     "an index stays on the CPU":
         (packing.PackedBatch, "to",
          "isinstance(value, torch.Tensor)", 'isinstance(value, torch.Tensor) and name != "unpacked"', MIXES),
+    "where keys lie stays on the CPU":
+        (packing.AttentionGroup, "flat", "upload(self.key", "(lambda x, _: x)(self.key", MIXES),
+    "where rows begin stays on the CPU":
+        (packing.AttentionGroup, "flat", "upload(begins, self.device)", "begins", "lengths: int32"),
+    "where rows begin in int64": (packing, "cu_seqlens", ".int()", "", "lengths: int32"),
+    "groups take the device of their indices":
+        (packing.PackedBatch, "to", "group.device = device", "pass", "lengths: int32"),
+    "padded queries stay on the CPU":
+        (packing.AttentionGroup, "padded", "upload(index, self.device) for", "index for", MIXES),
     "the learner's mask on the CPU":
-        (packing.AttentionGroup, "mask", "device = self.query.device", "device = None", MIXES),
+        (packing.AttentionGroup, "mask",
+         "torch.arange(self.key.shape[1], device=self.device)", "torch.arange(self.key.shape[1])", MIXES),
     "shared heads under a mask": (packing, "sdpa", "if q.is_cuda:", "if False:", "a mask and shared heads"),
 }  # fmt: skip
 ON_TWO = {
@@ -621,14 +640,18 @@ ON_TWO = {
     "heads are summed on the host":
         (parallel, "sum_over", "x = x.contiguous()", "x = x.cpu()", "from the device to the host"),
 }  # fmt: skip
-ONLY_TORCH = ("slots are numbered on the CPU", "the mask of keys on the CPU", "the learner's mask on the CPU",
-              "shared heads under a mask")  # fmt: skip
+NEEDS = {  # the packages without which a mistake's code does not run; all others are tried with the first
+    **dict.fromkeys(("slots are numbered on the CPU", "the mask of keys on the CPU",
+                     "where keys lie stays on the CPU", "where rows begin stays on the CPU",
+                     "where rows begin in int64"), PACKAGES[1]),
+    **dict.fromkeys(("the learner's mask on the CPU", "padded queries stay on the CPU",
+                     "shared heads under a mask"), PACKAGES[2]),
+}  # fmt: skip
 
 
 def with_packages(mistakes):
-    """Each mistake with the packages there, unless it is in code that then does not run."""
     return pytest.mark.parametrize(
-        "gpu, mistake", [(PACKAGES[m in ONLY_TORCH], m) for m in mistakes], indirect=["gpu"]
+        "gpu, mistake", [(NEEDS.get(m, PACKAGES[0]), m) for m in mistakes], indirect=["gpu"]
     )
 
 

@@ -7,6 +7,7 @@ are trivial, but the comparing code has run.
 """
 
 import copy
+import importlib
 import inspect
 import time
 
@@ -16,8 +17,10 @@ import torch
 from conftest import ROOT, SMALL, lines_of, program
 from safetensors.torch import load_file
 from test_flash_attention import (
+    TORCH,
     check_decoding,
     check_learning,
+    check_rows,
     check_same_but_for_ties,
     small_model,
     use_flash,
@@ -26,7 +29,7 @@ from test_flash_attention import (
 import rollout
 import ttrl
 from engine import Engine, prefill
-from kernels import cuda_graph, logprob, sampler
+from kernels import attention, cuda_graph, logprob, sampler
 from kernels.attention import attend_cached_triton, sdpa_one_query
 from kernels.cuda_graph import GraphCache
 from model import ModelConfig, Transformer
@@ -36,11 +39,7 @@ from support import metrics
 from support.config import configure
 from support.ranks import start_processes
 
-try:
-    import flash_attn
-except ImportError:
-    flash_attn = None
-
+flash_attn = attention.flash_attn_varlen_func and importlib.import_module("flash_attn")
 HAS_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(
     not HAS_GPU, reason="no CUDA device here: run tests/test_gpu.py where there is one"
@@ -177,7 +176,43 @@ def test_the_head_of_a_bf16_model_does_not_round_its_sums(device):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# flash-attn: the package itself
+# flash attention: torch's operator, and the package itself
+
+
+HEADS_AND_WIDTHS = [((14, 2), 64), ((4, 4), 80), ((16, 2), 96), ((12, 2), 128)]
+BOTH_WAYS = [pytest.param(TORCH, id="torch"), pytest.param(flash_attn, id="package", marks=needs_flash)]
+
+
+@on_both
+@pytest.mark.parametrize("package", BOTH_WAYS)
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("heads, width", HEADS_AND_WIDTHS)
+def test_flash_attention_over_rows(device, heads, width, window, package, monkeypatch):
+    """Forward and backward: long and short rows behind long and short prompts, and rows of one token."""
+    long, short = (400, 150) if device == "cuda" else (7, 3)
+    mixed = [long, 5], [(0, short), (0, 1), (0, 2), (1, long), (1, short)]
+    for shape in (mixed, ([4, 6], [(0, 1), (0, 2), (1, 2)])):
+        check_rows(monkeypatch, package, shape, window, heads, width, device)
+
+
+@on_both
+@pytest.mark.parametrize("score", [-150.0, 150.0])
+def test_gradients_at_704_keys_are_finite(device, score, monkeypatch):
+    """Where cuDNN gives NaN: 704 keys, all scores of a query far below 0. By flash attention and by SDPA."""
+    prompt, response = (640, 65) if device == "cuda" else (6, 3)
+    shape = [prompt, prompt + 64], [(0, response), (0, 1), (1, 2)]
+    check_rows(monkeypatch, TORCH, shape, None, (4, 2), 64, device, score=score)
+
+
+@needs_gpu
+def test_torch_has_flash_attention():
+    """Else rows are padded: slower, and not what the first person with a GPU should time."""
+    assert attention.torch_has_flash(torch.device("cuda"))
+
+
+@on_both
+def test_learning_by_the_flash_attention_of_torch(device, monkeypatch):
+    check_learning(monkeypatch, device, TORCH)
 
 
 @needs_flash
@@ -245,9 +280,7 @@ def test_the_learner_attends_by_a_fused_kernel(monkeypatch):
     use_flash(monkeypatch, None)
     whole = small_model(torch.bfloat16).cuda()
     fused = torch.nn.attention.SDPBackend
-    with torch.nn.attention.sdpa_kernel(
-        [fused.FLASH_ATTENTION, fused.EFFICIENT_ATTENTION, fused.CUDNN_ATTENTION]
-    ):
+    with torch.nn.attention.sdpa_kernel([fused.FLASH_ATTENTION, fused.EFFICIENT_ATTENTION]):
         whole.logits(torch.randint(101, (3, 40))).sum().backward()
 
 
@@ -573,8 +606,11 @@ def test_speed_and_memory_of_learning(device, monkeypatch, capsys):
     mb = rollout.empty_rollout([[5, 6, 7, 8]], [(0, s) for s in range(rows)], length)
     for row in range(rows):
         mb.fill(row, torch.full((length,), 9), torch.zeros(length), EOS)
-    lines = [f"learning from {rows} x {length} tokens", "checkpointing  flash    tokens/s  peak GB"]
-    for flash in [None, *([flash_attn] if device == "cuda" and flash_attn else [])]:
+    lines = [f"learning from {rows} x {length} tokens", "checkpointing  attention    tokens/s  peak GB"]
+    ways = {"padded": None} if device == "cpu" else {"padded": None, "torch": TORCH, "flash-attn": flash_attn}
+    for name, flash in ways.items():
+        if name == "flash-attn" and flash is None:
+            continue
         use_flash(monkeypatch, flash)
         for whole.checkpointing in (False, True):
 
@@ -587,6 +623,6 @@ def test_speed_and_memory_of_learning(device, monkeypatch, capsys):
                 torch.cuda.reset_peak_memory_stats()
             lasted = seconds(learn, device, repeats=3)
             peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
-            which = f"{whole.checkpointing!s:13}  {'yes' if flash else 'no':5}"
-            lines.append(f"{which} {rows * length / lasted:11,.0f} {peak:8.2f}")
+            which = f"{whole.checkpointing!s:13}  {name:10}"
+            lines.append(f"{which} {rows * length / lasted:10,.0f} {peak:8.2f}")
     say(capsys, *lines)
