@@ -99,8 +99,8 @@ def prefill(model, prompts):
     keys, values = [], []
 
     def attend_and_record(layer, q, k, v):
-        keys.append(k)
-        values.append(v)
+        keys.append(k.clone())  # k and v are views: kept as they are, they would keep all q alive too
+        values.append(v.clone())
         return batch.attend_packed(layer, q, k, v)
 
     hidden = model.backbone(batch.tokens, batch.positions, attend_and_record)  # [T, D]

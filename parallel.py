@@ -46,7 +46,11 @@ def shard(model, grid, *, device, compute_dtype, offload=False):
     """
     options = dict(
         mesh=grid,
-        mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=compute_dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # x is in compute_dtype as it is; cos and sin have to stay in fp32
+        ),
         # Also what stands outside of the layers: without a backward pass it would stay gathered.
         reshard_after_forward=True,
         offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),

@@ -14,6 +14,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from kernels import attention_triton as attention
+from kernels import fused_triton as fused
 from kernels import logprob_triton as logprob
 from kernels import sampler_triton as sampler
 
@@ -21,7 +22,9 @@ from kernels import sampler_triton as sampler
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma", 100: "tcgen05.mma"}
 TARGETS = [*SHARED_LIMIT, "gfx942"]
-SCALARS = {"temperature": "fp32", "scale": "fp32"}  # by the end of the name; any other scalar is an i32
+SCALARS = dict.fromkeys(
+    ("temperature", "scale", "sign"), "fp32"
+)  # by the end of the name; any other scalar is an i32
 
 
 def compiled(kernel, target, pointers, constants, aligned, **options):
@@ -152,3 +155,21 @@ def test_attention_over_a_cache(target, group, width, dtype, tmp_path):
     check(attention.attend_split, target, pointers, sizes, strides, tmp_path, num_warps=4, num_stages=3)
     constants = {"N": attention.MOST_SPLITS, "E": width, "BE": sizes["BE"]}
     check(attention.merge_splits, target, {**partial, "out": dtype}, constants, [], tmp_path)
+
+
+@pytest.mark.parametrize("dtype, to", [("bf16", "bf16"), ("fp32", "bf16"), ("fp32", "fp32")])
+@pytest.mark.parametrize("half", [32, 40, 64])
+@pytest.mark.parametrize("target", TARGETS)
+def test_rotation(target, half, dtype, to, tmp_path):
+    pointers = {"x": dtype, "cos": "fp32", "signed_sin": "fp32", "out": to}
+    constants = {"HALF": half, "PAIRS": triton.next_power_of_2(half), "HEADS": fused.HEADS}
+    check(fused.rotate_kernel, target, pointers, constants, ["token_stride", "head_stride"], tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_swiglu(target, dtype, tmp_path):
+    pointers, constants = {"gate_up": dtype, "out": dtype}, {"COLUMNS": fused.COLUMNS}
+    check(fused.swiglu_kernel, target, pointers, constants, ["width", "stride"], tmp_path)
+    pointers, aligned = {**pointers, "grad": dtype}, ["width", "stride", "grad_stride"]
+    check(fused.swiglu_gradient_kernel, target, pointers, constants, aligned, tmp_path)

@@ -3,6 +3,7 @@
 A kernel may be no further from float64 than the plain formula in the same low precision, plus a tolerance.
 """
 
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -14,7 +15,7 @@ from triton import language as tl
 from triton.runtime import interpreter
 
 import engine
-from kernels import attention_triton, logprob, logprob_triton, sampler, sampler_triton
+from kernels import attention_triton, fused, logprob, logprob_triton, sampler, sampler_triton
 from rollout import generate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -93,6 +94,7 @@ def on_gpu(monkeypatch):
     for name, patch in mended().items():
         monkeypatch.setattr(Builder, name, patch)
     monkeypatch.setattr(logprob, "on_gpu", lambda x: True)
+    monkeypatch.setattr(fused, "on_gpu", lambda x: True)
     monkeypatch.setattr(logprob_triton, "programs_wanted", lambda device: 3)
     # what torch.mm(out_dtype=) does on a GPU
     monkeypatch.setattr(logprob, "product", lambda a, b: a.float() @ b.float())
@@ -363,3 +365,87 @@ def test_rollouts_are_those_of_plain_attention(monkeypatch):
     a, b = rollouts
     assert a.tokens.equal(b.tokens) and (a.logprob - b.logprob).abs().max() < 1e-5
     assert a.response_length.unique().numel() > 2
+
+
+# ----------------------------------------------------------------------------------------------------------
+# rotation and SwiGLU: computed in fp32, so only the last rounding tells them from float64
+
+
+def assert_rounded_once(exact, got):
+    """`got` is float64's number, rounded to its own dtype, up to 1e-6 that fp32 may have lost before."""
+    half_a_place = torch.finfo(got.dtype).eps / 2 * exact.abs()
+    assert ((got.double() - exact).abs() <= half_a_place + 1e-6 * (1 + exact.abs())).all()
+
+
+def both_ways(function, x, grad):
+    x = x.detach().requires_grad_()
+    out = function(x)
+    return out, torch.autograd.grad(out, x, grad.to(out.dtype), retain_graph=True)[0]
+
+
+def check_against_float64(function, plain, x, grad):
+    """function(x) and its gradient against `plain` in float64; x and grad hold what the dtypes hold."""
+    out, x_grad = both_ways(function, x, grad)
+    for exact, got in zip(both_ways(plain, x.double(), grad.to(out.dtype)), (out, x_grad), strict=True):
+        assert_rounded_once(exact.detach(), got.detach())
+    assert x_grad.dtype == x.dtype
+    return out
+
+
+def angles(tokens, width):
+    """cos and signed sin, [T, 1, E] each, in fp32; positions far apart."""
+    angle = torch.arange(tokens)[:, None, None] * 37.0 * 10.0 ** -torch.linspace(0, 4, width // 2)
+    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+
+
+def plain_rotation(x, cos, signed_sin):
+    half = x.shape[-1] // 2
+    a, b, cos, sin = *x.split(half, -1), cos[..., :half].double(), signed_sin[..., half:].double()
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+NORMED = (torch.float32, torch.bfloat16)  # Qwen3's norms under autocast: fp32 in, bf16 out
+
+
+@pytest.mark.parametrize("dtype, to", [*zip(DTYPES, DTYPES, strict=True), NORMED])
+@pytest.mark.parametrize("width", [4, 64, 80, 96, 128])
+@pytest.mark.parametrize("tokens, heads", [(1, 1), (7, 14), (5, 33)])
+def test_rotation(tokens, heads, width, dtype, to):
+    """The heads of q and k as the model gives them: a part of the product that also holds v."""
+    generator = torch.Generator().manual_seed(width)
+    qkv = torch.randn(tokens, heads + 2, width, generator=generator).to(dtype)
+    x, grad = qkv[:, :heads], torch.randn(tokens, heads, width, generator=generator)
+    cos_sin = angles(tokens, width)
+    plain = partial(plain_rotation, cos=cos_sin[0], signed_sin=cos_sin[1])
+    out = check_against_float64(lambda x: fused.rotate(x, *cos_sin, to), plain, x, grad.to(to))
+    assert out.dtype == to and out.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, width", [(1, 5), (3, 96), (7, 1024), (3, 2500)])
+def test_swiglu(tokens, width, dtype):
+    """Also where a gate is far from 0: silu is then 0 or the gate, with the slope 0 or 1."""
+    generator = torch.Generator().manual_seed(width)
+    gate_up = 3 * torch.randn(tokens, 2 * width, generator=generator)
+    gate_up[:, 0], gate_up[:, 1] = -200, 200
+    grad = torch.randn(tokens, width, generator=generator).to(dtype)
+
+    def plain(gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
+
+    out = check_against_float64(fused.swiglu, plain, gate_up.to(dtype), grad)
+    saved = out.grad_fn.saved_tensors
+    assert [x.shape for x in saved] == [gate_up.shape], "only the product is kept for the backward pass"
+
+
+def test_gradients_and_products_of_any_strides():
+    """The gradient of a sum is one number, expanded; a product may be stored by column or part of another."""
+    rotate = partial(fused.rotate, cos=angles(5, 8)[0], signed_sin=angles(5, 8)[1], dtype=torch.float32)
+    heads, by_column, wide = torch.randn(5, 4, 8), torch.randn(20, 5).T, torch.randn(5, 30)
+    for function, x in ((rotate, heads), (fused.swiglu, by_column), (fused.swiglu, wide[:, 4:24])):
+        grad = torch.randn(function(x).shape).mT.contiguous().mT
+        for some in (grad, torch.ones(()).expand_as(grad)):
+            expected = both_ways(function, x.contiguous(), some.contiguous())
+            for got, wanted in zip(both_ways(function, x, some), expected, strict=True):
+                assert torch.equal(got, wanted)

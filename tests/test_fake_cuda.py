@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 import engine
+import kernels.fused
 import kernels.logprob
 import kernels.sampler
 import model
@@ -41,7 +42,7 @@ from support.prompts import load_tokenizer
 from support.questions import load
 from support.slices import local
 
-logprob_triton, sampler_triton = fake.triton_halves()
+fused_triton, logprob_triton, sampler_triton = fake.triton_halves()
 
 
 def test_the_cuda_path_without_a_gpu():
@@ -186,7 +187,31 @@ def check_draw(grid, logits, key, position, peak, mass, token, logprob, vocabula
     assert key.dtype == position.dtype == token.dtype == torch.int64 and logprob.dtype == torch.float32
 
 
+def check_rotation(grid, x, cos, signed_sin, out, heads, token_stride, head_stride, sign,
+                   HALF, PAIRS, HEADS):  # fmt: skip
+    assert x.shape == out.shape == (grid[0], heads, 2 * HALF) and out.is_contiguous()
+    assert x.stride() == (token_stride, head_stride, 1) and abs(sign) == 1
+    assert cos.shape == signed_sin.shape == (grid[0], 1, 2 * HALF)
+    assert all(a.is_contiguous() and a.dtype == torch.float32 for a in (cos, signed_sin))
+    assert PAIRS >= HALF and grid[1] * HEADS >= heads
+    assert (out if sign == 1 else x).dtype == torch.bfloat16  # attention's side; before are Qwen3's norms
+
+
+def check_swiglu(grid, gate_up, out, width, stride, COLUMNS):
+    assert gate_up.shape == (grid[0], 2 * width) and gate_up.stride() == (stride, 1)
+    assert out.shape == (grid[0], width) and out.is_contiguous() and grid[1] * COLUMNS >= width
+    assert gate_up.dtype == out.dtype == torch.bfloat16
+
+
+def check_swiglu_gradient(grid, gate_up, grad, out, width, stride, grad_stride, COLUMNS):
+    check_swiglu(grid, gate_up, grad, width, stride, COLUMNS)
+    assert grad.stride() == (grad_stride, 1) and out.shape == gate_up.shape and out.is_contiguous()
+
+
 KERNELS = [
+    (fused_triton, "rotate_kernel", check_rotation),
+    (fused_triton, "swiglu_kernel", check_swiglu),
+    (fused_triton, "swiglu_gradient_kernel", check_swiglu_gradient),
     (logprob_triton, "partials_kernel", check_partials),
     (logprob_triton, "logits_to_gradient_kernel", check_gradient),
     (sampler_triton, "block_mass", check_mass),
@@ -254,6 +279,7 @@ def gpu(machine, request, monkeypatch):
             launched[name] = fake.Kernel(name, check, names and len(names))
             monkeypatch.setattr(module, "triton", triton)
             monkeypatch.setattr(module, name, launched[name])
+        monkeypatch.setattr(kernels.fused, "fused_triton", fused_triton if both else None)
         monkeypatch.setattr(kernels.logprob, "logprob_triton", logprob_triton if both else None)
         monkeypatch.setattr(kernels.sampler, "sampler_triton", sampler_triton if both else None)
         monkeypatch.setattr(attention, "flash_attn_with_kvcache", flash_with_kvcache if both else None)
@@ -399,6 +425,9 @@ def fake_sampling_refills_moves_and_replays(gpu, tmp_path, config, how):
     check_sampling(run, **how)
     if gpu.kernels:
         assert run.engine.cache.flash and (gpu.kernels["block_draw"].launches > 0) == (not how)
+        layers = gpu.kernels["swiglu_kernel"].launches  # run through in all; q and k have norms in Qwen3
+        assert gpu.kernels["rotate_kernel"].launches == layers * (1 + (config is QWEN3)) > 0
+        assert gpu.kernels["swiglu_gradient_kernel"].launches == 0
 
 
 def fake_weights_are_refreshed_in_place(gpu, tmp_path):
@@ -444,6 +473,11 @@ def check_learning(run, gpu, monkeypatch):
     if gpu.kernels:
         assert gpu.kernels["partials_kernel"].launches == 14
         assert gpu.kernels["logits_to_gradient_kernel"].launches >= 7
+        # 7 micro-batches: reference, policy and its recomputation forward, one pass backward
+        layers, rotations = 7 * len(run.policy.layers), 1 + run.policy.config.qk_norm
+        assert gpu.kernels["swiglu_kernel"].launches == 3 * layers
+        assert gpu.kernels["swiglu_gradient_kernel"].launches == layers
+        assert gpu.kernels["rotate_kernel"].launches == 4 * layers * rotations
 
 
 @pytest.mark.parametrize(
@@ -604,9 +638,14 @@ IN_LEARNING = {
     "an upload from memory that is not pinned": (ttrl, "upload", ".pin_memory()", "", "slow_uploads"),
     "an upload of columns": (ttrl, "upload", ".contiguous()", "", "slow_uploads"),
     "indices from memory that is not pinned": (packing, "upload", ".pin_memory()", "", "slow_uploads"),
+    "angles in bf16":
+        (model, "rope_cos_sin", "torch.cat((cos, cos), -1)", "torch.cat((cos, cos), -1).bfloat16()", "fp32"),
+    "the rotation in fp32":
+        (model.Attention, "forward", "cos, sin, v.dtype).split", "cos, sin, x.dtype).split",
+         "torch.float32"),
     "no autocast":
         (ttrl, "micro_batch_loss",
-         "enabled=mixed", "enabled=False", r"\(torch.float32, True\)"),
+         "enabled=mixed", "enabled=False", "torch.float32"),
     "the policy in bf16":
         (run_module, "load_models", "run.folder, torch.float32, device, shard",
          "run.folder, compute_dtype, device, shard", "bfloat16, True, True"),
@@ -635,6 +674,7 @@ IN_LEARNING = {
 ON_TWO = {
     "slices compute in fp32":
         (parallel, "shard", "param_dtype=compute_dtype", "param_dtype=torch.float32", "torch.float32"),
+    "slices round cos and sin": (parallel, "shard", "cast_forward_inputs=False,", "", "in fp32"),
     "slices on the CPU":
         (parallel, "shard", 'torch.device("cpu") if offload else device', 'torch.device("cpu")', "cuda|cpu"),
     "heads are summed on the host":

@@ -10,6 +10,7 @@ import copy
 import importlib
 import inspect
 import time
+from functools import partial
 
 import flash_attention
 import pytest
@@ -29,10 +30,10 @@ from test_flash_attention import (
 import rollout
 import ttrl
 from engine import Engine, prefill
-from kernels import attention, cuda_graph, logprob, sampler
+from kernels import attention, cuda_graph, fused, logprob, sampler
 from kernels.attention import attend_cached_triton, sdpa_one_query
 from kernels.cuda_graph import GraphCache
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, rope_cos_sin
 from rollout import generate
 from run import open_run
 from support import metrics
@@ -155,6 +156,61 @@ def test_drawing(device, rows, vocabulary, dtype, temperature):
     assert (twin_logp.double() - p.gather(1, twin[:, None])[:, 0].log()).abs().max() < 1e-4
     assert ((p.cumsum(-1).gather(1, token[:, None])[:, 0] - u) > -1e-5).all()  # not before the number ...
     assert ((p.cumsum(-1) - p).gather(1, token[:, None])[:, 0] - u < 1e-5).all()  # ... nor behind it
+
+
+def fused_steps(tokens, heads, head_dim, width, device, dtype):
+    """{name: (function of one tensor, that tensor)}: rotation and SwiGLU as the model calls them."""
+    generator = torch.Generator().manual_seed(0)
+    qkv, gate_up = (
+        torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+        for shape in ((tokens, heads + 2, head_dim), (tokens, 2 * width))
+    )
+    frequency = 1e4 ** -torch.linspace(0, 1, head_dim // 2)
+    cos_sin = [x.to(device) for x in rope_cos_sin(torch.arange(tokens), frequency, 1.0)]
+    rotate = partial(fused.rotate, cos=cos_sin[0], signed_sin=cos_sin[1])
+    return {
+        "rotation": (lambda qkv: rotate(qkv[:, :heads], dtype=qkv.dtype), qkv),
+        "SwiGLU": (fused.swiglu, gate_up),
+    }
+
+
+def value_and_gradient(function, x, dtype=None):
+    x = x.detach().to(dtype or x.dtype).requires_grad_()
+    out = function(x)
+    grad = torch.linspace(-1, 1, out.numel(), device=x.device).view(out.shape)
+    return [y.detach().double() for y in (out, *torch.autograd.grad(out, x, grad.to(out.dtype)))]
+
+
+@on_both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 14, 128, 8960), (333, 5, 80, 1500), (70001, 3, 64, 1100)], ids=str)
+def test_rotation_and_swiglu(device, shape, dtype, monkeypatch):
+    """Against float64 the kernels err no more than their twins, forward and backward."""
+    if device == "cpu":
+        shape = (min(shape[0], 9), *shape[1:])
+    steps = fused_steps(*shape, device, dtype)
+    kernels = {name: value_and_gradient(*step) for name, step in steps.items()}
+    monkeypatch.setattr(fused, "on_gpu", lambda x: False)
+    for name, (function, x) in steps.items():
+        exact, twin = value_and_gradient(function, x, torch.float64), value_and_gradient(function, x)
+        for a, b, c in zip(exact, kernels[name], twin, strict=True):
+            kernel_error, twin_error = ((y - a).abs().max() for y in (b, c))
+            assert kernel_error <= twin_error + 2e-6 * a.abs().max(), name
+
+
+@needs_gpu
+def test_rotation_and_swiglu_of_more_than_2_31_numbers(monkeypatch):
+    """The last tokens of a product of 4.6 GB, whose offsets do not fit into 32 bits."""
+    if torch.cuda.mem_get_info()[0] < 14e9:
+        pytest.skip("less than 14 GB free")
+    tokens, rows = 128_000, slice(-2, None)
+    gate_up = torch.randn(tokens, 18_000, device="cuda", dtype=torch.bfloat16)
+    heads, angles = gate_up.unflatten(1, (150, 120)), torch.rand(2, tokens, 1, 120, device="cuda")
+    ends = fused.swiglu(gate_up)[rows], fused.rotate(heads, *angles, torch.bfloat16)[rows]
+    monkeypatch.setattr(fused, "on_gpu", lambda x: False)
+    twins = fused.swiglu(gate_up[rows]), fused.rotate(heads[rows], *angles[:, rows], torch.bfloat16)
+    for kernel, twin in zip(ends, twins, strict=True):
+        assert torch.allclose(kernel.float(), twin.float(), rtol=0.02, atol=0.02)
 
 
 @on_both
@@ -596,6 +652,29 @@ def test_speed_and_memory_of_the_kernels(device, monkeypatch, capsys):
     measure("triton", lambda: sampler.sample_tokens(logits, key, key))
     monkeypatch.setattr(logprob, "on_gpu", lambda x: False)
     measure("torch", lambda: sampler.sample_inverse_cdf(logits, sampler.uniform(key, key)))
+    say(capsys, *lines)
+
+
+@on_both
+def test_speed_of_rotation_and_swiglu(device, monkeypatch, capsys):
+    """One layer of Qwen2.5-1.5B, for the tokens of a decoding step and of a micro-batch."""
+    lines = ["microseconds of a layer, forward and with backward", "tokens  step        triton         torch"]
+    for tokens in (335, 8192) if device == "cuda" else (2,):
+        widths = (14, 128, 8960) if device == "cuda" else (3, 8, 40)
+        for name, (function, x) in fused_steps(tokens, *widths, device, torch.bfloat16).items():
+            grad = torch.ones_like(function(x))
+
+            def both(function=function, x=x, grad=grad):
+                torch.autograd.grad(function(x), x, grad)
+
+            took = []
+            for where in (fused.on_gpu, lambda x: False):
+                with monkeypatch.context() as here:
+                    here.setattr(fused, "on_gpu", where)
+                    forward = seconds(lambda f=function, x=x: f(x), device)
+                    took += [1e6 * forward, 1e6 * seconds(both, device)]
+            pairs = "  ".join(f"{a:5.0f} {b:6.0f}" for a, b in (took[:2], took[2:]))
+            lines.append(f"{tokens:6}  {name:9} {pairs}")
     say(capsys, *lines)
 
 
