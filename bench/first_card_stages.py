@@ -394,7 +394,8 @@ def learn_once(card, checkpointing, budget):
         run.policy.checkpointing, run.micro_batch_tokens = before
         run.optimizer.zero_grad(set_to_none=False)
     row = sum(plan.row.values()) if isinstance(plan.row, dict) else plan.row
-    peak, planned = 0 if DRY else torch.cuda.max_memory_allocated(), sum(plan.parts.values()) + plan.rows * row
+    planned = sum(plan.parts.values()) + plan.rows * row
+    peak = planned if DRY else torch.cuda.max_memory_allocated()
     card.record(f"peak {how}", peak / 1e9, planned / 1e9, "GB", note="expected: the plan")
 
 

@@ -49,6 +49,8 @@ def breaks_the_device(card):
 
 if sys.argv[1] == "absent":
     raise ImportError("no torch here")
+if sys.argv[1] == "frozen":
+    time.sleep(1000)
 print("x" * 3_000_000 if sys.argv[1] == "loud" else "hello")
 STAGES = {{
     "first": {{good: 9}},
@@ -65,7 +67,7 @@ STAGES = {{
 card = Recorder(None, STAGES)
 card.run(STAGES[card.stage], lambda: not sick)
 """
-LIMITS = {"stuck": 4}  # in seconds; the others are not to be reached
+LIMITS = {"stuck": 4, "frozen": 3}  # in seconds; the others are not to be reached
 
 
 @pytest.fixture
@@ -137,8 +139,9 @@ def test_no_failure_stops_what_comes_behind(drive, tmp_path):
 
 
 def test_what_hangs_is_killed_with_its_children(drive):
-    lines, printed = drive("first", "hanging", "stuck", "last")
-    assert states(lines) == {"first": "ok", "hanging": "failed", "stuck": "cut off", "last": "ok"}
+    lines, printed = drive("first", "hanging", "stuck", "frozen", "last")
+    assert states(lines) == {"first": "ok", "hanging": "failed", "stuck": "cut off", "frozen": "cut off",
+                             "last": "ok"}  # fmt: skip
     assert parts(lines, "hanging") == {"hangs": "failed", "good": "ok"}
     assert parts(lines, "stuck") == {"hangs": "failed"}
     children = [line["seen"] for line in lines if line.get("name") == "child"]
