@@ -22,9 +22,8 @@ from kernels import sampler_triton as sampler
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma", 100: "tcgen05.mma"}
 TARGETS = [*SHARED_LIMIT, "gfx942"]
-SCALARS = dict.fromkeys(
-    ("temperature", "scale", "sign"), "fp32"
-)  # by the end of the name; any other scalar is an i32
+# by the end of the name; any other scalar is an i32
+SCALARS = dict.fromkeys(("temperature", "scale", "sign"), "fp32")
 
 
 def compiled(kernel, target, pointers, constants, aligned, **options):
