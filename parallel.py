@@ -27,8 +27,11 @@ from support.ranks import mesh
 
 
 def data_parallel(policy):
-    """The policy as DDP wraps it: the last backward pass of an update averages the gradients of all ranks."""
-    return DistributedDataParallel(policy, gradient_as_bucket_view=True)
+    """The policy as DDP wraps it: the last backward pass of an update averages the gradients of all ranks.
+
+    Its one buffer, the frequencies of the rotation, is a constant and need not travel before each forward.
+    """
+    return DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def slice_mesh(device, ranks):
