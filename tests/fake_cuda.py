@@ -242,10 +242,10 @@ def triton_halves():
         stub.jit = lambda function=None, **options: function or stub.jit
         stub.language = SimpleNamespace(constexpr=None)
         with mock.patch.dict(sys.modules, triton=stub):
-            from kernels import fused_triton, logprob_triton, sampler_triton
+            from kernels import attention_triton, fused_triton, logprob_triton, sampler_triton
     else:
-        from kernels import fused_triton, logprob_triton, sampler_triton
-    return fused_triton, logprob_triton, sampler_triton
+        from kernels import attention_triton, fused_triton, logprob_triton, sampler_triton
+    return attention_triton, fused_triton, logprob_triton, sampler_triton
 
 
 def plant(monkeypatch, where, name, old, new):

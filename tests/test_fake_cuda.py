@@ -42,7 +42,7 @@ from support.prompts import load_tokenizer
 from support.questions import load
 from support.slices import local
 
-fused_triton, logprob_triton, sampler_triton = fake.triton_halves()
+attention_triton, fused_triton, logprob_triton, sampler_triton = fake.triton_halves()
 
 
 def test_the_cuda_path_without_a_gpu():
@@ -208,7 +208,29 @@ def check_swiglu_gradient(grid, gate_up, grad, out, width, stride, grad_stride, 
     assert grad.stride() == (grad_stride, 1) and out.shape == gate_up.shape and out.is_contiguous()
 
 
+def check_attention(grid, q, k, v, keys, values, length, acc, peak, mass, q_stride, k_stride, v_stride,
+                    row_stride, head_stride, scale, window, G, BG, E, BE, BT):  # fmt: skip
+    rows, kv_heads, splits = grid
+    assert q.shape == (rows, kv_heads * G, E) and k.shape == v.shape == (rows, kv_heads, E)
+    assert {x.dtype for x in (q, k, v, keys, values)} == {torch.bfloat16} and length.dtype == torch.int32
+    assert (
+        q.stride() == (q_stride, E, 1) and k.stride() == (k_stride, E, 1) and v.stride() == (v_stride, E, 1)
+    )
+    assert keys.shape[:2] == (rows, kv_heads) and keys.stride() == (row_stride, head_stride, E, 1)
+    assert values.stride() == keys.stride() and length.shape == (rows,) and length.is_contiguous()
+    check_merge((rows * kv_heads * G,), acc, peak, mass, q.new_empty(q.shape), splits, E, BE)
+    assert max(G, 16) <= BG and window >= 1
+
+
+def check_merge(grid, acc, peak, mass, out, N, E, BE):
+    assert acc.shape == (*out.shape[:2], N, E) and peak.shape == mass.shape == acc.shape[:3]
+    assert grid == (out.shape[0] * out.shape[1],) and all(x.is_contiguous() for x in (acc, peak, mass, out))
+    assert N & (N - 1) == 0 and BE >= E and acc.dtype == peak.dtype == torch.float32
+
+
 KERNELS = [
+    (attention_triton, "attend_split", check_attention),
+    (attention_triton, "merge_splits", check_merge),
     (fused_triton, "rotate_kernel", check_rotation),
     (fused_triton, "swiglu_kernel", check_swiglu),
     (fused_triton, "swiglu_gradient_kernel", check_swiglu_gradient),
@@ -255,10 +277,10 @@ def machine(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-PACKAGES = ["triton and flash-attn", "torch only", "torch without flash attention"]
+PACKAGES = ["triton and flash-attn", "torch only", "torch without flash attention", "triton"]
 
 
-@pytest.fixture(params=PACKAGES[:2])
+@pytest.fixture(params=[*PACKAGES[:2], PACKAGES[3]])
 def gpu(machine, request, monkeypatch):
     """The fake device, with the optional packages or without; `gpu.kernels` counts the launches of each."""
     with fake.fake_cuda() as mode:
@@ -269,7 +291,7 @@ def gpu(machine, request, monkeypatch):
                 function()
             return lambda: None
 
-        both = request.param == PACKAGES[0]
+        has_triton, has_flash = "triton" in request.param, "flash-attn" in request.param
         launched = {}
         triton = SimpleNamespace(
             cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()
@@ -279,11 +301,14 @@ def gpu(machine, request, monkeypatch):
             launched[name] = fake.Kernel(name, check, names and len(names))
             monkeypatch.setattr(module, "triton", triton)
             monkeypatch.setattr(module, name, launched[name])
-        monkeypatch.setattr(kernels.fused, "fused_triton", fused_triton if both else None)
-        monkeypatch.setattr(kernels.logprob, "logprob_triton", logprob_triton if both else None)
-        monkeypatch.setattr(kernels.sampler, "sampler_triton", sampler_triton if both else None)
-        monkeypatch.setattr(attention, "flash_attn_with_kvcache", flash_with_kvcache if both else None)
-        monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_varlen if both else None)
+        for module, half in ((kernels.fused, fused_triton), (kernels.logprob, logprob_triton),
+                             (kernels.sampler, sampler_triton)):  # fmt: skip
+            monkeypatch.setattr(module, half.__name__.split(".")[1], half if has_triton else None)
+        over_cache = attention_triton.attend_cached_triton if has_triton else None
+        for module in (attention, engine):
+            monkeypatch.setattr(module, "attend_cached_triton", over_cache)
+        monkeypatch.setattr(attention, "flash_attn_with_kvcache", flash_with_kvcache if has_flash else None)
+        monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_varlen if has_flash else None)
         if request.param == PACKAGES[2]:
             monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
         monkeypatch.setattr(
@@ -294,7 +319,7 @@ def gpu(machine, request, monkeypatch):
             monkeypatch.setattr(module, "Engine", ScriptedEngine)
         monkeypatch.setattr(parallel, "DistributedDataParallel", NoExchange)
         patch_to_host(monkeypatch, read_on_device)
-        mode.kernels = launched if both else None
+        mode.kernels = launched if has_triton else None
         yield mode
 
 
@@ -424,7 +449,10 @@ def fake_sampling_refills_moves_and_replays(gpu, tmp_path, config, how):
     run = make_run(tmp_path, config)
     check_sampling(run, **how)
     if gpu.kernels:
-        assert run.engine.cache.flash and (gpu.kernels["block_draw"].launches > 0) == (not how)
+        flash, over_cache = run.engine.cache.flash, gpu.kernels["attend_split"].launches
+        assert flash == (attention.flash_attn_with_kvcache is not None) and (over_cache > 0) == (not flash)
+        assert len({context for _, context, *_ in run.engine.graphs.graphs}) == 1, "one graph for each count"
+        assert (gpu.kernels["block_draw"].launches > 0) == (not how)
         layers = gpu.kernels["swiglu_kernel"].launches  # run through in all; q and k have norms in Qwen3
         assert gpu.kernels["rotate_kernel"].launches == layers * (1 + (config is QWEN3)) > 0
         assert gpu.kernels["swiglu_gradient_kernel"].launches == 0
@@ -481,12 +509,13 @@ def check_learning(run, gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "gpu, config", [*zip(PACKAGES, (QWEN3, QWEN2, QWEN2), strict=True)], indirect=["gpu"], ids=PACKAGES
+    "gpu, config", [*zip(PACKAGES, (QWEN3, QWEN2, QWEN2, QWEN3), strict=True)], indirect=["gpu"], ids=PACKAGES
 )
 def fake_learning(gpu, tmp_path, config, monkeypatch):
     """Two updates: fp32 gradients and moments on the device, bf16 products, few waits for the device."""
     check_learning(make_run(tmp_path, config), gpu, monkeypatch)
-    assert (gpu.packed_calls > 0) == (gpu.kernels is None and attention.torch_has_flash(torch.device("cuda")))
+    by_torch = attention.flash_attn_varlen_func is None and attention.torch_has_flash(torch.device("cuda"))
+    assert (gpu.packed_calls > 0) == by_torch
 
 
 @pytest.mark.parametrize("gpu", PACKAGES[:1], indirect=True)
@@ -611,6 +640,8 @@ IN_SAMPLING = {  # what is wrong: (where, function, its text, the text planted, 
     "flash-attn's cache in SDPA's layout":
         (CACHE, "attend_cached",
          "keys.transpose(1, 2), values.transpose(1, 2)", "keys, values", "must be a multiple"),
+    "the kernel's lengths in int64":
+        (CACHE, "open_step", "position.to(torch.int32)", "position", "length"),
     "prompts stay on the CPU":
         (rollout, "prefill", "model.config.windows).to(device)", "model.config.windows)", MIXES),
     "logits in bf16":
@@ -681,6 +712,7 @@ ON_TWO = {
         (parallel, "sum_over", "x = x.contiguous()", "x = x.cpu()", "from the device to the host"),
 }  # fmt: skip
 NEEDS = {  # the packages without which a mistake's code does not run; all others are tried with the first
+    "the kernel's lengths in int64": PACKAGES[3],
     **dict.fromkeys(("slots are numbered on the CPU", "the mask of keys on the CPU",
                      "where keys lie stays on the CPU", "where rows begin stays on the CPU",
                      "where rows begin in int64"), PACKAGES[1]),
