@@ -213,9 +213,7 @@ def check_attention(grid, q, k, v, keys, values, length, acc, peak, mass, q_stri
     rows, kv_heads, splits = grid
     assert q.shape == (rows, kv_heads * G, E) and k.shape == v.shape == (rows, kv_heads, E)
     assert {x.dtype for x in (q, k, v, keys, values)} == {torch.bfloat16} and length.dtype == torch.int32
-    assert (
-        q.stride() == (q_stride, E, 1) and k.stride() == (k_stride, E, 1) and v.stride() == (v_stride, E, 1)
-    )
+    assert [x.stride() for x in (q, k, v)] == [(stride, E, 1) for stride in (q_stride, k_stride, v_stride)]
     assert keys.shape[:2] == (rows, kv_heads) and keys.stride() == (row_stride, head_stride, E, 1)
     assert values.stride() == keys.stride() and length.shape == (rows,) and length.is_contiguous()
     check_merge((rows * kv_heads * G,), acc, peak, mass, q.new_empty(q.shape), splits, E, BE)
