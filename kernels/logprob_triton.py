@@ -36,9 +36,9 @@ def logits_to_gradient_triton(logits, start, targets, max_logit, lse, entropy, g
                               temperature, dtype):  # fmt: skip
     """logits_to_gradient in one pass; overwrites the logits if dtype is fp32, else fills a new tile."""
     out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
-    grad_entropy = torch.zeros_like(grad_logprob) if grad_entropy is None else grad_entropy
     rows, columns = logits.shape
-    per_token = [x.contiguous() for x in (targets, max_logit, lse, entropy, grad_logprob, grad_entropy)]
+    per_token = targets, max_logit, lse, entropy, grad_logprob, grad_entropy
+    per_token = [x if x is None else x.contiguous() for x in per_token]
     scalars = start, columns, logits.stride(0), out.stride(0), 1 / temperature
     grid = rows, triton.cdiv(columns, COLUMNS)
     logits_to_gradient_kernel[grid](logits, out, *per_token, *scalars, COLUMNS=COLUMNS)
@@ -53,7 +53,7 @@ def partials_kernel(hidden, weight, targets, out, tokens, width, vocabulary, siz
     row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     first = tl.program_id(1) * size
     target_at = tl.load(targets + row, mask=row < tokens, other=-1).to(tl.int32)
-    max_logit = tl.full([BT], -1e38, tl.float32)  # not -inf, whose differences are NaN
+    max_logit = tl.full([BT], -1e30, tl.float32)  # finite, even divided by the temperature
     sum_exp = tl.zeros([BT], tl.float32)
     sum_exp_c = tl.zeros([BT], tl.float32)
     target = tl.zeros([BT], tl.float32)
@@ -68,7 +68,7 @@ def partials_kernel(hidden, weight, targets, out, tokens, width, vocabulary, siz
             w = tl.load(weight + column.to(tl.int64)[:, None] * width + at, mask=w_mask, other=0.0)
             z = tl.dot(h, tl.trans(w), z, input_precision=PRECISION)
         target += tl.sum(tl.where(column == target_at[:, None], z, 0.0), 1)
-        z = tl.where(column < vocabulary, z, -1e38)
+        z = tl.where(column < vocabulary, z, -1e30)
         higher = tl.maximum(max_logit, tl.max(z, 1))
         shift = (max_logit - higher) * inverse_temperature  # brings the old sums under the new maximum
         c = (z - higher[:, None]) * inverse_temperature
@@ -87,12 +87,17 @@ def partials_kernel(hidden, weight, targets, out, tokens, width, vocabulary, siz
 @triton.jit(do_not_specialize=["start"])
 def logits_to_gradient_kernel(z, out, targets, top, lse, entropy, grad_logprob, grad_entropy, start, columns,
                               z_stride, out_stride, inverse_temperature, COLUMNS: tl.constexpr):  # fmt: skip
-    """Program (row, block of columns) of the logits z; out may be z, each number has one program."""
+    """Program (row, block of columns) of the logits z; out may be z, each number has one program.
+
+    Without grad_entropy (None), the kernel is compiled without what belongs to it.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     x = tl.load(z + row * z_stride + column, mask=column < columns, other=0.0)
     logp = (x - tl.load(top + row)) * inverse_temperature - tl.load(lse + row)
-    g_logprob, g_entropy = tl.load(grad_logprob + row), tl.load(grad_entropy + row)
-    gradient = -tl.exp(logp) * (g_logprob + g_entropy * (logp + tl.load(entropy + row)))
+    g_logprob = tl.load(grad_logprob + row)
+    gradient = -tl.exp(logp) * g_logprob
+    if grad_entropy is not None:
+        gradient -= tl.exp(logp) * tl.load(grad_entropy + row) * (logp + tl.load(entropy + row))
     gradient += tl.where(start + column == tl.load(targets + row), g_logprob, 0.0)
     tl.store(out + row * out_stride + column, gradient * inverse_temperature, mask=column < columns)

@@ -117,12 +117,13 @@ def test_forward(target, dtype, precision, tmp_path):
     )
 
 
+@pytest.mark.parametrize("entropy", [True, False])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_gradient_of_logits(target, dtype, tmp_path):
-    per_token = dict.fromkeys(("top", "lse", "entropy", "grad_logprob", "grad_entropy"), "fp32")
-    pointers = {"z": "fp32", "out": dtype, "targets": "i64", **per_token}
-    constants = {"COLUMNS": logprob.COLUMNS}
+def test_gradient_of_logits(target, dtype, entropy, tmp_path):
+    per_token = ["top", "lse", "entropy", "grad_logprob", *["grad_entropy"] * entropy]
+    pointers = {"z": "fp32", "out": dtype, "targets": "i64", **dict.fromkeys(per_token, "fp32")}
+    constants = {"COLUMNS": logprob.COLUMNS, **({} if entropy else {"grad_entropy": None})}
     check(
         logprob.logits_to_gradient_kernel, target, pointers, constants, ["z_stride", "out_stride"], tmp_path
     )
