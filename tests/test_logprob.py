@@ -77,6 +77,24 @@ def test_temperatures(monkeypatch, temperature, far, used):
         assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max() + 1e-5 * scale
 
 
+def test_no_memory_is_read_before_it_is_written(monkeypatch):
+    """torch's deterministic mode fills new memory with NaN, and changes no bit of the results."""
+    monkeypatch.setattr(module, "TILE", {"cpu": (16, 30)})
+    results = []
+    for deterministic in (False, True):
+        hidden, weight, targets = (x.float() if x.is_floating_point() else x for x in inputs(40, 8, 101))
+        h, w = hidden.requires_grad_(), weight.requires_grad_()
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            logprob, entropy = linear_logprob(h, w, targets, 0.7)
+            (logprob.sum() + entropy.sum()).backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        results.append((logprob.detach(), entropy.detach(), h.grad, w.grad))
+    for expected, got in zip(*results, strict=True):
+        assert torch.equal(expected, got)
+
+
 def test_frozen_inputs_and_no_tokens():
     hidden, weight, targets = (x.float() if x.is_floating_point() else x for x in inputs(5, 8, 20))
     h = hidden.clone().requires_grad_()
