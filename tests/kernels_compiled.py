@@ -101,7 +101,8 @@ def check(kernel, target, pointers, constants, aligned, tmp_path, tensor_core=Fa
 )
 @pytest.mark.parametrize("target", TARGETS)
 def test_forward(target, dtype, precision, tmp_path):
-    (BT, BV, BD), warps = logprob.FORWARD[4 if dtype == "fp32" else 2]
+    tiles = logprob.FORWARD_ON_H100 if target == 90 else logprob.FORWARD
+    BT, BV, BD = tiles[4 if dtype == "fp32" else 2]
     pointers = {"hidden": dtype, "weight": dtype, "targets": "i64", "out": "fp32"}
     constants = {"PRECISION": precision, "BT": BT, "BV": BV, "BD": BD}
     tensor_core = (dtype, precision) != ("fp32", "ieee")  # exact fp32 products are for the ordinary cores
@@ -113,7 +114,7 @@ def test_forward(target, dtype, precision, tmp_path):
         ["width", "size"],
         tmp_path,
         tensor_core,
-        num_warps=warps,
+        num_warps=logprob.WARPS,
     )
 
 
