@@ -224,7 +224,9 @@ class Kernel:
                         f"{self.name}: argument {index} is on {x.device}"
                     )
                 else:
-                    assert type(x) in (int, float), f"{self.name}: argument {index} is a {type(x).__name__}"
+                    assert x is None or type(x) in (int, float), (
+                        f"{self.name}: argument {index} is a {type(x).__name__}"
+                    )
             self.check(grid, *args, **constants)
             self.launches += 1
 

@@ -104,7 +104,8 @@ def check(kernel, target, pointers, constants, aligned, tmp_path, tensor_core=Fa
 )
 @pytest.mark.parametrize("target", TARGETS)
 def test_forward(target, dtype, precision, tmp_path):
-    (BT, BV, BD), warps = logprob.FORWARD[4 if dtype == "fp32" else 2]
+    tiles = logprob.FORWARD_ON_H100 if target == 90 else logprob.FORWARD
+    BT, BV, BD = tiles[4 if dtype == "fp32" else 2]
     pointers = {"hidden": dtype, "weight": dtype, "targets": "i64", "out": "fp32"}
     constants = {"PRECISION": precision, "BT": BT, "BV": BV, "BD": BD}
     tensor_core = (dtype, precision) != ("fp32", "ieee")  # exact fp32 products are for the ordinary cores
@@ -116,16 +117,17 @@ def test_forward(target, dtype, precision, tmp_path):
         ["width", "size"],
         tmp_path,
         tensor_core,
-        num_warps=warps,
+        num_warps=logprob.WARPS,
     )
 
 
+@pytest.mark.parametrize("entropy", [True, False])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_gradient_of_logits(target, dtype, tmp_path):
-    per_token = dict.fromkeys(("top", "lse", "entropy", "grad_logprob", "grad_entropy"), "fp32")
-    pointers = {"z": "fp32", "out": dtype, "targets": "i64", **per_token}
-    constants = {"COLUMNS": logprob.COLUMNS}
+def test_gradient_of_logits(target, dtype, entropy, tmp_path):
+    per_token = ["top", "lse", "entropy", "grad_logprob", *["grad_entropy"] * entropy]
+    pointers = {"z": "fp32", "out": dtype, "targets": "i64", **dict.fromkeys(per_token, "fp32")}
+    constants = {"COLUMNS": logprob.COLUMNS, **({} if entropy else {"grad_entropy": None})}
     check(
         logprob.logits_to_gradient_kernel, target, pointers, constants, ["z_stride", "out_stride"], tmp_path
     )

@@ -139,9 +139,13 @@ def inputs(tokens, width, vocabulary, dtype):
     return hidden.to(dtype).double(), weight.to(dtype).double(), targets, grads
 
 
-def assert_close(exact, eager, got):
-    """Gradients are allowed more: they rest on torch's product, which rounds otherwise than the kernel's."""
-    tolerances = {"logprob": 1e-6, "entropy": 1e-6, "grad_hidden": 2e-5, "grad_weight": 2e-5}
+def assert_close(exact, eager, got, rounding=0.0):
+    """Gradients are allowed more: they rest on torch's product, which rounds otherwise than the kernel's.
+
+    rounding: of the largest logit, in units of the temperature.
+    """
+    of_gradients = 2e-5 + 2 * rounding
+    tolerances = {"logprob": 1e-6, "entropy": 1e-6, "grad_hidden": of_gradients, "grad_weight": of_gradients}
     for (name, tolerance), *values in zip(tolerances.items(), exact, eager, got, strict=True):
         scale = max(1.0, values[0].abs().max().item())
         eager_error, error = ((x - values[0]).abs().max().item() / scale for x in values[1:])
@@ -167,6 +171,25 @@ def test_values_and_gradients(tokens, width, vocabulary, used, dtype, monkeypatc
         for function, precision in ((plain, torch.float64), (plain, dtype), (logprob.linear_logprob, dtype))
     )
     assert_close(exact, eager, got)
+
+
+@pytest.mark.parametrize("used", ["both", "logprob"])
+@pytest.mark.parametrize("far", [1, 1000])
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.2, 0.29, 0.6, 5.0])
+def test_temperatures(temperature, far, used, monkeypatch):
+    """Low ones, where the logits of a block's padding are divided by little; logits up to 10^4."""
+    monkeypatch.setattr(logprob, "TILE", {"cpu": (100, 200)})
+    hidden, weight, targets, grads = inputs(9, 24, 301, torch.float32)
+    weight, grads = weight * far, [grads[0], grads[1] if used == "both" else None]
+    exact, eager, got = (
+        results(function, hidden, weight, targets, temperature, grads, precision)
+        for function, precision in (
+            (plain, torch.float64),
+            (plain, torch.float32),
+            (logprob.linear_logprob, torch.float32),
+        )
+    )
+    assert_close(exact, eager, got, 2**-24 * (hidden @ weight.T).abs().max().item() / temperature)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -207,6 +230,16 @@ def test_gradient_is_written_over_the_logits():
         z, 7, torch.tensor([7, 8, 60]), *per_token, 0.7, torch.float32
     )
     assert out is z
+
+
+def test_an_entropy_without_gradient_is_not_read():
+    z, per_token, targets = torch.randn(3, 50), torch.rand(4, 3), torch.tensor([7, 8, 60])
+    per_token[2] = torch.nan
+    rest = 7, targets, *per_token, None, 0.7, torch.bfloat16
+    got, expected = (
+        f(z.clone(), *rest) for f in (logprob_triton.logits_to_gradient_triton, logprob.logits_to_gradient)
+    )
+    assert (got - expected).abs().max() < 0.02
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import flash_attention
 import pytest
 import torch
 from conftest import ROOT, environment
+from test_logprob import LiveBytes
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
@@ -162,11 +163,12 @@ def check_gradient(grid, z, out, targets, *rest, COLUMNS):
     assert (
         z.dtype == torch.float32
         and targets.dtype == torch.int64
-        and all(x.dtype == torch.float32 for x in of_rows)
+        and all(x.dtype == torch.float32 for x in of_rows[:4])
     )
+    assert of_rows[4] is None, "a gradient of the entropy, which is a metric only"
     assert z.shape == out.shape == (grid[0], columns) and grid[1] * COLUMNS >= columns
     assert z.stride() == (z_stride, 1) and out.stride() == (out_stride, 1)
-    assert all(x.shape == (grid[0],) and x.is_contiguous() for x in (targets, *of_rows))
+    assert all(x.shape == (grid[0],) and x.is_contiguous() for x in (targets, *of_rows[:4]))
 
 
 def check_mass(grid, logits, peak, mass, vocabulary, blocks, stride, inverse_temperature, TILE):
@@ -514,6 +516,24 @@ def fake_learning(gpu, tmp_path, config, monkeypatch):
     check_learning(make_run(tmp_path, config), gpu, monkeypatch)
     by_torch = attention.flash_attn_varlen_func is None and attention.torch_has_flash(torch.device("cuda"))
     assert (gpu.packed_calls > 0) == by_torch
+
+
+@pytest.mark.parametrize("gpu", PACKAGES[:1], indirect=True)
+@pytest.mark.parametrize("autocast", [False, True])
+def fake_products_are_summed_where_they_belong(gpu, autocast, monkeypatch):
+    """fp32 sums of bf16 products: in the one tile of logits and in the gradients, with no copy beside."""
+    if not kernels.logprob.ADDMM_SUMS_IN_FP32:
+        pytest.skip("this torch has no addmm that adds a product of bf16 to a sum in fp32")
+    monkeypatch.setattr(kernels.logprob, "TILE", {"cuda": (64, 96)})
+    hidden = torch.ones(256, 40, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    weight = torch.ones(288, 40, device="cuda").requires_grad_()
+    logprob, _ = kernels.logprob.linear_logprob(hidden, weight, torch.ones(256, device="cuda").long())
+    sizes = {"logits": 4 * 64 * 96, "hidden": 4 * 64 * 40, "weight": 4 * 96 * 40}  # unlike any other tensor's
+    with contextlib.ExitStack() as stack:
+        memory = {name: stack.enter_context(LiveBytes(only=size)) for name, size in sizes.items()}
+        stack.enter_context(torch.autocast("cuda", torch.bfloat16, enabled=autocast))
+        logprob.sum().backward()
+    assert [m.peak for m in memory.values()] == [sizes["logits"], 0, 0]
 
 
 @pytest.mark.parametrize("gpu", PACKAGES[:1], indirect=True)

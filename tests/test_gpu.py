@@ -116,7 +116,7 @@ SHAPES = [(1, 8, 11), (37, 24, 101), (200, 128, 3000), (257, 896, 151936)]  # th
 @on_both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.1])
 def test_log_probabilities(device, shape, dtype, temperature, monkeypatch):
     """Against float64 the kernel errs no more than its twin in torch, forward and backward."""
     if device == "cpu" and shape[2] > 1000:
@@ -132,7 +132,9 @@ def test_log_probabilities(device, shape, dtype, temperature, monkeypatch):
     ):
         scale = a.abs().max().clamp(min=1e-3)
         kernel_error, twin_error = ((x - a).abs().max() / scale for x in (b, c))
-        assert kernel_error <= 1.5 * twin_error + (2e-3 if dtype != torch.float32 else 1e-5), name
+        # backward, the logits are cuBLAS's, which rounds otherwise than the kernel forward
+        rounding = 2e-3 if dtype != torch.float32 else 1e-5 / temperature
+        assert kernel_error <= 1.5 * twin_error + rounding, name
 
 
 @on_both
