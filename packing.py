@@ -144,7 +144,7 @@ class AttentionGroup:
 
     @cached_property
     def flat(self):
-        """For flash attention: the flat tokens that are queries and keys, and where rows begin in both."""
+        """For flash attention: which tokens are queries, which are keys, and where rows begin in both."""
         flat_query = self.query.flatten()[self.real]  # follow each other
         tokens = keys = slice(int(flat_query[0]), int(flat_query[-1]) + 1)
         if self.offset.any():  # behind prompts, which are keys of several rows

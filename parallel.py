@@ -27,8 +27,11 @@ from support.ranks import mesh
 
 
 def data_parallel(policy):
-    """The policy as DDP wraps it: the last backward pass of an update averages the gradients of all ranks."""
-    return DistributedDataParallel(policy, gradient_as_bucket_view=True)
+    """The policy as DDP wraps it: the last backward pass of an update averages the gradients of all ranks.
+
+    Its one buffer, the frequencies of the rotation, is a constant and need not travel before each forward.
+    """
+    return DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def slice_mesh(device, ranks):
@@ -46,7 +49,11 @@ def shard(model, grid, *, device, compute_dtype, offload=False):
     """
     options = dict(
         mesh=grid,
-        mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=compute_dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # x is in compute_dtype as it is; cos and sin have to stay in fp32
+        ),
         # Also what stands outside of the layers: without a backward pass it would stay gathered.
         reshard_after_forward=True,
         offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),

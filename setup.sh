@@ -1,12 +1,13 @@
 # Sourced by train.sh and tests/run.sh: leaves in $PYTHON an interpreter that has all of pyproject.toml.
-# The first of `python` and `python3` on PATH that has torch 2.8 or newer, and that pip may install into, is
-# used as it is, and only what it lacks is added: an active virtual, conda or pyenv environment, or the Python
-# of a container, but not the Python of the system (PEP 668). Otherwise .venv is made beside this file, with
-# the versions of constraints.txt. A second start finds its stamp and installs nothing.
-# $1: an extra of pyproject.toml, such as test; may be empty.
+# The first of `python` and `python3` on PATH that has torch 2.8 or newer, and that lacks nothing or that pip
+# may install into, is used as it is, and only what it lacks is added: an active virtual, conda or pyenv
+# environment, or the Python of a container. Into the Python of the system (PEP 668) pip may not. Otherwise
+# .venv is made beside this file, with the versions of constraints.txt.
+# Where nothing is missing, nothing is installed: no pip, no network and no place to write in are needed.
+# $1: extras of pyproject.toml, such as "test dev"; may be empty.
 # In bash 3.2 (macOS) `set -u` rejects an empty "${array[@]}", and `set -e` overlooks a subshell that fails.
 
-extra=${1:-}
+extras=${1:-}
 checkout=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 refuse() {
@@ -14,16 +15,37 @@ refuse() {
     exit 2
 }
 
-# The path of interpreter $1, or nothing if it is not to be used. -I: ignore modules in the caller's folder.
-usable() {
+# The path of interpreter $1, then, if it lacks anything, what pip has to be called with, a word a line.
+# Nothing if it is not to be used. -I: ignore modules in the caller's folder.
+survey() {
     "$1" -I -c '
-import os, sys, sysconfig
+import ast, os, re, sys, sysconfig
 from importlib.metadata import version
-recent = sys.version_info >= (3, 10) and tuple(map(int, version("torch").split(".")[:2])) >= (2, 8)
+checkout, extras = sys.argv[1:]
+project, pins = (open(os.path.join(checkout, name)).read() for name in ("pyproject.toml", "constraints.txt"))
+requirements = []
+for name in ["dependencies", *extras.split()]:
+    array = re.search(rf"^{name} = (\[.*?\])( #.*)?$", project, re.M | re.S)
+    requirements += ast.literal_eval(array[1]) # TOML, which Python 3.10 cannot read, writes it as Python does
+own = sys.executable == os.path.join(checkout, ".venv", "bin", "python")
+def satisfied(requirement):
+    from packaging.requirements import Requirement
+    wanted = Requirement(requirement)
+    if wanted.marker and not wanted.marker.evaluate():
+        return True
+    pin = re.search(rf"^{wanted.name}(==\S+)", pins, re.M) if own else None
+    allowed = wanted.specifier & (pin[1] if pin else "")
+    return allowed.contains(version(wanted.name), prereleases=True)
+try:
+    complete = all(map(satisfied, requirements))
+except ImportError: # there is no such package, or no packaging to compare versions with
+    complete = False
+to_install = [] if complete else [*(["--constraint", "constraints.txt"] if own else []), *requirements]
+recent = lambda: sys.version_info >= (3, 10) and tuple(map(int, version("torch").split(".")[:2])) >= (2, 8)
 marked = os.path.exists(os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED"))
 system = marked and sys.prefix == sys.base_prefix
-if recent and not system and os.access(sysconfig.get_path("purelib"), os.W_OK):
-    print(sys.executable)' 2>/dev/null || true
+if own or recent() and (complete or not system and os.access(sysconfig.get_path("purelib"), os.W_OK)):
+    print(sys.executable, *to_install, sep="\n")' "$checkout" "$extras"
 }
 
 make_venv() {
@@ -55,23 +77,20 @@ writable_or_refuse() {
 }
 
 own=$checkout/.venv/bin/python
-PYTHON=$(usable python)
-PYTHON=${PYTHON:-$(usable python3)}
-pinned=()
-if [ "${PYTHON:-$own}" = "$own" ]; then
-    PYTHON=$own
-    pinned=(--constraint constraints.txt)
-    if ! "$PYTHON" -c '' 2>/dev/null; then # none, or its base interpreter is gone
+found=$(survey python 2>/dev/null || true)
+found=${found:-$(survey python3 2>/dev/null || true)}
+if [ -z "$found" ]; then
+    if ! "$own" -c '' 2>/dev/null; then # none, or its base interpreter is gone
         writable_or_refuse "$checkout"
         make_venv
     fi
+    found=$(survey "$own")
 fi
 
-versions=$(cat "$checkout/pyproject.toml" "$checkout/constraints.txt" | cksum | cut -d' ' -f1)
-stamp=$(dirname "$PYTHON")/.ttrl-$versions-$extra
-if [ ! -e "$stamp" ]; then
+PYTHON=${found%%$'\n'*}
+if [ "$found" != "$PYTHON" ]; then
     writable_or_refuse "$(dirname "$PYTHON")"
     echo "installing what pyproject.toml names into $(dirname "$(dirname "$PYTHON")") ..." >&2
-    (cd "$checkout" && pip_install ${pinned[@]+"${pinned[@]}"} ".${extra:+[$extra]}") || exit $?
-    touch "$stamp"
+    IFS=$'\n' read -r -d '' -a words <<<"${found#*$'\n'}" || true # false is the end of the text
+    (cd "$checkout" && pip_install "${words[@]}") || exit $?
 fi

@@ -12,6 +12,10 @@ try:
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 except ImportError:  # an optional package, for CUDA only
     flash_attn_varlen_func = flash_attn_with_kvcache = None
+try:
+    from kernels.attention_triton import attend_cached_triton
+except ImportError:  # torch's CPU wheels come without triton
+    attend_cached_triton = None
 
 # On an H100 SDPA with a mask goes to cuDNN first. That gives NaN gradients where length % 128 == 64 and all
 # scores of a query are low (pytorch issue 196678), and plans 30 ms for each new shape: for every micro-batch.
@@ -38,6 +42,11 @@ def packed_available(q):
     """Does `flash_packed` take queries like q [T, H, E], of this dtype and width and on this device?"""
     installed = flash_attn_varlen_func is not None
     return flash_takes(q.dtype, q.shape[-1]) and (installed or torch_has_flash(q.device))
+
+
+def triton_available(x):
+    """Does attention over a cache run in Triton for tensors such as x, where flash-attn is not installed?"""
+    return x.is_cuda and attend_cached_triton is not None
 
 
 def flash_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window):

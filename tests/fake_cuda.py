@@ -224,7 +224,9 @@ class Kernel:
                         f"{self.name}: argument {index} is on {x.device}"
                     )
                 else:
-                    assert type(x) in (int, float), f"{self.name}: argument {index} is a {type(x).__name__}"
+                    assert x is None or type(x) in (int, float), (
+                        f"{self.name}: argument {index} is a {type(x).__name__}"
+                    )
             self.check(grid, *args, **constants)
             self.launches += 1
 
@@ -242,10 +244,10 @@ def triton_halves():
         stub.jit = lambda function=None, **options: function or stub.jit
         stub.language = SimpleNamespace(constexpr=None)
         with mock.patch.dict(sys.modules, triton=stub):
-            from kernels import logprob_triton, sampler_triton
+            from kernels import attention_triton, fused_triton, logprob_triton, sampler_triton
     else:
-        from kernels import logprob_triton, sampler_triton
-    return logprob_triton, sampler_triton
+        from kernels import attention_triton, fused_triton, logprob_triton, sampler_triton
+    return attention_triton, fused_triton, logprob_triton, sampler_triton
 
 
 def plant(monkeypatch, where, name, old, new):

@@ -33,6 +33,7 @@ RUN_FILES = {
     "model",
 }
 TRAIN_FLAGS = {"--nproc", "--nnodes", "--rdzv-endpoint", "--local-addr", "--max-restarts"}
+FIRST_CARD_FLAGS = {"--seconds", "--until", "--from", "--retry-failed", "--dry", "--deadline"}
 OTHER_FLAGS = {
     "--no-offload",
     "--nproc-per-node",
@@ -40,7 +41,9 @@ OTHER_FLAGS = {
     "--help",
     "--no-build-isolation",
     "--cases",
-} | TRAIN_FLAGS
+    *TRAIN_FLAGS,
+    *FIRST_CARD_FLAGS,
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -90,16 +90,19 @@ def test_no_attention_by_cudnn():
 
 
 @torch.no_grad()
-def decoded(whole, monkeypatch, package, move=True, steps=6):
+def decoded(whole, monkeypatch, package, move=True, steps=6, triton=False):
     """Logits of `steps` decoding steps of four rows, and the cache.
 
-    Before the last two steps the row of slot 0 ends. With `move` the row of slot 3, the longest, then goes
-    into slot 0, as `Engine.compact` does it; without, all rows go on.
+    Attention is that of a package such as flash-attn, or our Triton kernel, or torch's SDPA. Before the last
+    two steps the row of slot 0 ends. With `move` the row of slot 3, the longest, then goes into slot 0, as
+    `Engine.compact` does it; without, all rows go on.
     """
     use_flash(monkeypatch, package)
+    monkeypatch.setattr(engine, "triton_available", lambda x: triton)
     device = whole.embed_tokens.weight.device
     cache = KVCache(whole, slots=5, capacity=20)
-    assert cache.flash == (package is not None) and cache.k.shape == (2, 5, 2, 20, 16)
+    assert cache.flash == (package is not None) and cache.by_length == (cache.flash or triton)
+    assert cache.k.shape == (2, 5, 2, 20, 16)
     prompts = [PROMPTS[row] for row in (0, 1, 3, 2)]
     for slot, prompt in enumerate(prefill(whole, prompts)):
         cache.insert(slot, prompt.k, prompt.v)
@@ -126,17 +129,18 @@ def check_as_good(flash, plain, exact):
     assert flash_error.mean() < 1.3 * plain_error.mean() and flash_error.max() < 2 * plain_error.max()
 
 
-def check_decoding(monkeypatch, dtype=torch.bfloat16, device="cpu", package=flash_attention):
-    """As good logits, and the same cache, by flash-attn as by SDPA."""
+def check_decoding(monkeypatch, dtype=torch.bfloat16, device="cpu", package=flash_attention, triton=False):
+    """As good logits, and the same cache, by flash-attn or our kernel as by SDPA."""
     whole = small_model(dtype).to(device)
-    flash, flash_cache = decoded(whole, monkeypatch, package)
+    flash, flash_cache = decoded(whole, monkeypatch, package, triton=triton)
     plain, plain_cache = decoded(whole, monkeypatch, None, move=False)
     exact, _ = decoded(copy.deepcopy(whole).float(), monkeypatch, None, move=False)
     check_as_good(*(logits.log_softmax(-1) for logits in (flash, plain, exact)))
     for of_flash, of_plain in ((flash_cache.k, plain_cache.k), (flash_cache.v, plain_cache.v)):
         # the first layer, whose input no attention has touched
         assert of_flash[0, :3].equal(of_plain[0, [3, 1, 2]])
-    assert flash_cache.k[0].transpose(1, 2).is_contiguous()  # as flash-attn wants it in memory
+    # as flash-attn wants it in memory, and as our kernel does
+    assert (flash_cache.k[0].transpose(1, 2) if package else flash_cache.k[0]).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,15 +12,22 @@ import sys
 import urllib.error
 import urllib.request
 
+import packaging
 import pytest
 from conftest import ROOT, command, environment
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest requires it there
 
 # -----------------------------------------------------------------------------------------------------------
 # the versions, as resolved on another machine
 
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 PLATFORMS = ["x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu", "aarch64-apple-darwin"]
-EXTRAS = ["test", "wandb", "bench"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = list(PROJECT["optional-dependencies"])
 INDEX = "https://pypi.org/simple"
 
 
@@ -38,6 +45,7 @@ def uv(*arguments):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
+    pytest.importorskip("uv")
     try:
         urllib.request.urlopen(f"{INDEX}/pip/", timeout=20).close()
     except urllib.error.HTTPError:
@@ -89,22 +97,35 @@ def test_pip_resolves_this_machine_and_builds_the_project(extra, empty):
     assert {"ttrl", "transformers"} <= versions.keys() and versions["torch"] == "2.13.0"
 
 
-def test_every_extra_is_resolved_above():
-    project = (ROOT / "pyproject.toml").read_text()
-    extras = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
-    assert re.findall(r"^(\w+) = \[", extras, re.M) == EXTRAS
-    assert "flash-attn" not in extras  # its build imports torch, which pip hides from it
+def test_flash_attn_is_in_no_extra():
+    """Its build imports torch, which pip hides from it."""
+    assert "flash" not in str(PROJECT)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # setup.sh
 
-TOOLS = "bash basename cat cksum cut dirname mount touch".split()
-NOTE = "import os, sys; open(os.environ['NOTES'], 'a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+TOOLS = "bash basename dirname mount".split()
+# Notes its arguments, and leaves the metadata of what it was asked for, in the version of constraints.txt.
+PIP_STUB = f"""import os, pathlib, re, shutil, sys, sysconfig
+open(os.environ["NOTES"], "a").write(" ".join(sys.argv[1:]) + "\\n")
+packages = pathlib.Path(sysconfig.get_path("purelib"))
+pins = dict(re.findall("(?m)^(.+)==(.+)$", pathlib.Path("constraints.txt").read_text()))
+for name in pins.keys() & {{re.split("[<>=;]", word)[0] for word in sys.argv}}:
+    found = list(packages.glob(f"{{name}}-*"))
+    if found and "--constraint" in sys.argv:
+        shutil.rmtree(found.pop())
+    if not found:
+        metadata = packages / f"{{name}}-{{pins[name]}}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Name: {{name}}\\nVersion: {{pins[name]}}")
+if not (packages / "packaging").exists():
+    (packages / "packaging").symlink_to({os.path.dirname(packaging.__file__)!r})
+"""
 ENSUREPIP = f"""import pathlib, sysconfig
 folder = pathlib.Path(sysconfig.get_path("purelib"), "pip")
 folder.mkdir()
-(folder / "__main__.py").write_text({NOTE!r})
+(folder / "__main__.py").write_text({PIP_STUB!r})
 """
 
 
@@ -139,17 +160,17 @@ class Machine:
         (self.folder / "modules" / "ensurepip.py").write_text(text)
 
     def venv(self, folder, torch=None, pip=True):
-        """A virtual environment with a torch of that version, as far as its metadata says."""
+        """Activate a virtual environment with a torch of that version, as far as its metadata says."""
         subprocess.run([self.bin / "python", "-m", "venv", "--without-pip", folder], check=True)
         (packages,) = folder.glob("lib/python*/site-packages")
         if torch:
             (packages / f"torch-{torch}.dist-info").mkdir()
-            (packages / f"torch-{torch}.dist-info" / "METADATA").write_text(
-                f"Metadata-Version: 2.1\nName: torch\nVersion: {torch}\n"
-            )
+            metadata = f"Name: torch\nVersion: {torch}"
+            (packages / f"torch-{torch}.dist-info" / "METADATA").write_text(metadata)
         if pip:
             (packages / "pip").mkdir()
-            (packages / "pip" / "__main__.py").write_text(NOTE)
+            (packages / "pip" / "__main__.py").write_text(PIP_STUB)
+        self.path = [folder / "bin", self.bin]
         return folder
 
     def bash(self, *arguments, prefix=(), code=0, **options):
@@ -162,10 +183,10 @@ class Machine:
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
-    def setup(self, extra="", **options):
+    def setup(self, extras="", **options):
         """Source setup.sh: (the interpreter that it chose, stderr)."""
         script = 'set -euo pipefail; source "$1/setup.sh" "$2"; echo "$PYTHON"'
-        done = self.bash("-c", script, "setup", self.checkout, extra, **options)
+        done = self.bash("-c", script, "setup", self.checkout, extras, **options)
         return done.stdout.strip(), done.stderr
 
     def installed(self):
@@ -179,15 +200,32 @@ def machine(tmp_path):
     return Machine(tmp_path)
 
 
-PINNED = "--constraint constraints.txt ."
+def all_of(*extras):
+    """Every requirement of pyproject.toml, as words of a command line."""
+    return " ".join(sum(map(PROJECT["optional-dependencies"].get, extras), PROJECT["dependencies"]))
+
+
 PIP = "install --quiet --disable-pip-version-check"
+PINNED = "--constraint constraints.txt"
 
 
 def test_a_new_machine_gets_the_pinned_versions_once(machine):
     own = str(machine.checkout / ".venv" / "bin" / "python")
-    assert machine.setup("test")[0] == own and machine.installed() == [f"{PIP} {PINNED}[test]"]
-    assert machine.setup("test") == (own, "") and len(machine.installed()) == 1
-    assert machine.setup()[0] == own and machine.installed()[1:] == [f"{PIP} {PINNED}"]
+    assert machine.setup("test")[0] == own and machine.installed() == [f"{PIP} {PINNED} {all_of('test')}"]
+    assert machine.setup("test") == machine.setup() == (own, "") and len(machine.installed()) == 1
+    assert machine.setup("test dev")[0] == own
+    assert machine.installed()[1:] == [f"{PIP} {PINNED} {all_of('test', 'dev')}"]
+
+
+def test_its_venv_follows_the_pins_and_mends_a_loss(machine):
+    own, _ = machine.setup()
+    pins = machine.checkout / "constraints.txt"
+    pins.write_text(re.sub("tqdm==.*", "tqdm==4.66.0", pins.read_text()))
+    machine.setup()
+    (packages,) = (machine.checkout / ".venv").glob("lib/python*/site-packages")
+    shutil.rmtree(*packages.glob("safetensors-*"))
+    machine.setup()
+    assert machine.setup() == (own, "") and machine.installed() == [f"{PIP} {PINNED} {all_of()}"] * 3
 
 
 @pytest.mark.parametrize("left", ["no pip", "no python", "nothing"])
@@ -196,10 +234,13 @@ def test_a_half_made_venv_does_not_block(machine, left):
     venv.mkdir()
     if left == "no pip":  # what Debian's python3 -m venv leaves behind without python3-venv
         machine.venv(venv, pip=False)
+        machine.path = [machine.bin]
     elif left == "no python":  # its Python was updated away
         (venv / "bin").mkdir()
         (venv / "bin" / "python").symlink_to("/nowhere/python3.9")
-    assert machine.setup()[0] == str(venv / "bin" / "python") and machine.installed() == [f"{PIP} {PINNED}"]
+    assert machine.setup()[0] == str(venv / "bin" / "python") and machine.installed() == [
+        f"{PIP} {PINNED} {all_of()}"
+    ]
 
 
 def test_without_pip_and_ensurepip_it_says_what_to_do_until_it_is_done(machine):
@@ -209,14 +250,14 @@ def test_without_pip_and_ensurepip_it_says_what_to_do_until_it_is_done(machine):
         assert said.startswith("setup: ") and "has no pip" in said and "apt install python3-venv" in said
     machine.ensurepip(ENSUREPIP)
     machine.setup()
-    assert machine.installed() == [f"{PIP} {PINNED}"]
+    assert machine.installed() == [f"{PIP} {PINNED} {all_of()}"]
 
 
 def test_uv_installs_where_pip_is_not_to_be_had(machine):
     machine.ensurepip("raise SystemExit(1)")
     executable(machine.bin / "uv", 'echo "uv $*" >> "$NOTES"')
     own, _ = machine.setup()
-    assert machine.installed() == [f"uv pip install --quiet --python {own} {PINNED}"]
+    assert machine.installed() == [f"uv pip install --quiet --python {own} {PINNED} {all_of()}"]
 
 
 @pytest.mark.parametrize("old", ["none at all", "3.9"])
@@ -233,7 +274,7 @@ def test_a_suitable_python_of_another_name_is_found(machine):
     (machine.bin / "python3").rename(machine.bin / "python3.12")
     (machine.bin / "python").unlink()
     machine.setup()
-    assert machine.installed() == [f"{PIP} {PINNED}"]
+    assert machine.installed() == [f"{PIP} {PINNED} {all_of()}"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -244,13 +285,12 @@ def test_a_suitable_python_of_another_name_is_found(machine):
 @pytest.mark.parametrize("torch", ["2.8.0", "2.13.0+cpu", "2.9.0a0+145a3a7.nv25.10"])
 def test_an_active_environment_with_torch_is_used(machine, kind, torch):
     venv = machine.venv(machine.folder / "my env", torch)
-    active = venv / "bin"
     if kind == "pyenv":  # on PATH lies a script that looks for the real one
-        active = machine.folder / "shims"
-        executable(active / "python", f'exec "{venv}/bin/python" "$@"')
-    machine.path = [active, machine.bin]
+        machine.path = [machine.folder / "shims", machine.bin]
+        executable(machine.folder / "shims" / "python", f'exec "{venv}/bin/python" "$@"')
     assert machine.setup("test")[0] == str(venv / "bin" / "python")
-    assert machine.installed() == [f"{PIP} .[test]"] and not (machine.checkout / ".venv").exists()
+    assert machine.setup("test")[1] == "" and machine.installed() == [f"{PIP} {all_of('test')}"]
+    assert not (machine.checkout / ".venv").exists()
 
 
 SYSTEM = """import sys, sysconfig
@@ -260,26 +300,69 @@ sysconfig.get_path = lambda name, *args, **kw: sys.prefix if name == "stdlib" el
 """
 
 
+def make_system(venv):
+    """It is no virtual environment any more, and pip may not install into it (PEP 668)."""
+    (packages,) = venv.glob("lib/python*/site-packages")
+    (packages / "sitecustomize.py").write_text(SYSTEM)
+    (venv / "EXTERNALLY-MANAGED").touch()
+
+
 @pytest.mark.parametrize("why", ["an old torch", "no torch", "the system's"])
 def test_another_python_is_left_alone(machine, why):
     torch = {"an old torch": "2.7.1", "no torch": None, "the system's": "2.13.0"}[why]
     venv = machine.venv(machine.folder / "env", torch)
-    if why == "the system's":  # a Python that is no virtual environment, and marked as PEP 668 has it
-        (packages,) = venv.glob("lib/python*/site-packages")
-        (packages / "sitecustomize.py").write_text(SYSTEM)
-        machine.path = [venv / "bin", machine.bin]
-        assert machine.setup()[0] == str(venv / "bin" / "python")  # without the mark
-        (venv / "EXTERNALLY-MANAGED").touch()
-        machine.notes.unlink()
-    machine.path = [venv / "bin", machine.bin]
+    if why == "the system's":
+        make_system(venv)
     assert machine.setup()[0] == str(machine.checkout / ".venv" / "bin" / "python")
-    assert machine.installed() == [f"{PIP} {PINNED}"]
+    assert machine.installed() == [f"{PIP} {PINNED} {all_of()}"]
 
 
 def test_its_own_venv_stays_pinned_when_it_is_active(machine):
     venv = machine.venv(machine.checkout / ".venv", "2.13.0")
-    machine.path = [venv / "bin", machine.bin]
-    assert machine.setup()[0] == str(venv / "bin" / "python") and machine.installed() == [f"{PIP} {PINNED}"]
+    assert machine.setup()[0] == str(venv / "bin" / "python") and machine.installed() == [
+        f"{PIP} {PINNED} {all_of()}"
+    ]
+
+
+@pytest.mark.parametrize("why", ["no pip", "the system's", "read-only"])
+def test_where_nothing_is_missing_nothing_is_asked_for(machine, why):
+    """It needs neither pip nor a network nor a place to write in; without one package it does."""
+    venv = machine.venv(machine.folder / "env", "2.11.0+cu130")
+    machine.setup("test")
+    (packages,) = venv.glob("lib/python*/site-packages")
+    shutil.rmtree(packages / "pip")
+    machine.ensurepip("raise SystemExit(1)")
+    if why == "the system's":
+        make_system(venv)
+    prefix = isolated("--mount", first=READ_ONLY.format(venv)) if why == "read-only" else ()
+    assert machine.setup("test", prefix=prefix) == (str(venv / "bin" / "python"), "")
+    shutil.rmtree(*packages.glob("mpmath-*"))
+    assert "has no pip" in machine.setup("test", prefix=prefix, code=2)[1]
+    assert (machine.checkout / ".venv").exists() == (why != "no pip") and len(machine.installed()) == 1
+
+
+MISSING = ["nowhere", "tqdm>=99", "torch>=2.9.1"]
+THERE = ["nowhere; sys_platform == 'plan9'", "tqdm[notebook]>=4", "torch>=2.9"]
+
+
+@pytest.mark.parametrize("dependency, missing", [*((d, True) for d in MISSING), *((d, False) for d in THERE)])
+def test_what_counts_as_missing(machine, dependency, missing):
+    machine.venv(machine.folder / "env", "2.9.1a0+145a3a7.nv25.10")  # NVIDIA's containers have such
+    machine.setup()
+    project = machine.checkout / "pyproject.toml"
+    project.write_text(project.read_text().replace("dependencies = [", f'dependencies = ["{dependency}",'))
+    machine.setup()
+    assert machine.installed()[1:] == [f"{PIP} {dependency} {all_of()}"] * missing
+
+
+def test_the_style_is_checked_where_ruff_is(machine):
+    venv = with_everything(machine)
+    (packages,) = venv.glob("lib/python*/site-packages")
+    (packages / "ruff.py").write_text("raise ImportError if __name__ == 'ruff' else SystemExit('bad style')")
+    run = machine.checkout / "tests" / "run.sh"
+    assert "the style is not checked" in machine.bash(run, "--version").stderr
+    (packages / "ruff.py").write_text("if __name__ == '__main__': raise SystemExit('bad style')")
+    assert machine.bash(run, "--version", code=1).stderr == "bad style\n"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -304,9 +387,9 @@ def test_a_read_only_checkout(machine, active):
     """One sentence, unless there is another place to install into. A mount is read-only for root too."""
     prefix = isolated("--mount", first=READ_ONLY.format(str(machine.checkout)))
     if active:
-        machine.path = [machine.venv(machine.folder / "env", "2.13.0") / "bin", machine.bin]
+        machine.venv(machine.folder / "env", "2.13.0")
         machine.setup(prefix=prefix)
-        assert machine.installed() == [f"{PIP} ."]
+        assert machine.installed() == [f"{PIP} {all_of()}"]
     else:
         said = machine.setup(prefix=prefix, code=2)[1]
         assert said.startswith(f"setup: cannot write in {machine.checkout}: ") and len(said.splitlines()) == 1
@@ -315,16 +398,16 @@ def test_a_read_only_checkout(machine, active):
 
 def with_everything(machine):
     """Activate an environment that finds the packages of this Python."""
-    venv = machine.venv(machine.folder / "env", "2.13.0")
+    venv = machine.venv(machine.folder / "env", "2.13.0", pip=False)
     (packages,) = venv.glob("lib/python*/site-packages")
     (packages / "these.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
-    machine.path = [venv / "bin", machine.bin]
-    return machine
+    return venv
 
 
 def from_elsewhere(machine, ranks, few_questions, prefix=()):
     """Evaluate with relative paths, from a folder with modules of the names that torch and ttrl.py import."""
-    here = with_everything(machine).folder / "here"
+    with_everything(machine)
+    here = machine.folder / "here"
     here.mkdir()
     shutil.copy(few_questions, here / "mine.json")
     for module in ("questions", "random", "torch"):
@@ -370,5 +453,6 @@ def test_an_array_may_be_empty_in_bash_3_2(script):
     """Under set -u its "${array[@]}" is an unbound variable there; ${array[@]+"${array[@]}"} is not."""
     code = "\n".join(line.partition("# ")[0] for line in (ROOT / script).read_text().splitlines())
     unguarded = re.sub(r'\$\{(\w+)\[@\]\+"\$\{\1\[@\]\}"\}', "", code)
-    filled = set(re.findall(r"\b(\w+)=\([^)]", code)) - set(re.findall(r"\b(\w+)=\(\)", code))
+    filled = set(re.findall(r"(?:\bread .*-a )?\b(\w+)(?:=\([^)]| <<<)", code))
+    filled -= set(re.findall(r"\b(\w+)=\(\)", code))
     assert set(re.findall(r"\$\{(\w+)\[[@*]\][^-]", unguarded)) <= filled

@@ -81,27 +81,29 @@ def test_parameters_are_counted_as_the_model_has_them():
     assert of_a_rank.total == pytest.approx((total - 2 * vocabulary) / 8 + 2 * vocabulary, rel=1e-3)
 
 
-def simulated_and_planned(model, ranks, **changed):
+def simulated_and_planned(model, ranks, checkpointing, **changed):
     """Bytes of learning from 4,252 tokens; 1 rank is DDP, more hold slices."""
     model_config = dataclasses.replace(models.model_config(MODELS[model]), **changed)
     model_config = dataclasses.replace(model_config, windows=(None,) * model_config.layers)
-    simulated = peak_of_learning(model_config, made_up_rollout(256, 4, 1000), ranks)
-    planned = memory.learning_bytes(model_config, memory.Split(ranks), True, True, 256 + 4 * 999)
+    simulated = peak_of_learning(model_config, made_up_rollout(256, 4, 1000), ranks, checkpointing)
+    planned = memory.learning_bytes(model_config, memory.Split(ranks), checkpointing, True, 256 + 4 * 999)
     return simulated, sum(planned.values())
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("model, ranks", [("1.5B", 1), ("1.5B", 8), ("7B", 8)])
-def test_the_memory_of_learning_is_that_of_a_simulation(model, ranks):
+def test_the_memory_of_learning_is_that_of_a_simulation(model, ranks, checkpointing):
     """Two layers of the real widths, with a tied and with an untied head, to 10 %."""
-    simulated, planned = simulated_and_planned(model, ranks, layers=2)
+    simulated, planned = simulated_and_planned(model, ranks, checkpointing, layers=2)
     assert planned == pytest.approx(simulated, rel=0.1)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("ranks", [1, 8])
-def test_what_more_layers_take_is_that_of_a_simulation(ranks):
-    """What checkpointing keeps of a layer: fp32 under autocast, bf16 in slices."""
-    few = simulated_and_planned("1.5B", ranks, layers=3, vocab_size=1024)
-    many = simulated_and_planned("1.5B", ranks, layers=6, vocab_size=1024)
+def test_what_more_layers_take_is_that_of_a_simulation(ranks, checkpointing):
+    """What checkpointing keeps of a layer: fp32 under autocast, bf16 in slices. Without, autocast's weights."""
+    few = simulated_and_planned("1.5B", ranks, checkpointing, layers=3, vocab_size=1024)
+    many = simulated_and_planned("1.5B", ranks, checkpointing, layers=6, vocab_size=1024)
     simulated, planned = (after - before for before, after in zip(few, many, strict=True))
     assert planned == pytest.approx(simulated, rel=0.1)
 
