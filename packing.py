@@ -165,9 +165,10 @@ class AttentionGroup:
     def mask(self, window):
         """Which keys each query sees, [G or 1, 1, Tq, Tk] of bool; made when a layer first asks for it."""
         if window not in self.masks:
-            place = torch.arange(self.query.shape[1], device=self.device)[:, None]
-            query_at = upload(self.offset, self.device)[:, None, None, None] + place  # [G or 1, 1, Tq, 1]
-            key_at = torch.arange(self.key.shape[1], device=self.device)
+            device = self.device
+            place = torch.arange(self.query.shape[1], device=device)[:, None]
+            query_at = upload(self.offset, device)[:, None, None, None] + place  # [G or 1, 1, Tq, 1]
+            key_at = torch.arange(self.key.shape[1], device=device)
             causal = key_at <= query_at
             self.masks[window] = causal if window is None else causal & (key_at > query_at - window)
         return self.masks[window]

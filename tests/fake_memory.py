@@ -79,7 +79,9 @@ def peak_of_learning(config, rows, ranks, checkpointing):
 
     def pack_for_real(*args):
         with unset_fake_temporarily():
-            return pack(*args)
+            batch = pack(*args)
+            assert all(group.padded for group in batch.groups)  # made when it is first asked for
+        return batch
 
     dist.init_process_group("fake", rank=0, world_size=ranks)
     try:

@@ -717,7 +717,7 @@ IN_LEARNING = {
         (packing.AttentionGroup, "padded", "upload(index, self.device) for", "index for", MIXES),
     "the learner's mask on the CPU":
         (packing.AttentionGroup, "mask",
-         "torch.arange(self.key.shape[1], device=self.device)", "torch.arange(self.key.shape[1])", MIXES),
+         "device = self.device", "device = torch.device('cpu')", MIXES),
     "shared heads under a mask": (packing, "sdpa", "if q.is_cuda:", "if False:", "a mask and shared heads"),
 }  # fmt: skip
 ON_TWO = {

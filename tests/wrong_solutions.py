@@ -148,7 +148,7 @@ CHANGED = {
         "no mask": ("masked_fill_(~seen", "masked_fill_(~seen & False", "behind its own position"),
         "window": ("seen &= key_at > position[:, None] - window", "pass", "window"),
         "offset": (
-            "query_at = self.offset[:, None, None, None] + place",
+            "query_at = upload(self.offset, device)[:, None, None, None] + place",
             "query_at = place[None, None]",
             "offset",
         ),
