@@ -50,7 +50,7 @@ class Stage(NamedTuple):
 
 STAGES = [
     Stage("env", 40, 5),  # 10 of work, but a fresh machine reads torch from a cold disk
-    Stage("smoke", 45, 15),
+    Stage("smoke", 60, 15),
     Stage("correct", 130, 40),
     Stage("decode", 110, 25),
     Stage("learn", 90, 30),
@@ -200,19 +200,18 @@ def leave(code):
     os._exit(code)
 
 
-# pytest's hooks, with `-p first_card`. FIRST_CARD in the environment says which part runs pytest.
+# Hooks of pytest, with `-p first_card`. FIRST_CARD in the environment says which part runs it.
 
 
 def pytest_runtest_logreport(report):
     """Record a failure when it happens: what pytest prints at its end may be lost."""
-    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+    if report.failed:
         text = report.longreprtext.strip()
+        crash = getattr(report.longrepr, "reprcrash", None)  # None: a worker has crashed
+        note = [*(crash.message.splitlines() if crash else text.splitlines()[::-1]), ""]
+        name = report.nodeid.split("::")[-1]
         record_of_pytest(
-            f"\n{report.nodeid}\n{text}\n",
-            name=report.nodeid.split("::")[-1],
-            seen="failed",
-            ok=False,
-            note=text.splitlines()[-1][:200] if text else "",
+            f"\n{report.nodeid}\n{text}\n", name=name, seen="failed", ok=False, note=note[0][:200]
         )
 
 
@@ -224,6 +223,8 @@ def pytest_terminal_summary(terminalreporter):
 
 def record_of_pytest(text="", **line):
     """Add a line to results.jsonl, and text to the log, past pytest, which captures what tests print."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # the process that started it hears of the same
     place = json.loads(os.environ["FIRST_CARD"])
     path = Path(place.pop("path"))
     append_line(path, {**place, "expected": None, "unit": "", **line})
