@@ -134,7 +134,7 @@ def test_no_failure_stops_what_comes_behind(drive, tmp_path):
     assert seen(lines, "wrong") == {"error": "nan", "other error": 0.05}
     for words in ("ValueError: planted", "killed by SIGKILL", "did not start: ImportError: no torch here"):
         assert words in printed
-    assert "! error " in printed and "~ time" in printed and "1.50 x" in printed
+    assert "!     error " in printed and "~     time " in printed and "1.50 x" in printed
     assert "in raises" in (tmp_path / "out" / "log.txt").read_text()  # its traceback
 
 
@@ -165,7 +165,7 @@ def test_from_and_until(drive):
 
 def test_failed_parts_are_run_again_on_another_machine(drive, tmp_path):
     """The results of the first come along as a file: what passed there is not repeated, but is summarised."""
-    names = ("first", "sick", "wrong", "last", "raising")
+    names = ("first", "loud", "sick", "wrong", "last", "raising")
     drive(*names, flags=["--until", "wrong"])
     earlier = tmp_path / "earlier.jsonl"
     cut = '{"stage": "last", "pa'  # as a machine that was taken away may leave it
