@@ -50,7 +50,7 @@ class Stage(NamedTuple):
 
 STAGES = [
     Stage("env", 40, 5),  # 10 of work, but a fresh machine reads torch from a cold disk
-    Stage("smoke", 45, 15),
+    Stage("smoke", 60, 15),
     Stage("correct", 130, 40),
     Stage("decode", 110, 25),
     Stage("learn", 90, 30),
@@ -200,19 +200,18 @@ def leave(code):
     os._exit(code)
 
 
-# pytest's hooks, with `-p first_card`. FIRST_CARD in the environment says which part runs pytest.
+# Hooks of pytest, with `-p first_card`. FIRST_CARD in the environment says which part runs it.
 
 
 def pytest_runtest_logreport(report):
     """Record a failure when it happens: what pytest prints at its end may be lost."""
-    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+    if report.failed:
         text = report.longreprtext.strip()
+        crash = getattr(report.longrepr, "reprcrash", None)  # None: a worker has crashed
+        note = [*(crash.message.splitlines() if crash else text.splitlines()[::-1]), ""]
+        name = report.nodeid.split("::")[-1]
         record_of_pytest(
-            f"\n{report.nodeid}\n{text}\n",
-            name=report.nodeid.split("::")[-1],
-            seen="failed",
-            ok=False,
-            note=text.splitlines()[-1][:200] if text else "",
+            f"\n{report.nodeid}\n{text}\n", name=name, seen="failed", ok=False, note=note[0][:200]
         )
 
 
@@ -224,6 +223,8 @@ def pytest_terminal_summary(terminalreporter):
 
 def record_of_pytest(text="", **line):
     """Add a line to results.jsonl, and text to the log, past pytest, which captures what tests print."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # the process that started it hears of the same
     place = json.loads(os.environ["FIRST_CARD"])
     path = Path(place.pop("path"))
     append_line(path, {**place, "expected": None, "unit": "", **line})
@@ -385,19 +386,18 @@ def summary(lines, stages):
 
 
 def section(name, part):
-    """The lines of a part: its numbers, and why it failed. Many good checks of errors become one line."""
+    """A line for a part, then its numbers; of many good checks only the one that is nearest to failing."""
     numbers = {line["name"]: line for line in part if "name" in line}  # of two with one name the last counts
     good = [line for line in numbers.values() if line["ok"] and str(line["expected"]).startswith("<")]
-    lines = []
+    end = end_of(part) or {"state": "failed", "note": "not ended"}
+    title = f"{' ' if end['state'] == 'ok' else '!'} {name}"
+    title += f", {end['seconds']:.1f} s" if "seconds" in end else ""
+    notes = [end["note"]] if end["note"] else []
     if len(good) > 2:
         nearest = max(line["seen"] / float(line["expected"][2:]) for line in good)
-        lines = [f"  {name:46} {len(good):>5} checks  the largest error is {nearest:.2g} of what is allowed"]
-        numbers = {line["name"]: line for line in numbers.values() if line not in good}
-    lines += map(number_line, numbers.values())
-    end = end_of(part)
-    if end and end["state"] != "ok":
-        lines.append(f"! {name}: {end['note'] or 'failed, see the lines above'}")
-    return lines
+        notes.append(f"{len(good)} checks are good, the largest error is {nearest:.2g} of what is allowed")
+        numbers = {key: line for key, line in numbers.items() if line not in good}
+    return [": ".join([title, "; ".join(notes)] if notes else [title]), *map(number_line, numbers.values())]
 
 
 def number_line(line):
@@ -410,7 +410,7 @@ def number_line(line):
         against += f", {ratio:.2f} x"
         mark = "~" if (1 / ratio if unit in MORE_IS_BETTER else ratio) > SLOW else " "
     mark = mark if line["ok"] else "!"
-    return f"{mark} {line['name']:46} {shown(seen):>12} {unit:10} {against:24} {line['note']}".rstrip()
+    return f"{mark}     {line['name']:36} {shown(seen):>12} {unit:9} {against:25} {line['note']}".rstrip()
 
 
 def shown(value):

@@ -23,7 +23,7 @@ def good(card):
     card.record("time", 1.5, 1.0, "ms")
 
 def better(card):
-    card.record("ran", "better")
+    card.record("another process", os.getpid())
 
 def raises(card):
     card.record("before", 1)
@@ -134,7 +134,7 @@ def test_no_failure_stops_what_comes_behind(drive, tmp_path):
     assert seen(lines, "wrong") == {"error": "nan", "other error": 0.05}
     for words in ("ValueError: planted", "killed by SIGKILL", "did not start: ImportError: no torch here"):
         assert words in printed
-    assert "! error " in printed and "~ time" in printed and "1.50 x" in printed
+    assert "!     error " in printed and "~     time " in printed and "1.50 x" in printed
     assert "in raises" in (tmp_path / "out" / "log.txt").read_text()  # its traceback
 
 
@@ -154,7 +154,8 @@ def test_a_sick_device_gets_a_new_process_for_the_next_part(drive):
     assert parts(lines, "sick") == {"good": "ok", "breaks the device": "failed", "better": "ok"}
     begun = [line["part"] for line in lines if line["stage"] == "sick" and "begun" in line]
     assert begun == ["good", "breaks the device", "better"]
-    assert "RuntimeError: CUDA error" in printed
+    numbers = seen(lines, "sick")
+    assert numbers["process"] != numbers["another process"] and "RuntimeError: CUDA error" in printed
 
 
 def test_from_and_until(drive):
@@ -164,7 +165,7 @@ def test_from_and_until(drive):
 
 def test_failed_parts_are_run_again_on_another_machine(drive, tmp_path):
     """The results of the first come along as a file: what passed there is not repeated, but is summarised."""
-    names = ("first", "sick", "wrong", "last", "raising")
+    names = ("first", "loud", "sick", "wrong", "last", "raising")
     drive(*names, flags=["--until", "wrong"])
     earlier = tmp_path / "earlier.jsonl"
     cut = '{"stage": "last", "pa'  # as a machine that was taken away may leave it
@@ -207,6 +208,23 @@ def test_a_stopped_driver_leaves_a_summary_and_no_process(start, tmp_path):
 def test_the_log_stays_small(drive, tmp_path):
     drive("loud")
     assert 500_000 < (tmp_path / "out" / "log.txt").stat().st_size < 1_500_000
+
+
+def test_failing_tests_are_recorded_one_by_one(tmp_path):
+    """By the hooks that stage correct gives to pytest; the last test ends pytest itself, without a report."""
+    failing = "import os\ndef test_wrong(): assert 1 == 2, 'not two'\ndef test_last(): os._exit(9)\n"
+    (tmp_path / "test_planted.py").write_text(failing)
+    place = {"path": str(tmp_path / "results.jsonl"), "stage": "correct", "part": "tests"}
+    here = {**environment(), "PYTHONPATH": str(BENCH), "FIRST_CARD": json.dumps(place)}
+    command = [sys.executable, "-m", "pytest", "-p", "first_card", "test_planted.py"]
+    done = subprocess.run(command, env=here, cwd=tmp_path, capture_output=True, timeout=120)
+    assert done.returncode == 9
+    (line,) = read(tmp_path / "results.jsonl")
+    assert (line["part"], line["name"], line["ok"]) == ("tests", "test_wrong", False)
+    assert (
+        "not two" in line["note"]
+        and "test_planted.py:2: AssertionError" in (tmp_path / "log.txt").read_text()
+    )
 
 
 def test_it_reports_where_torch_cannot_be_imported(tmp_path):
