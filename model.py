@@ -149,12 +149,13 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, attend):
         qkv = self.qkv_proj(x).contiguous()  # attention wants the numbers of a head next to each other
         qkv = qkv.unflatten(-1, (-1, self.head_dim))  # [T, H + 2K, E]
-        q, k, v = qkv.split(self.heads, dim=1)  # [T, H, E], [T, K, E], [T, K, E]
-        if self.qk_norm:  # under autocast the norms are in fp32
-            q = rotate(self.q_norm(q), cos, sin, v.dtype)
+        if self.qk_norm:
+            q, k, v = qkv.split(self.heads, dim=1)  # [T, H, E], [T, K, E], [T, K, E]
+            q = rotate(self.q_norm(q), cos, sin, v.dtype)  # under autocast the norm is in fp32
             k = rotate(self.k_norm(k), cos, sin, v.dtype)
-        else:  # the heads of q and k are neighbours
-            q, k = rotate(qkv[:, : -v.shape[1]], cos, sin, v.dtype).split(self.heads[:2], dim=1)
+        else:  # the heads of q and k lie side by side, and turn together
+            qk, v = qkv.split((sum(self.heads[:2]), self.heads[2]), dim=1)  # [T, H + K, E], [T, K, E]
+            q, k = rotate(qk, cos, sin, v.dtype).split(self.heads[:2], dim=1)
         out = attend(q, k, v)  # [T, H, E]
         return self.o_proj(out.flatten(-2))  # [T, D]
 
