@@ -599,6 +599,7 @@ def fake_learning_on_two_ranks(two_gpus, tmp_path, config, split, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------
 # the fake device itself
 
+MIXES = "on the same device|two different devices"  # torch 2.13, and before
 FORBIDDEN = {
     "a CPU index into a CUDA tensor": (lambda gpu, cpu: gpu[cpu.long()], "cuda is indexed by one on cpu"),
     "a CUDA index into a CPU tensor": (lambda gpu, cpu: cpu[gpu.long()], "cpu is indexed by one on cuda"),
@@ -606,7 +607,7 @@ FORBIDDEN = {
         lambda gpu, cpu: gpu.index_put_((cpu.long(),), gpu),
         "cuda is indexed by one on cpu",
     ),
-    "a sum of two devices": (lambda gpu, cpu: gpu + cpu, "on the same device"),
+    "a sum of two devices": (lambda gpu, cpu: gpu + cpu, MIXES),
     "a copy to the CPU in place": (lambda gpu, cpu: cpu.copy_(gpu), "from the device to the host"),
     "a list": (lambda gpu, cpu: gpu.tolist(), "from the device to the host|the host reads"),
     "a branch": (lambda gpu, cpu: 1 if gpu.any() else 0, "the host reads"),
@@ -627,7 +628,7 @@ def fake_device_refuses(machine, what):
 # planted mistakes: what the tests above would not notice is not tested
 
 
-ENGINE, CACHE, READS, MIXES = engine.Engine, engine.KVCache, "the host reads", "on the same device"
+ENGINE, CACHE, READS = engine.Engine, engine.KVCache, "the host reads"
 STEP = "num_generated = self.num_generated[:count]"
 IN_SAMPLING = {  # what is wrong: (where, function, its text, the text planted, what has to be said)
     "ends on the CPU": (ENGINE, "__init__", "sorted(eos_ids), device=device)", "sorted(eos_ids))", MIXES),
