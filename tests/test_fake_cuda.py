@@ -121,7 +121,7 @@ class ScriptedEngine(engine.Engine):
 class NoExchange(torch.nn.Module):
     """DistributedDataParallel of one rank."""
 
-    def __init__(self, module, gradient_as_bucket_view):
+    def __init__(self, module, gradient_as_bucket_view, broadcast_buffers):
         super().__init__()
         self.module = module
 
@@ -384,11 +384,11 @@ def make_run(folder, config, split=WHOLE):
     (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "rms_norm_eps": 1e-6, **config}))
     c = configure(dict(model=str(folder), data="amc", votes=6, samples=4, questions_per_step=3,
                        questions_per_update=2, max_new_tokens=40, temperature=1.0, kl=0.01))  # fmt: skip
-    assert c.checkpointing and c.device == "cuda"
+    assert c.device == "cuda"
     asked = [SimpleNamespace(id=str(i)) for i in range(3)]
     prompts = [[11, 12, 13, 14, 15], [21, 22], [31] * 9]
     data = (asked, prompts, asked, prompts)
-    run = run_module.Run(c, torch.device("cuda", 0), folder, None, EOS, *data, 49, 5 * 49, 24, split)
+    run = run_module.Run(c, torch.device("cuda", 0), folder, None, EOS, *data, 49, 5 * 49, 24, True, split)
     here = mock.patch.object(run_module, "on_every_rank", lambda action: action())  # nothing pickles here
     with here, mock.patch.object(model, "read_weights", lambda *_: ()):
         run_module.build_models(run, torch.device("cuda", 0))
