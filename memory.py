@@ -32,7 +32,7 @@ FEWEST_ROWS = 8  # sampled at once; with fewer a run does not start
 ENOUGH_ROWS = 32  # a rank; a larger split that gives no more than these is not worth its exchange
 LARGEST_MICRO_BATCH = {True: 32768, False: 1024}  # tokens on a GPU, on a CPU: more only takes memory
 KEPT_MICRO_BATCH = 4096, 8192  # without checkpointing: these tokens keep a GPU busy, more only take memory
-GRAPH_BYTES = 800_000  # of a CUDA graph, per layer: a dozen kernels, up to 64 KB for each in the driver
+GRAPH_BYTES = 500_000  # of a CUDA graph, per layer; the logs of vLLM show 0.4 MB, for 16 and for 64 layers
 
 # -----------------------------------------------------------------------------------------------------------
 # the machine
@@ -132,9 +132,9 @@ def memory_parts(c, model_config, split, cuda, tokens):
     if cuda:
         sampler["graphs"] = 4 * graphs_bytes(c, model_config)  # of 1, 2, 4 and 8 rows
     if c.eval_only and cuda:
-        _, at_work = layer_bytes(model_config, half)
+        computed, _ = layer_bytes(model_config, half)
         keys = 2 * kv_bytes(model_config, cuda, split.sampler_ranks)  # those of a prompt, and all stacked
-        sampler["prefill"] = PREFILL_TOKENS * (at_work + keys)  # learning takes more, at another time
+        sampler["prefill"] = PREFILL_TOKENS * (computed + keys)  # learning takes more, at another time
     if c.eval_only:
         return sampler
     parts = {"state": 16 * total // split.shard}
@@ -184,7 +184,7 @@ def learning_bytes(model_config, split, checkpointing, cuda, tokens):
 
 
 def layer_bytes(model_config, half):
-    """Bytes of a layer's activations for each token: (those that autograd keeps, all while it is at work)."""
+    """Bytes of a layer's activations for each token: (what forward computes and keeps, backward at work)."""
     width, inner = model_config.hidden_size, model_config.intermediate_size
     norms = 5 * width if model_config.qk_norm else 0
     return half * (4 * inner + 10 * width + norms), half * (6 * inner + 14 * width + norms)
@@ -206,12 +206,13 @@ def row_bytes(c, model_config, cuda, split, longest):
     logits = 4 * model_config.vocab_size
     if not cuda:
         return {"rows": keys, "logits": logits}
-    _, at_work = layer_bytes(model_config, 2)
-    return {"rows": keys, "logits": 2 * logits, "graphs": graphs_bytes(c, model_config) // 16 + at_work}
+    computed, _ = layer_bytes(model_config, 2)
+    graphs = graphs_bytes(c, model_config) // 16  # above 8 rows their number is rounded up to 16
+    return {"rows": keys, "logits": 2 * logits, "graphs": graphs + computed}
 
 
 def graphs_bytes(c, model_config):
-    """Bytes of the CUDA graphs of one number of rows, which is rounded up to 16: one for each way to sample."""
+    """Bytes of the CUDA graphs of one number of rows: one for each way of sampling."""
     ways = {(c.temperature, 1.0), (c.eval_temperature, c.eval_top_p)}
     ways |= {(temperature, top_p) for _, temperature, top_p in LOWER_TEMPERATURES.values()}
     return len(ways) * model_config.layers * GRAPH_BYTES
@@ -294,7 +295,7 @@ def micro_batch_tokens(c, model_config, machine, split, longest):
 
 
 def memory_left(c, model_config, machine, split, tokens):
-    """Bytes of a rank's memory beside all parts, with micro-batches of `tokens`; negative if they do not fit."""
+    """Bytes of a rank's memory that no part takes, with micro-batches of `tokens`; may be negative."""
     parts = memory_parts(c, model_config, split, machine.cuda, tokens)
     return machine.memory - sum(size for part, size in parts.items() if part != "host")
 

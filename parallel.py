@@ -27,11 +27,11 @@ from support.ranks import mesh
 
 
 def data_parallel(policy):
-    """The policy as DDP wraps it: the last backward pass of an update averages the gradients of all ranks.
-
-    Its one buffer, the frequencies of the rotation, is a constant and need not travel before each forward.
-    """
-    return DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
+    """The policy as DDP wraps it: the last backward pass of an update averages the gradients of all ranks."""
+    learner = DistributedDataParallel(policy, gradient_as_bucket_view=True)
+    # The policy's one buffer is a constant. An attribute, since torch 2.13 has renamed the argument.
+    learner.broadcast_buffers = False
+    return learner
 
 
 def slice_mesh(device, ranks):

@@ -8,7 +8,8 @@ import math
 import torch
 from torch import nn
 
-ONEDNN = torch.backends.mkldnn.is_available()
+# The product's name is a private one of torch: a version without it takes nn.Linear's own.
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 FEW_ROWS = 128  # up to here the order of oneDNN's factors matters (measured: from 256 rows on it does not)
 
 

@@ -47,11 +47,12 @@ def start_processes(device):
 def let_segments_grow():
     """Let CUDA's allocator extend its segments: fewer fragments. What the user has configured stays as it is.
 
-    To be called before the first allocation. The setting has no public function, and its environment variable
-    is no way from here: some versions of torch read it when they are imported, 2.8 knows the old name alone,
-    2.9 ignores the new one (pytorch issue 183387), and later ones warn of the old.
+    To be called before the first allocation. torch has no public function for it, and setting the environment
+    variable here would not do: some versions read it when torch is imported, 2.8 knows only the old name, 2.9
+    ignores the new one (pytorch issue 183387), and later ones warn about the old.
     """
-    # NCCL cannot register such memory when a CUDA graph captures a collective: illegal accesses (Megatron-LM).
+    # NCCL must not register such memory while a CUDA graph captures a collective: illegal memory accesses
+    # (Megatron-LM's arguments.py, TensorRT-LLM).
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     if any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         return

@@ -34,11 +34,13 @@ using c10::DeviceIndex;
 using c10::DeviceType;
 
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
-  c10::Device getDevice() const override { return {DeviceType::CUDA, 0}; } c10::Device
-  exchangeDevice(c10::Device) const override { return getDevice(); } c10::Stream getStream(c10::Device) const
-  noexcept override { return c10::Stream(c10::Stream::DEFAULT, getDevice()); } c10::Stream
-  exchangeStream(c10::Stream stream) const noexcept override { return stream; } DeviceIndex deviceCount()
-  const noexcept override { return 1; }
+  c10::Device getDevice() const override { return {DeviceType::CUDA, 0}; }
+  c10::Device exchangeDevice(c10::Device) const override { return getDevice(); }
+  c10::Stream getStream(c10::Device) const noexcept override {
+    return c10::Stream(c10::Stream::DEFAULT, getDevice());
+  }
+  c10::Stream exchangeStream(c10::Stream stream) const noexcept override { return stream; }
+  DeviceIndex deviceCount() const noexcept override { return 1; }
 };
 
 struct Hooks final : at::CUDAHooksInterface {
@@ -56,11 +58,11 @@ struct Hooks final : at::CUDAHooksInterface {
 static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface), "only the vtable may differ");
 
 extern "C" int install() {
-  auto& slot = c10::impl::device_guard_impl_registry[static_cast<size_t>(DeviceType::CUDA)]; if (slot.load()
-  == nullptr || slot.load()->deviceCount() == 0) slot.store(new Guard()); auto& hooks =
-  const_cast<at::CUDAHooksInterface&>(at::detail::getCUDAHooks()); if (!hooks.hasCUDA()) new (&hooks) Hooks();
-  // torch made its own at import; ours is rebuilt in the same place return
-  at::detail::getCUDAHooks().hasCUDA();
+  auto& slot = c10::impl::device_guard_impl_registry[static_cast<size_t>(DeviceType::CUDA)];
+  if (slot.load() == nullptr || slot.load()->deviceCount() == 0) slot.store(new Guard());
+  auto& hooks = const_cast<at::CUDAHooksInterface&>(at::detail::getCUDAHooks());
+  if (!hooks.hasCUDA()) new (&hooks) Hooks(); // where torch made its own at import
+  return at::detail::getCUDAHooks().hasCUDA();
 }
 """
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -192,6 +194,11 @@ def fake_cuda():
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
         mock.patch("torch.cuda.is_available", lambda: True),
+        # two questions that torch's CUDA builds put to the driver, which is not there
+        mock.patch("torch._subclasses.fake_tensor.init_gpu_context", lambda _: None),
+        mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
+        # what DTensor asks, to work out a shape, is not the program's
+        mock.patch("torch.distributed.tensor._sharding_prop.detect_fake_mode", lambda: None, create=True),
         mock.patch("torch.cuda.graph_pool_handle", lambda: None),
         mock.patch("torch.cuda.max_memory_allocated", lambda *_: 0),
         mock.patch("torch.cuda.get_device_properties", lambda *_: properties),

@@ -36,6 +36,7 @@ TRAIN_FLAGS = {"--nproc", "--nnodes", "--rdzv-endpoint", "--local-addr", "--max-
 FIRST_CARD_FLAGS = {"--seconds", "--until", "--from", "--retry-failed", "--dry", "--deadline"}
 OTHER_FLAGS = {
     "--no-offload",
+    "--no-checkpointing",
     "--nproc-per-node",
     "--rdzv-backend",
     "--help",

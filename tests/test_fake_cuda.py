@@ -50,6 +50,8 @@ def test_the_cuda_path_without_a_gpu():
     """Run the functions below named fake_* in a process of their own, as the fake device stays for good."""
     if torch.cuda.is_available():
         pytest.skip("a real GPU is here: tests/test_gpu.py runs the CUDA path on it")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        pytest.skip("the fake CUDA device is made of parts that torch has since 2.11")
     if fake.COMPILER is None:
         pytest.skip(
             "no C++ compiler (c++ or g++): the fake CUDA device cannot be built, the CUDA path is not tested"
@@ -214,7 +216,8 @@ def check_attention(grid, q, k, v, keys, values, length, acc, peak, mass, q_stri
                     row_stride, head_stride, scale, window, G, BG, E, BE, BT):  # fmt: skip
     rows, kv_heads, splits = grid
     assert q.shape == (rows, kv_heads * G, E) and k.shape == v.shape == (rows, kv_heads, E)
-    assert {x.dtype for x in (q, k, v, keys, values)} == {torch.bfloat16} and length.dtype == torch.int32
+    assert {x.dtype for x in (q, k, v, keys, values)} == {torch.bfloat16}
+    assert length.dtype == torch.int32, "lengths: int32"
     assert [x.stride() for x in (q, k, v)] == [(stride, E, 1) for stride in (q_stride, k_stride, v_stride)]
     assert keys.shape[:2] == (rows, kv_heads) and keys.stride() == (row_stride, head_stride, E, 1)
     assert values.stride() == keys.stride() and length.shape == (rows,) and length.is_contiguous()
@@ -376,7 +379,7 @@ SMALL = dict(model_type="llama", hidden_size=64, num_attention_heads=4, num_key_
              intermediate_size=96, vocab_size=500, num_hidden_layers=1)  # fmt: skip
 
 
-def make_run(folder, config, split=WHOLE):
+def make_run(folder, config, split=WHOLE, checkpointing=True):
     """A Run on the device, as run.open_run makes it; the models by run.build_models, without weights.
 
     Real widths cost nothing where there are no numbers.
@@ -384,14 +387,16 @@ def make_run(folder, config, split=WHOLE):
     (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "rms_norm_eps": 1e-6, **config}))
     c = configure(dict(model=str(folder), data="amc", votes=6, samples=4, questions_per_step=3,
                        questions_per_update=2, max_new_tokens=40, temperature=1.0, kl=0.01))  # fmt: skip
-    assert c.device == "cuda"
+    assert c.checkpointing is None and c.device == "cuda"  # memory decides
     asked = [SimpleNamespace(id=str(i)) for i in range(3)]
     prompts = [[11, 12, 13, 14, 15], [21, 22], [31] * 9]
     data = (asked, prompts, asked, prompts)
-    run = run_module.Run(c, torch.device("cuda", 0), folder, None, EOS, *data, 49, 5 * 49, 24, True, split)
+    budgets = 5 * 49, 24, checkpointing
+    run = run_module.Run(c, torch.device("cuda", 0), folder, None, EOS, *data, 49, *budgets, split)
     here = mock.patch.object(run_module, "on_every_rank", lambda action: action())  # nothing pickles here
     with here, mock.patch.object(model, "read_weights", lambda *_: ()):
         run_module.build_models(run, torch.device("cuda", 0))
+    assert run.policy.checkpointing == checkpointing
     return run
 
 
@@ -509,11 +514,14 @@ def check_learning(run, gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "gpu, config", [*zip(PACKAGES, (QWEN3, QWEN2, QWEN2, QWEN3), strict=True)], indirect=["gpu"], ids=PACKAGES
+    "gpu, config, checkpointing",
+    [*zip(PACKAGES, (QWEN3, QWEN2, QWEN2, QWEN3), (True, True, True, False), strict=True)],
+    indirect=["gpu"],
+    ids=PACKAGES,
 )
-def fake_learning(gpu, tmp_path, config, monkeypatch):
+def fake_learning(gpu, tmp_path, config, checkpointing, monkeypatch):
     """Two updates: fp32 gradients and moments on the device, bf16 products, few waits for the device."""
-    check_learning(make_run(tmp_path, config), gpu, monkeypatch)
+    check_learning(make_run(tmp_path, config, checkpointing=checkpointing), gpu, monkeypatch)
     by_torch = attention.flash_attn_varlen_func is None and attention.torch_has_flash(torch.device("cuda"))
     assert (gpu.packed_calls > 0) == by_torch
 
@@ -599,6 +607,7 @@ def fake_learning_on_two_ranks(two_gpus, tmp_path, config, split, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------
 # the fake device itself
 
+MIXES = "on the same device|two different devices"  # torch 2.13, and before
 FORBIDDEN = {
     "a CPU index into a CUDA tensor": (lambda gpu, cpu: gpu[cpu.long()], "cuda is indexed by one on cpu"),
     "a CUDA index into a CPU tensor": (lambda gpu, cpu: cpu[gpu.long()], "cpu is indexed by one on cuda"),
@@ -606,7 +615,7 @@ FORBIDDEN = {
         lambda gpu, cpu: gpu.index_put_((cpu.long(),), gpu),
         "cuda is indexed by one on cpu",
     ),
-    "a sum of two devices": (lambda gpu, cpu: gpu + cpu, "on the same device"),
+    "a sum of two devices": (lambda gpu, cpu: gpu + cpu, MIXES),
     "a copy to the CPU in place": (lambda gpu, cpu: cpu.copy_(gpu), "from the device to the host"),
     "a list": (lambda gpu, cpu: gpu.tolist(), "from the device to the host|the host reads"),
     "a branch": (lambda gpu, cpu: 1 if gpu.any() else 0, "the host reads"),
@@ -627,7 +636,7 @@ def fake_device_refuses(machine, what):
 # planted mistakes: what the tests above would not notice is not tested
 
 
-ENGINE, CACHE, READS, MIXES = engine.Engine, engine.KVCache, "the host reads", "on the same device"
+ENGINE, CACHE, READS = engine.Engine, engine.KVCache, "the host reads"
 STEP = "num_generated = self.num_generated[:count]"
 IN_SAMPLING = {  # what is wrong: (where, function, its text, the text planted, what has to be said)
     "ends on the CPU": (ENGINE, "__init__", "sorted(eos_ids), device=device)", "sorted(eos_ids))", MIXES),
@@ -659,7 +668,7 @@ IN_SAMPLING = {  # what is wrong: (where, function, its text, the text planted, 
         (CACHE, "attend_cached",
          "keys.transpose(1, 2), values.transpose(1, 2)", "keys, values", "must be a multiple"),
     "the kernel's lengths in int64":
-        (CACHE, "open_step", "position.to(torch.int32)", "position", "length"),
+        (CACHE, "open_step", "position.to(torch.int32)", "position", "lengths: int32"),
     "prompts stay on the CPU":
         (rollout, "prefill", "model.config.windows).to(device)", "model.config.windows)", MIXES),
     "logits in bf16":

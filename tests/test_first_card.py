@@ -12,7 +12,7 @@ from conftest import ROOT, environment
 
 BENCH = ROOT / "bench"
 PLANTED = f"""
-import os, signal, subprocess, sys, time
+import os, signal, subprocess, sys, tempfile, time
 sys.path.insert(0, {str(BENCH)!r})
 from first_card import Recorder
 
@@ -34,6 +34,7 @@ def nan(card):
     card.check("other error", 0.05, 0.1)
 
 def hangs(card):
+    card.record("scratch", tempfile.mkdtemp())
     child = subprocess.Popen(["sleep", "1000"])
     card.record("child", child.pid)
     time.sleep(1000)
@@ -146,6 +147,7 @@ def test_what_hangs_is_killed_with_its_children(drive):
     assert parts(lines, "stuck") == {"hangs": "failed"}
     children = [line["seen"] for line in lines if line.get("name") == "child"]
     assert len(children) == 2 and all(map(gone, children))
+    assert not Path(seen(lines, "hanging")["scratch"]).exists()
     assert "its limit of 3 s" in printed
 
 

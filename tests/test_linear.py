@@ -1,7 +1,11 @@
 """The product of few rows on a CPU against float64, and the gradient of a tied weight."""
 
+import runpy
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import ROOT
 
 from kernels.linear import FEW_ROWS, Linear, TiedWeight
 
@@ -20,6 +24,13 @@ def test_a_product_without_gradients_is_the_product(rows, features, bias, by_row
     expected = x.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
     torch.testing.assert_close(y.double(), expected, atol=1e-6, rtol=1e-6)
     assert y.is_contiguous() or not by_row
+
+
+def test_a_torch_without_the_private_product_takes_its_own(monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    linear, x = runpy.run_path(ROOT / "kernels" / "linear.py")["Linear"](10, 24), torch.randn(3, 10)
+    with torch.no_grad():
+        assert torch.equal(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias))
 
 
 def test_the_gradient_of_a_frequent_token_is_a_sum_in_fp32():

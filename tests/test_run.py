@@ -573,5 +573,6 @@ def test_a_rank_leaves_the_group_only_with_the_others(ends, code, printed, compl
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=99
     )
-    assert (done.returncode, done.stdout) == (code, printed)
+    said = re.sub(r"\[Gloo\].*\n", "", done.stdout)  # torch 2.8 counts its peers
+    assert (done.returncode, said) == (code, printed)
     assert done.stderr.endswith(complaint)
