@@ -123,7 +123,7 @@ class ScriptedEngine(engine.Engine):
 class NoExchange(torch.nn.Module):
     """DistributedDataParallel of one rank."""
 
-    def __init__(self, module, gradient_as_bucket_view):
+    def __init__(self, module, gradient_as_bucket_view, broadcast_buffers):
         super().__init__()
         self.module = module
 
@@ -216,7 +216,8 @@ def check_attention(grid, q, k, v, keys, values, length, acc, peak, mass, q_stri
                     row_stride, head_stride, scale, window, G, BG, E, BE, BT):  # fmt: skip
     rows, kv_heads, splits = grid
     assert q.shape == (rows, kv_heads * G, E) and k.shape == v.shape == (rows, kv_heads, E)
-    assert {x.dtype for x in (q, k, v, keys, values)} == {torch.bfloat16} and length.dtype == torch.int32
+    assert {x.dtype for x in (q, k, v, keys, values)} == {torch.bfloat16}
+    assert length.dtype == torch.int32, "lengths: int32"
     assert [x.stride() for x in (q, k, v)] == [(stride, E, 1) for stride in (q_stride, k_stride, v_stride)]
     assert keys.shape[:2] == (rows, kv_heads) and keys.stride() == (row_stride, head_stride, E, 1)
     assert values.stride() == keys.stride() and length.shape == (rows,) and length.is_contiguous()
@@ -668,7 +669,7 @@ IN_SAMPLING = {  # what is wrong: (where, function, its text, the text planted, 
         (CACHE, "attend_cached",
          "keys.transpose(1, 2), values.transpose(1, 2)", "keys, values", "must be a multiple"),
     "the kernel's lengths in int64":
-        (CACHE, "open_step", "position.to(torch.int32)", "position", "int32"),
+        (CACHE, "open_step", "position.to(torch.int32)", "position", "lengths: int32"),
     "prompts stay on the CPU":
         (rollout, "prefill", "model.config.windows).to(device)", "model.config.windows)", MIXES),
     "logits in bf16":
