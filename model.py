@@ -268,7 +268,8 @@ class Transformer(nn.Module):
         for index, layer in enumerate(self.layers):
             attend_here = partial(attend, index)
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend_here, use_reentrant=False)
+                # Nothing in a layer is random, so there is no state of a generator to keep.
+                x = checkpoint(layer, x, cos, sin, attend_here, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, attend_here)
         return self.norm(x)

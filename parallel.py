@@ -28,7 +28,10 @@ from support.ranks import mesh
 
 def data_parallel(policy):
     """The policy as DDP wraps it: the last backward pass of an update averages the gradients of all ranks."""
-    return DistributedDataParallel(policy, gradient_as_bucket_view=True)
+    learner = DistributedDataParallel(policy, gradient_as_bucket_view=True)
+    # The policy's one buffer is a constant. An attribute, since torch 2.13 has renamed the argument.
+    learner.broadcast_buffers = False
+    return learner
 
 
 def slice_mesh(device, ranks):
