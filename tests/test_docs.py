@@ -35,6 +35,7 @@ RUN_FILES = {
 TRAIN_FLAGS = {"--nproc", "--nnodes", "--rdzv-endpoint", "--local-addr", "--max-restarts"}
 OTHER_FLAGS = {
     "--no-offload",
+    "--no-checkpointing",
     "--nproc-per-node",
     "--rdzv-backend",
     "--help",

@@ -323,7 +323,7 @@ SMALL = dict(model_type="llama", hidden_size=64, num_attention_heads=4, num_key_
              intermediate_size=96, vocab_size=500, num_hidden_layers=1)  # fmt: skip
 
 
-def make_run(folder, config, split=WHOLE):
+def make_run(folder, config, split=WHOLE, checkpointing=True):
     """A Run on the device, as run.open_run makes it; the models by run.build_models, without weights.
 
     Real widths cost nothing where there are no numbers.
@@ -331,14 +331,16 @@ def make_run(folder, config, split=WHOLE):
     (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "rms_norm_eps": 1e-6, **config}))
     c = configure(dict(model=str(folder), data="amc", votes=6, samples=4, questions_per_step=3,
                        questions_per_update=2, max_new_tokens=40, temperature=1.0, kl=0.01))  # fmt: skip
-    assert c.checkpointing and c.device == "cuda"
+    assert c.checkpointing is None and c.device == "cuda"  # memory decides
     asked = [SimpleNamespace(id=str(i)) for i in range(3)]
     prompts = [[11, 12, 13, 14, 15], [21, 22], [31] * 9]
     data = (asked, prompts, asked, prompts)
-    run = run_module.Run(c, torch.device("cuda", 0), folder, None, EOS, *data, 49, 5 * 49, 24, split)
+    budgets = 5 * 49, 24, checkpointing
+    run = run_module.Run(c, torch.device("cuda", 0), folder, None, EOS, *data, 49, *budgets, split)
     here = mock.patch.object(run_module, "on_every_rank", lambda action: action())  # nothing pickles here
     with here, mock.patch.object(model, "read_weights", lambda *_: ()):
         run_module.build_models(run, torch.device("cuda", 0))
+    assert run.policy.checkpointing == checkpointing
     return run
 
 
@@ -445,11 +447,14 @@ def check_learning(run, gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "gpu, config", [(PACKAGES[0], QWEN3), (PACKAGES[1], QWEN2)], indirect=["gpu"], ids=["qwen3", "qwen2"]
+    "gpu, config, checkpointing",
+    [(PACKAGES[0], QWEN3, True), (PACKAGES[1], QWEN2, True), (PACKAGES[0], QWEN2, False)],
+    indirect=["gpu"],
+    ids=["qwen3", "qwen2", "kept"],
 )
-def fake_learning(gpu, tmp_path, config, monkeypatch):
+def fake_learning(gpu, tmp_path, config, checkpointing, monkeypatch):
     """Two updates: fp32 gradients and moments on the device, bf16 products, few waits for the device."""
-    check_learning(make_run(tmp_path, config), gpu, monkeypatch)
+    check_learning(make_run(tmp_path, config, checkpointing=checkpointing), gpu, monkeypatch)
 
 
 @pytest.mark.parametrize("gpu", PACKAGES[:1], indirect=True)
