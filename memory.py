@@ -31,7 +31,8 @@ USABLE = 0.9  # of a GPU or of the host's memory; the rest is for CUDA, NCCL, fr
 FEWEST_ROWS = 8  # sampled at once; with fewer a run does not start
 ENOUGH_ROWS = 32  # a rank; a larger split that gives no more than these is not worth its exchange
 LARGEST_MICRO_BATCH = {True: 32768, False: 1024}  # tokens on a GPU, on a CPU: more only takes memory
-KEPT_MICRO_BATCH = 4096, 8192  # without checkpointing: these tokens keep a GPU busy, more only take memory
+# Tokens of a micro-batch without checkpointing: the fewest that keep a GPU busy, the most that gain anything.
+KEPT_MICRO_BATCH = 4096, 8192
 GRAPH_BYTES = 500_000  # of a CUDA graph, per layer; the logs of vLLM show 0.4 MB, for 16 and for 64 layers
 
 # -----------------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def learning_bytes(model_config, split, checkpointing, cuda, tokens):
 
 
 def layer_bytes(model_config, half):
-    """Bytes of a layer's activations for each token: (what forward computes and keeps, backward at work)."""
+    """Bytes of a layer's activations per token: (what the forward pass leaves, its backward's peak)."""
     width, inner = model_config.hidden_size, model_config.intermediate_size
     norms = 5 * width if model_config.qk_norm else 0
     return half * (4 * inner + 10 * width + norms), half * (6 * inner + 14 * width + norms)
@@ -246,8 +247,8 @@ def lay_out(c, model_config, machine, split, longest):
     """The Layout of a split. longest: tokens of the longest prompt and response."""
     cuda = machine.cuda
     if c.checkpointing is None:
-        keep = cuda and keeps_activations(c, model_config, machine, split, longest)
-        c = dataclasses.replace(c, checkpointing=cuda and not keep)
+        checkpointing = cuda and not keeps_activations(c, model_config, machine, split, longest)
+        c = dataclasses.replace(c, checkpointing=checkpointing)
     tokens = micro_batch_tokens(c, model_config, machine, split, longest)
     parts = memory_parts(c, model_config, split, cuda, max(tokens, longest))  # at least one row
     host = machine.per_node * parts.pop("host", 0)
@@ -263,11 +264,11 @@ def lay_out(c, model_config, machine, split, longest):
 
 
 def keeps_activations(c, model_config, machine, split, longest):
-    """Does --checkpointing stay off where no flag decides it?
+    """Is checkpointing off where no flag decides it?
 
-    It does if a micro-batch that keeps the GPU busy, or the longest row, takes no more than a third of the
-    memory that is left: learning is faster by a quarter, and sampling keeps most of its rows. With --offload
-    it is on: each micro-batch copies all weights, so fewer and larger ones are worth more.
+    Yes, if the activations of a micro-batch that keeps the GPU busy, or of the longest row, take at most a
+    third of the memory that is left: learning takes a quarter less time, and sampling keeps most of its rows.
+    No with offload: each micro-batch copies all weights, so a few large ones are better.
     """
     if c.eval_only or split.offload:
         return False

@@ -366,7 +366,9 @@ def test_a_plan_for_gpus_that_are_not_here(tmp_path, few_questions):
     assert re.search(
         r"time +at least \d+\.\d hours .* vendor's peaks of H100: a bound, not a promise", printed
     )
+    assert "with checkpointing: without it they would take over a third of what is left" in printed
     printed = program(*flags, "--gpus", "1x80").stdout
+    assert "with checkpointing: fewer and larger ones copy less" in printed
     assert "137 GB of host memory on each node; chosen because nothing else fits" in printed
     refused = program(*flags, "--gpus", "1x80", "--no-offload", code=2).stderr
     assert refused.count("\n") == 1 and refused.endswith("it would fit with --offload\n")
