@@ -2,7 +2,8 @@
 
 The running rows lie without gaps in the first slots. A step asks nothing of the host, and everything that it
 touches stays at its address. So on a GPU it is replayed as a CUDA graph, also after the weights have been
-refreshed in place. Attention is flash-attn where that is installed, else torch's SDPA.
+refreshed in place. Attention on a GPU is flash-attn where that is installed, else a Triton kernel
+(kernels/attention_triton.py); on a CPU it is torch's SDPA.
 
 Letters in shape comments: B rows, S slots, T tokens, R response tokens, V vocabulary, L layers, H heads, K
 key/value heads, E head width.
@@ -12,7 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.attention import flash_available, flash_cached, sdpa_one_query
+from kernels.attention import (
+    attend_cached_triton,
+    flash_available,
+    flash_cached,
+    sdpa_one_query,
+    triton_available,
+)
 from kernels.cuda_graph import GraphCache
 from kernels.sampler import sample_tokens
 from packing import pack_rows, pad
@@ -28,6 +35,7 @@ class KVCache:
         config, weight = model.config, model.embed_tokens.weight
         self.windows = config.windows
         self.flash = flash_available(weight.dtype, config.head_dim)
+        self.by_length = self.flash or triton_available(weight)  # reads only what is filled, needs no mask
         inner = (capacity, config.kv_heads) if self.flash else (config.kv_heads, capacity)
         shape = (config.layers, slots, *inner, config.head_dim)
         # zeros, not empty: what is not filled yet is masked out, but 0 x NaN would not be 0
@@ -48,11 +56,11 @@ class KVCache:
 
     def open_step(self, position, context):
         """Where the next token of each of the first B slots goes: position [B], all below `context`."""
-        self.position, self.context = position, context
-        self.slot = torch.arange(len(position), device=position.device)
-        if self.flash:  # masks by length itself
+        if self.by_length:
             self.length = position.to(torch.int32)
             return
+        self.position, self.context = position, context
+        self.slot = torch.arange(len(position), device=position.device)
         key_at, self.bias = torch.arange(context, device=position.device), {}
         for window in set(self.windows):
             seen = key_at <= position[:, None]  # [B, T]
@@ -64,9 +72,11 @@ class KVCache:
     def attend_cached(self, layer, q, k, v):
         """Store one token per row and attend from it: q [B, H, E], k and v [B, K, E] -> [B, H, E]."""
         keys, values, window = self.k[layer, : len(q)], self.v[layer, : len(q)], self.windows[layer]
-        if self.flash:  # stores k and v itself, and reads only what is filled
+        if self.flash:
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # [B, T, K, E]
             return flash_cached(q, k, v, keys, values, self.length, window)
+        if self.by_length:
+            return attend_cached_triton(q, k, v, keys, values, self.length, window)
         keys[self.slot, :, self.position] = k
         values[self.slot, :, self.position] = v
         keys, values = keys[:, :, : self.context], values[:, :, : self.context]
@@ -89,8 +99,8 @@ def prefill(model, prompts):
     keys, values = [], []
 
     def attend_and_record(layer, q, k, v):
-        keys.append(k)
-        values.append(v)
+        keys.append(k.clone())  # k and v are views: kept as they are, they would keep all q alive too
+        values.append(v.clone())
         return batch.attend_packed(layer, q, k, v)
 
     hidden = model.backbone(batch.tokens, batch.positions, attend_and_record)  # [T, D]
@@ -169,7 +179,7 @@ class Engine:
     def bucket(self, count, context):
         """Round a step's shape up to one of few, which have graphs. Spare slots sample what nobody reads."""
         count = next(size for size in (1, 2, 4, 8, round_up(count, 16)) if size >= count)
-        context = self.capacity if self.cache.flash else round_up(context, 256)
+        context = self.capacity if self.cache.by_length else round_up(context, 256)
         return min(count, self.slots), min(context, self.capacity)
 
     def poll(self, count):

@@ -4,9 +4,9 @@
                 --offload in host memory
     sampler     bf16 copy of the weights, over --sampler-ranks ranks
     reference   bf16 copy, split as the state is
-    gathered    what learning makes whole for a moment: weights of two blocks, the head and its gradient
+    gathered    what learning makes whole for a moment: weights, the head's gradient, tiles of logits
     activations of a micro-batch
-    rows        keys, values and logits of the rows that are sampled at once: the rest
+    rows        keys, values, logits and CUDA graphs of the rows that are sampled at once: the rest
 
 All of it is arithmetic on config.json: no weight has been read. On a CPU every number is fp32, and the
 sampler is the policy itself unless that is split.
@@ -21,6 +21,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from kernels.logprob import TILE
+from rollout import PREFILL_TOKENS
+from support.config import LOWER_TEMPERATURES
 from support.gpus import NODE, Card, card_called, parse_gpus
 from support.ranks import all_reduce
 
@@ -28,6 +31,8 @@ USABLE = 0.9  # of a GPU or of the host's memory; the rest is for CUDA, NCCL, fr
 FEWEST_ROWS = 8  # sampled at once; with fewer a run does not start
 ENOUGH_ROWS = 32  # a rank; a larger split that gives no more than these is not worth its exchange
 LARGEST_MICRO_BATCH = {True: 32768, False: 1024}  # tokens on a GPU, on a CPU: more only takes memory
+KEPT_MICRO_BATCH = 4096, 8192  # without checkpointing: these tokens keep a GPU busy, more only take memory
+GRAPH_BYTES = 500_000  # of a CUDA graph, per layer; the logs of vLLM show 0.4 MB, for 16 and for 64 layers
 
 # -----------------------------------------------------------------------------------------------------------
 # the machine
@@ -123,53 +128,94 @@ def count_parameters(model_config, sampler_ranks=1):
 def memory_parts(c, model_config, split, cuda, tokens):
     """{part: bytes of it on each rank} with micro-batches of `tokens`; "host" is what offload moves there."""
     half, total = 2 if cuda else 4, count_parameters(model_config).total
-    sampler = half * count_parameters(model_config, split.sampler_ranks).total
+    sampler = {"sampler": half * count_parameters(model_config, split.sampler_ranks).total}
+    if cuda:
+        sampler["graphs"] = 4 * graphs_bytes(c, model_config)  # of 1, 2, 4 and 8 rows
+    if c.eval_only and cuda:
+        computed, _ = layer_bytes(model_config, half)
+        keys = 2 * kv_bytes(model_config, cuda, split.sampler_ranks)  # those of a prompt, and all stacked
+        sampler["prefill"] = PREFILL_TOKENS * (computed + keys)  # learning takes more, at another time
     if c.eval_only:
-        return {"sampler": sampler}
+        return sampler
     parts = {"state": 16 * total // split.shard}
     if c.kl > 0:
         parts["reference"] = half * total // split.shard
     if split.offload and cuda:
         parts = {"host": sum(parts.values())}
     if cuda or split != Split():
-        parts["sampler"] = sampler
+        parts |= sampler
     return parts | learning_bytes(model_config, split, c.checkpointing, cuda, tokens)
 
 
 def learning_bytes(model_config, split, checkpointing, cuda, tokens):
     """{"gathered", "activations"}: the peak of a forward and backward pass.
 
-    Autograd keeps about 4 MLP widths and 10 widths of each layer, or with checkpointing one width, and about
-    half as much again of the layer at work. With autocast the residual stream is fp32.
+    Autograd keeps `layer_bytes` of each layer, or with checkpointing one width, and of one layer what it
+    takes at work. With autocast the residual stream is fp32, and the weights that each layer has cast are
+    kept as well.
 
-    A sharded model has a peak at the head (and embedding), whose weight and gradient are whole, the gradient
-    in fp32 too; and one at each layer, where these wait in half precision, and the weights and gradients of
-    two layers are whole. Fitted to a simulation of `fully_shard` (tests/test_plan.py).
+    There is a peak at each layer and one at the head: no layer is at work yet, but tiles of its logits and of
+    their gradients are. The fp32 gradient of the head is whole at both; the bf16 copy of its weight, which
+    is half of that, is gone before. In a sharded model weight and gradient of the head (and embedding) are
+    whole, the gradient in fp32 too, and wait in half precision at each layer, where the weights and gradients
+    of two layers are whole. Fitted to a simulation of learning (tests/test_plan.py).
     """
     half, sharded = 2 if cuda else 4, split.in_slices
-    width, inner = model_config.hidden_size, model_config.intermediate_size
-    norms = 5 * width if model_config.qk_norm else 0
-    layer = half * tokens * (6 * inner + 14 * width + norms)
-    kept = half * tokens * (4 * inner + 10 * width + norms)
-    if checkpointing:
-        kept = (half if sharded else 4) * tokens * width
-    activations = (model_config.layers - 1) * kept + layer
+    kept, layer = (tokens * size for size in layer_bytes(model_config, half))
     block, vocabulary, _ = count_parameters(model_config)
-    if not sharded:
-        return {"gathered": 4 * vocabulary, "activations": activations}  # the head's gradient
     matrices = 1 if model_config.tie_word_embeddings else 2
-    at_head = (matrices + 1) * half * vocabulary + 4 * vocabulary
-    at_layer = (matrices + 1) * half * vocabulary + 4 * half * block
+    at_head = at_layer = 4 * vocabulary
+    if sharded:
+        at_head = (matrices + 1) * half * vocabulary + 4 * vocabulary
+        at_layer = (matrices + 1) * half * vocabulary + 4 * half * block
+    elif cuda and not checkpointing:
+        at_head = at_layer = 4 * vocabulary + half * model_config.layers * block
+    if checkpointing:
+        kept = (half if sharded else 4) * tokens * model_config.hidden_size
     if split.offload:  # fp32 slices on their way from the host and back
         at_head += 4 * vocabulary // split.shard
         at_layer += 8 * block // split.shard
-    return {"gathered": max(at_layer, at_head - layer), "activations": activations}
+    if cuda:  # the tiles of a CPU are small
+        rows, columns = min(tokens, TILE["cuda"][0]), TILE["cuda"][1]
+        # logits in fp32 and their gradient in bf16; its products with weight and hidden states in fp32
+        at_head += kept + rows * columns * 6 + 4 * (rows + columns) * model_config.hidden_size
+    gathered = max(at_layer, at_head - layer)
+    return {"gathered": gathered, "activations": (model_config.layers - 1) * kept + layer}
+
+
+def layer_bytes(model_config, half):
+    """Bytes of a layer's activations for each token: (what forward computes and keeps, backward at work)."""
+    width, inner = model_config.hidden_size, model_config.intermediate_size
+    norms = 5 * width if model_config.qk_norm else 0
+    return half * (4 * inner + 10 * width + norms), half * (6 * inner + 14 * width + norms)
 
 
 def kv_bytes(model_config, cuda, sampler_ranks=1):
     """Bytes of the keys and values of a token, on each of the ranks of a sampler."""
     kv_heads = model_config.kv_heads // sampler_ranks
     return 2 * model_config.layers * kv_heads * model_config.head_dim * (2 if cuda else 4)
+
+
+def row_bytes(c, model_config, cuda, split, longest):
+    """{"rows", "logits", "graphs"}: bytes of a row that is sampled, on each of the ranks of a sampler.
+
+    On a GPU a step computes in the memory that its CUDA graphs share, which nothing else may use. There the
+    logits lie in fp32, and once more as the sampler changes them.
+    """
+    keys = longest * kv_bytes(model_config, cuda, split.sampler_ranks)
+    logits = 4 * model_config.vocab_size
+    if not cuda:
+        return {"rows": keys, "logits": logits}
+    computed, _ = layer_bytes(model_config, 2)
+    graphs = graphs_bytes(c, model_config) // 16  # above 8 rows their number is rounded up to 16
+    return {"rows": keys, "logits": 2 * logits, "graphs": graphs + computed}
+
+
+def graphs_bytes(c, model_config):
+    """Bytes of the CUDA graphs of one number of rows: one for each way of sampling."""
+    ways = {(c.temperature, 1.0), (c.eval_temperature, c.eval_top_p)}
+    ways |= {(temperature, top_p) for _, temperature, top_p in LOWER_TEMPERATURES.values()}
+    return len(ways) * model_config.layers * GRAPH_BYTES
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -182,10 +228,11 @@ class Layout(NamedTuple):
     split: Split
     parts: dict  # {part: bytes on each rank}, activations included
     host: int  # bytes of host memory on each node
-    row: int  # bytes of a row on each rank: keys and values of the longest, and logits
+    row: dict  # {part: bytes of a row on each rank}, as long as the longest
     rows: int  # that a sampler holds at once
     rollout_tokens: int  # the tokens of those rows
     micro_batch_tokens: int
+    checkpointing: bool
     missing: int  # bytes that each rank lacks to sample FEWEST_ROWS
 
     def fits(self, machine):
@@ -198,31 +245,59 @@ class Layout(NamedTuple):
 def lay_out(c, model_config, machine, split, longest):
     """The Layout of a split. longest: tokens of the longest prompt and response."""
     cuda = machine.cuda
+    if c.checkpointing is None:
+        keep = cuda and keeps_activations(c, model_config, machine, split, longest)
+        c = dataclasses.replace(c, checkpointing=cuda and not keep)
     tokens = micro_batch_tokens(c, model_config, machine, split, longest)
     parts = memory_parts(c, model_config, split, cuda, max(tokens, longest))  # at least one row
     host = machine.per_node * parts.pop("host", 0)
     left = machine.memory - sum(parts.values())
     if not cuda:
         left //= 2  # other programs use this memory too
-    row = longest * kv_bytes(model_config, cuda, split.sampler_ranks) + 4 * model_config.vocab_size
-    rows = c.rollout_tokens // longest if c.rollout_tokens else max(0, left // row)
-    needed = row * (min(FEWEST_ROWS, rows) if c.rollout_tokens else FEWEST_ROWS)
+    row = row_bytes(c, model_config, cuda, split, longest)
+    of_row = sum(row.values())
+    rows = c.rollout_tokens // longest if c.rollout_tokens else max(0, left // of_row)
+    needed = of_row * (min(FEWEST_ROWS, rows) if c.rollout_tokens else FEWEST_ROWS)
     rollout_tokens, missing = c.rollout_tokens or rows * longest, max(0, needed - left)
-    return Layout(split, parts, host, row, rows, rollout_tokens, tokens, missing)
+    return Layout(split, parts, host, row, rows, rollout_tokens, tokens, c.checkpointing, missing)
+
+
+def keeps_activations(c, model_config, machine, split, longest):
+    """Does --checkpointing stay off where no flag decides it?
+
+    It does if a micro-batch that keeps the GPU busy, or the longest row, takes no more than a third of the
+    memory that is left: learning is faster by a quarter, and sampling keeps most of its rows. With --offload
+    it is on: each micro-batch copies all weights, so fewer and larger ones are worth more.
+    """
+    if c.eval_only or split.offload:
+        return False
+    c = dataclasses.replace(c, checkpointing=False)
+    tokens = max(longest, c.micro_batch_tokens or KEPT_MICRO_BATCH[0])
+    left = memory_left(c, model_config, machine, split, 0)
+    return left - memory_left(c, model_config, machine, split, tokens) <= left // 3
 
 
 def micro_batch_tokens(c, model_config, machine, split, longest):
-    """--micro-batch-tokens, or what takes a quarter of the memory that is left; a GB keeps a CPU busy."""
+    """--micro-batch-tokens, or what takes a quarter of the memory that is left; a GB keeps a CPU busy.
+
+    On a GPU without checkpointing a third, as `keeps_activations` has it.
+    """
     if c.micro_batch_tokens or c.eval_only:
         return c.micro_batch_tokens or longest
+    left = memory_left(c, model_config, machine, split, 0)
+    each = (left - memory_left(c, model_config, machine, split, 10**6)) // 10**6  # bytes
+    room, most = left // 4, LARGEST_MICRO_BATCH[machine.cuda]
+    if not machine.cuda:
+        room = min(room, 10**9)
+    elif not c.checkpointing:
+        room, most = left // 3, KEPT_MICRO_BATCH[1]
+    return max(longest, min(most, room // each))
 
-    def left(tokens):
-        parts = memory_parts(c, model_config, split, machine.cuda, tokens)
-        return machine.memory - sum(size for part, size in parts.items() if part != "host")
 
-    room = left(0) // 4 if machine.cuda else min(left(0) // 4, 10**9)
-    each = (left(0) - left(10**6)) // 10**6  # bytes
-    return max(longest, min(LARGEST_MICRO_BATCH[machine.cuda], room // each))
+def memory_left(c, model_config, machine, split, tokens):
+    """Bytes of a rank's memory that no part takes, with micro-batches of `tokens`; may be negative."""
+    parts = memory_parts(c, model_config, split, machine.cuda, tokens)
+    return machine.memory - sum(size for part, size in parts.items() if part != "host")
 
 
 def splits(c, model_config, machine):
@@ -323,7 +398,7 @@ def refusal(*where):
         nearest = min(short, key=lambda layout: layout.missing)
         reason = (
             f"each rank needs {sum(nearest.parts.values()) / 1e9:.1f} GB ({listed(nearest.parts)}) and "
-            f"{FEWEST_ROWS * nearest.row / 1e9:.2f} GB to sample eight rows, "
+            f"{FEWEST_ROWS * sum(nearest.row.values()) / 1e9:.2f} GB to sample eight rows, "
             f"and has {machine.memory / 1e9:.1f} GB"
         )
     would = " or ".join(would) or shorter_responses(*where)

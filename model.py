@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import parallel
+from kernels.fused import rotate, swiglu
 from kernels.linear import Linear, TiedWeight
 from kernels.logprob import linear_logprob, product
 from packing import gather_rows, pack_responses, pack_rows
@@ -113,22 +114,11 @@ def yarn_magnitude(rope):
     return magnitude()
 
 
-def rope_cos_sin(positions, frequency, scale, dtype):
-    """What `rotate` takes: cos of each pair's angle, and sin with its sign, [T, 1, E] each."""
+def rope_cos_sin(positions, frequency, scale):
+    """What `rotate` takes: cos of each pair's angle, and sin with its sign, [T, 1, E] each in fp32."""
     angle = positions[:, None, None].float() * frequency  # [T, 1, E/2]
-    cos, sin = (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-
-def rotate(x, cos, signed_sin):
-    """Rotate the pairs of a head, (first half, second half) at the same place: x [T, H, E] -> like x.
-
-    The plain form is        a, b = x.chunk(2, -1)
-                             torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    The form below has fewer operations, and with the few tokens of a decoding step it takes half the time.
-    """
-    swapped = x.roll(x.shape[-1] // 2, -1)  # b where a was, and a where b was
-    return torch.addcmul(x * cos, swapped, signed_sin)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -151,15 +141,21 @@ class Attention(nn.Module):
         self.heads = (config.heads, config.kv_heads, config.kv_heads)  # of q, k and v
         self.qkv_proj = Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
         self.o_proj = Linear(config.heads * config.head_dim, config.hidden_size, bias=config.o_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x, cos, sin, attend):
         qkv = self.qkv_proj(x).contiguous()  # attention wants the numbers of a head next to each other
         qkv = qkv.unflatten(-1, (-1, self.head_dim))  # [T, H + 2K, E]
-        q, k, v = qkv.split(self.heads, dim=1)  # [T, H, E], [T, K, E], [T, K, E]
-        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)  # under autocast the rotation is in fp32
-        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
+        if self.qk_norm:
+            q, k, v = qkv.split(self.heads, dim=1)  # [T, H, E], [T, K, E], [T, K, E]
+            q = rotate(self.q_norm(q), cos, sin, v.dtype)  # under autocast the norm is in fp32
+            k = rotate(self.k_norm(k), cos, sin, v.dtype)
+        else:  # the heads of q and k lie side by side, and turn together
+            qk, v = qkv.split((sum(self.heads[:2]), self.heads[2]), dim=1)  # [T, H + K, E], [T, K, E]
+            q, k = rotate(qk, cos, sin, v.dtype).split(self.heads[:2], dim=1)
         out = attend(q, k, v)  # [T, H, E]
         return self.o_proj(out.flatten(-2))  # [T, D]
 
@@ -173,8 +169,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [T, I] each
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(x)))  # [T, D], from the product's [T, 2 I]
 
 
 class Block(nn.Module):
@@ -264,11 +259,12 @@ class Transformer(nn.Module):
         embedded [T, D]: the embeddings of the tokens, if the caller has looked them up.
         """
         x = self.embed_tokens(tokens) if embedded is None else embedded  # [T, D]
-        cos, sin = rope_cos_sin(positions, self.rope_frequency, self.rope_scale, x.dtype)
+        cos, sin = rope_cos_sin(positions, self.rope_frequency, self.rope_scale)
         for index, layer in enumerate(self.layers):
             attend_here = partial(attend, index)
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend_here, use_reentrant=False)
+                # Nothing in a layer is random, so there is no state of a generator to keep.
+                x = checkpoint(layer, x, cos, sin, attend_here, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, attend_here)
         return self.norm(x)

@@ -19,11 +19,12 @@ response tokens of all rows, G rows of a group, H heads, K key/value heads, E he
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
-from kernels.attention import flash_available, flash_packed, sdpa
+from kernels.attention import flash_packed, packed_available, sdpa
 
 
 @dataclass
@@ -51,12 +52,15 @@ class PackedBatch:
         return flat.view(self.shape).clone()
 
     def to(self, device):
-        """Move all indices to the model's device. They are built on the CPU, where sizes need no wait."""
-        for holder in (self, *self.groups):
-            for name, value in vars(holder).items():
-                if isinstance(value, torch.Tensor):
-                    value = value.to(device, non_blocking=True)  # does not wait for the GPU
-                    setattr(holder, name, value)
+        """Move to the model's device: in one copy what is read here, the rest when a group first attends.
+
+        Indices are built on the CPU, where sizes need no wait.
+        """
+        here = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved = upload(torch.cat([*here.values()]), device).split([len(value) for value in here.values()])
+        vars(self).update(zip(here, moved, strict=True))
+        for group in self.groups:
+            group.device = device
         return self
 
 
@@ -117,37 +121,53 @@ class AttentionGroup:
 
     Row g has query_length[g] queries, behind offset[g] keys of a prompt: query j sees the keys 0 to offset[g]
     + j (fewer under a sliding window). Padding lies behind the real keys, so the causal mask hides it.
-    flash-attn takes the same rows without padding.
+    Flash attention takes the same rows without padding. All this stays on the CPU; what the device reads for
+    the one or the other goes there when it is first asked for.
     """
 
     def __init__(self, query, query_length, key, offset):
-        key_length = offset + query_length
-        self.query, self.key = query, key
-        is_query, is_key = length_mask(query_length), length_mask(key_length, key.shape[1])
-        self.real = is_query.flatten().nonzero()[:, 0]  # which of the G x Tq queries are no padding
-        self.flat_query, self.flat_key = query[is_query], key[is_key]
-        self.cu_seqlens_q, self.cu_seqlens_k = cu_seqlens(query_length), cu_seqlens(key_length)
+        self.query, self.query_length = query, query_length
+        self.key, self.key_length = key, offset + query_length
         all_equal = bool((offset == offset[0]).all())
         self.offset = offset[:1] if all_equal else offset  # one mask for all rows where it is the same
-        self.masks = {}
+        self.device, self.masks = query.device, {}
+
+    @cached_property
+    def real(self):
+        """Which of the G x Tq queries are no padding."""
+        return length_mask(self.query_length).flatten().nonzero()[:, 0]
+
+    @cached_property
+    def padded(self):
+        """For SDPA: `query`, `key` and `real`."""
+        return [upload(index, self.device) for index in (self.query, self.key, self.real)]
+
+    @cached_property
+    def flat(self):
+        """For flash attention: which tokens are queries, which are keys, and where rows begin in both."""
+        flat_query = self.query.flatten()[self.real]  # follow each other
+        tokens = keys = slice(int(flat_query[0]), int(flat_query[-1]) + 1)
+        if self.offset.any():  # behind prompts, which are keys of several rows
+            keys = upload(self.key[length_mask(self.key_length, self.key.shape[1])], self.device)
+        begins = torch.stack((cu_seqlens(self.query_length), cu_seqlens(self.key_length)))
+        return tokens, keys, upload(begins, self.device)
 
     def attend_rows(self, window, q, k, v):
         """q [T, H, E], k and v [T, K, E] of all flat tokens -> [the real queries of this group, H, E]."""
-        if flash_available(q.dtype, q.shape[-1]):
-            q = gather_rows(q, self.flat_query)
-            k, v = gather_rows(k, self.flat_key), gather_rows(v, self.flat_key)
-            longest = self.query.shape[1], self.key.shape[1]
-            return flash_packed(q, k, v, self.cu_seqlens_q, self.cu_seqlens_k, *longest, window)
-        q, k, v = gather_rows(q, self.query), gather_rows(k, self.key), gather_rows(v, self.key)  # padded
-        out = sdpa(q, k, v, self.mask(window))  # [G, Tq, H, E]
-        return gather_rows(out.flatten(0, 1), self.real)
+        if packed_available(q):
+            tokens, keys, begins = self.flat
+            k, v = (x[keys] if tokens is keys else gather_rows(x, keys) for x in (k, v))
+            return flash_packed(q[tokens], k, v, *begins, self.query.shape[1], self.key.shape[1], window)
+        query, key, real = self.padded
+        out = sdpa(gather_rows(q, query), gather_rows(k, key), gather_rows(v, key), self.mask(window))
+        return gather_rows(out.flatten(0, 1), real)  # of [G, Tq, H, E] what is no padding
 
     def mask(self, window):
         """Which keys each query sees, [G or 1, 1, Tq, Tk] of bool; made when a layer first asks for it."""
         if window not in self.masks:
-            device = self.query.device
+            device = self.device
             place = torch.arange(self.query.shape[1], device=device)[:, None]
-            query_at = self.offset[:, None, None, None] + place  # [G or 1, 1, Tq, 1]
+            query_at = upload(self.offset, device)[:, None, None, None] + place  # [G or 1, 1, Tq, 1]
             key_at = torch.arange(self.key.shape[1], device=device)
             causal = key_at <= query_at
             self.masks[window] = causal if window is None else causal & (key_at > query_at - window)
@@ -157,7 +177,7 @@ class AttentionGroup:
 def micro_batches(rollout, rows, budget):
     """Cut rows (indices into a Rollout) into lists of at most `budget` tokens.
 
-    Tokens are counted as attention computes them without flash-attn: padded. The rows of a question stay
+    Tokens are counted as attention computes them without flash attention: padded. The rows of a question stay
     together, short responses first, so that little is padding. A single row may exceed the budget.
     """
     batches = []
@@ -223,6 +243,13 @@ def distinct(question):
 def cu_seqlens(lengths):
     """Where each row begins if all lie one after another, and the end: [G] -> [G + 1] of int32."""
     return F.pad(lengths.cumsum(0), (1, 0)).int()
+
+
+def upload(x, device):
+    """Copy a CPU tensor to a device. The host does not wait, as it would for memory that is not pinned."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)  # strided, it would be copied once more
 
 
 def gather_rows(x, index):

@@ -28,7 +28,10 @@ from support.ranks import mesh
 
 def data_parallel(policy):
     """The policy as DDP wraps it: the last backward pass of an update averages the gradients of all ranks."""
-    return DistributedDataParallel(policy, gradient_as_bucket_view=True)
+    learner = DistributedDataParallel(policy, gradient_as_bucket_view=True)
+    # The policy's one buffer is a constant. An attribute, since torch 2.13 has renamed the argument.
+    learner.broadcast_buffers = False
+    return learner
 
 
 def slice_mesh(device, ranks):
@@ -46,7 +49,11 @@ def shard(model, grid, *, device, compute_dtype, offload=False):
     """
     options = dict(
         mesh=grid,
-        mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=compute_dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # x is in compute_dtype as it is; cos and sin have to stay in fp32
+        ),
         # Also what stands outside of the layers: without a backward pass it would stay gathered.
         reshard_after_forward=True,
         offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),

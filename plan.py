@@ -9,7 +9,7 @@ import resource
 
 import torch
 
-from memory import count_parameters, kv_bytes, listed, split_flags
+from memory import USABLE, count_parameters, kv_bytes, listed, split_flags
 from support.config import LOWER_TEMPERATURES, differences
 from support.ranks import print0
 
@@ -65,7 +65,7 @@ def least_hours(c, model_config, machine, layout, prompt_tokens, responses):
     rate = decoded_tokens_per_s(c, model_config, machine, layout, context)
     tokens = {name: count * c.max_new_tokens for name, count in responses.items()}
     trained = responses["train"] / c.votes * (c.samples * c.max_new_tokens + prompt_tokens)
-    passes = 3 + bool(c.checkpointing) + (c.kl > 0)  # a backward pass counts as two forward passes
+    passes = 3 + layout.checkpointing + (c.kl > 0)  # a backward pass counts as two forward passes
     learning = trained * passes * forward_flops(model_config, context) / (card.flops * machine.ranks)
     seconds = {"sampling": tokens["train"] / rate, "evaluation": tokens["eval"] / rate, "learning": learning}
     return {name: value / 3600 for name, value in seconds.items()}
@@ -139,22 +139,37 @@ def memory_lines(c, model_config, machine, layout, longest):
             f"memory   {used / 1e9:.2f} GB per rank ({listed(parts)}), sampler up to "
             f"{layout.rollout_tokens:,} tokens, micro-batches {layout.micro_batch_tokens:,}"
         ]
-    logits = 4 * layout.rows * model_config.vocab_size
-    rows = layout.rows * layout.row - logits
+    sizes = {name: parts.get(name, 0) + layout.rows * layout.row.get(name, 0) for name in parts | layout.row}
+    sizes["free"] = machine.memory - sum(sizes.values())
     notes = {
         "state": "weights, gradients and two moments in fp32",
         "reference": "the initial weights in bf16",
         "sampler": "the weights in bf16",
-        "gathered": "weights and gradients that are whole for a moment",
-        "activations": f"of a micro-batch of {layout.micro_batch_tokens:,} tokens",
+        "gathered": "weights, gradients and tiles of logits that are whole for a moment",
+        "activations": f"of a micro-batch of {layout.micro_batch_tokens:,} tokens, {kept_line(c, layout)}",
+        "prefill": "activations of the prompts that are read at once",
         "rows": f"keys and values of {layout.rows} rows of {longest:,} tokens",
-        "logits": "of those rows in fp32",
-        "free": f"of the {machine.memory / 1e9:.1f} GB that a rank may use",
+        "logits": "of those rows in fp32, and the sampler's copy",
+        "graphs": "CUDA graphs of decoding, and what they compute in",
+        "free": f"of the {machine.memory / 1e9:.1f} GB that a rank may use; "
+        f"{(1 / USABLE - 1) * machine.memory / 1e9:.1f} more are left to CUDA, NCCL and fragments",
     }
-    sizes = {**parts, "rows": rows, "logits": logits, "free": machine.memory - used - rows - logits}
     table = [f"         {sizes[name] / 1e9:8.2f}  {name:12} {notes[name]}" for name in notes if name in sizes]
     flags = " ".join(split_flags(layout.split._asdict()).values())
     return [f"memory   GB on each rank, {flags}", *table, *host_lines(c, machine, layout)]
+
+
+def kept_line(c, layout):
+    """With checkpointing or without, and why (memory.keeps_activations)."""
+    if not layout.checkpointing:
+        why = "they take at most a third of what is left"
+    elif layout.split.offload:
+        why = "fewer and larger ones copy less"
+    else:
+        why = "without it they would take over a third of what is left"
+    if c.checkpointing is not None:
+        why = "given"
+    return f"with{'' if layout.checkpointing else 'out'} checkpointing: {why}"
 
 
 def host_lines(c, machine, layout):

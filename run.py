@@ -67,6 +67,7 @@ class Run:
     longest: int  # tokens of the longest prompt and response
     rollout_tokens: int  # --rollout-tokens, or what memory allows
     micro_batch_tokens: int  # --micro-batch-tokens, or what memory allows
+    checkpointing: bool  # --checkpointing, or whether memory asks for it
     split: Split  # what the ranks share out beside the rows
     policy: Transformer | None = None
     learner: torch.nn.Module | None = None
@@ -114,7 +115,7 @@ def prepare(c, device, machine, given, folder, train_set, eval_set):
     longest = max(map(len, train[1] + evaluation[1])) + c.max_new_tokens
     check_against_data(c, model_config, machine, train[0], longest)
     layout = choose_layout(c, model_config, machine, longest, most_rows(c, evaluation[0]))
-    budgets = layout.rollout_tokens, layout.micro_batch_tokens
+    budgets = layout.rollout_tokens, layout.micro_batch_tokens, layout.checkpointing
     run = Run(c, device, folder, tokenizer, eos_ids, *train, *evaluation, longest, *budgets, layout.split)
     print_plan(run, model_config, machine, layout, given, show_prompt(tokenizer, run.train_prompts[0]))
     return run
@@ -173,7 +174,7 @@ def build_models(run, device):
         run.engine = Engine(run.sampler, slots, run.longest, c.max_new_tokens, run.eos_ids)
     if c.eval_only:
         return
-    run.policy.checkpointing = c.checkpointing
+    run.policy.checkpointing = run.checkpointing
     run.learner = run.policy if run.split.in_slices else parallel.data_parallel(run.policy)
     run.optimizer = torch.optim.AdamW(
         run.policy.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True

@@ -41,7 +41,7 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from packing import micro_batches
+from packing import micro_batches, upload
 from parallel import exchange_gradients
 from plan import peak_memory_gb, planned_updates, steps_per_epoch
 from rewards import REWARDS, Group, toss, vote_reward  # noqa: F401  vote_reward is step 4 of README
@@ -320,10 +320,10 @@ def micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally):
     """The loss over the tokens of mask [B, R] in a micro-batch (a Rollout of B rows); `tally` takes notes."""
     c, device = run.config, run.device
     # Copies are queued, here and below: the GPU may still be busy with the micro-batch before.
-    mask = mask.to(device, non_blocking=True)
-    old_logprob = micro_batch.logprob[:, : mask.shape[1]].to(device, non_blocking=True)  # [B, R]
+    mask = upload(mask, device)
+    old_logprob = upload(micro_batch.logprob[:, : mask.shape[1]], device)  # [B, R]
     trained = micro_batch.sample.clamp(max=c.samples - 1)  # a masked row may be any of the N samples
-    row_advantage = advantage[micro_batch.question, trained][:, None].to(device, non_blocking=True)  # [B, 1]
+    row_advantage = upload(advantage[micro_batch.question, trained][:, None], device)  # [B, 1]
     # Slices are cast when they are gathered. No weight cache: it would keep bf16 copies of all weights.
     mixed = device.type == "cuda" and not run.split.in_slices
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):

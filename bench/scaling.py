@@ -161,7 +161,7 @@ def open_spread(folder, split, device):
     flags = dict(votes=4, samples=4, questions_per_step=2, max_new_tokens=16, temperature=1.0, kl=0.0)
     c = configure(dict(model=str(folder), data="amc", device="cpu", **flags))
     data = ([SimpleNamespace(id="a"), SimpleNamespace(id="b")], prompts) * 2
-    return Run(c, device, folder, None, [-1], *data, PROMPT + 16, 4 * (PROMPT + 16), 512, split)
+    return Run(c, device, folder, None, [-1], *data, PROMPT + 16, 4 * (PROMPT + 16), 512, False, split)
 
 
 def one_step(run):

@@ -186,7 +186,7 @@ def who_sees(batch):
     for group in batch.groups:
         mask = group.mask(None).expand(len(group.query), -1, -1, -1)[:, 0].flatten(0, 1)[group.real]
         keys = group.key.repeat_interleave(group.query.shape[1], 0)[group.real]
-        for query, key, allowed in zip(group.flat_query, keys, mask, strict=True):
+        for query, key, allowed in zip(group.query.flatten()[group.real], keys, mask, strict=True):
             sees[query, key[allowed]] = True
     return sees
 

@@ -19,7 +19,7 @@ from support.config import configure  # noqa: E402
 
 SHAPES = json.loads((HERE / "models.json").read_text())
 LONGEST = 4096  # tokens: a prompt of 1,024 and a response of 3,072
-COLUMNS = ("state", "reference", "sampler", "gathered", "activations")
+COLUMNS = ("state", "reference", "sampler", "gathered", "activations", "graphs")
 
 
 def model_config(name):
@@ -37,18 +37,20 @@ def layout(name, gpus, **flags):
 
 
 def row(name, gpus):
-    """A row of the table: GB of each part on a GPU, rows that are sampled at once, GB of host memory."""
+    """A row of the table: GB of each part on a GPU, tokens of a micro-batch, rows, GB of host memory."""
     plan = layout(name, gpus)
     flags = " ".join(text for text in split_flags(plan.split._asdict()).values() if text[:4] != "--no")
-    parts = [f"{plan.parts[part] / 1e9:.1f}" if part in plan.parts else "0" for part in COLUMNS]
-    used, host = sum(plan.parts.values()) / 1e9, plan.host / 1e9
-    cells = [f"`{name}`", gpus, f"`{flags}`", *parts, f"{used:.1f}", f"{plan.rows}", f"{host:.0f}"]
+    parts = {**plan.parts, "graphs": plan.parts["graphs"] + plan.rows * plan.row["graphs"]}
+    sizes = [f"{parts[part] / 1e9:.1f}" if part in parts else "0" for part in COLUMNS]
+    sizes.append(f"{sum(parts.values()) / 1e9:.1f}")
+    tokens = f"{plan.micro_batch_tokens:,}{'' if plan.checkpointing else ', all kept'}"
+    cells = [f"`{name}`", gpus, f"`{flags}`", *sizes, tokens, f"{plan.rows}", f"{plan.host / 1e9:.0f}"]
     return f"| {' | '.join(cells)} |"
 
 
 def table():
     """The lines of the table."""
-    head = f"| MODEL | GPUs | the plan's split | {' | '.join(COLUMNS)} | sum | rows | host |"
+    head = f"| MODEL | GPUs | the plan's split | {' | '.join(COLUMNS)} | sum | micro-batch | rows | host |"
     cases = [(name, "8x80") for name in SHAPES] + [("Qwen2.5-32B", "16x80")]
     cases += [("Qwen2.5-Math-1.5B", "1x24"), ("Qwen2.5-Math-7B", "1x80")]
     return [head, "|---" * (head.count("|") - 1) + "|", *(row(*case) for case in cases)]

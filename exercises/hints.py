@@ -657,7 +657,7 @@ MISTAKES = {
     "kernel": {
         padding_of_the_vocabulary_counts: (
             "Columns past the end of the vocabulary count: what a masked load fills in gives the logit 0, "
-            "so set these logits to -1e38 before the maximum."
+            "so set these logits to -1e30 before the maximum."
         ),
         padding_of_the_width_counts: (
             "Numbers past the width count: mask the loads of both factors with other=0."

@@ -1,4 +1,6 @@
-"""Causal attention over rows or a KV cache: flash-attn where it is installed, else torch's SDPA.
+"""Causal attention over rows or a KV cache: flash attention where there is one, else torch's SDPA.
+
+Flash attention over rows is the package flash-attn's where it is installed, else torch's own.
 
 Letters in shape comments: B rows, T tokens (Tq queries, Tk keys), H heads, K key/value heads, E head width.
 """
@@ -10,12 +12,41 @@ try:
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 except ImportError:  # an optional package, for CUDA only
     flash_attn_varlen_func = flash_attn_with_kvcache = None
+try:
+    from kernels.attention_triton import attend_cached_triton
+except ImportError:  # torch's CPU wheels come without triton
+    attend_cached_triton = None
+
+# On an H100 SDPA with a mask goes to cuDNN first. That gives NaN gradients where length % 128 == 64 and all
+# scores of a query are low (pytorch issue 196678), and plans 30 ms for each new shape: for every micro-batch.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def flash_takes(dtype, head_dim):
+    """Does flash attention take such numbers?"""
+    return dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
 
 
 def flash_available(dtype, head_dim):
     """Is flash-attn installed, and does it take such numbers?"""
-    supported = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
-    return supported and flash_attn_varlen_func is not None
+    return flash_takes(dtype, head_dim) and flash_attn_varlen_func is not None
+
+
+def torch_has_flash(device):
+    """Can `flash_packed` do without the package? torch's operator is for Nvidia's GPUs from sm_80 on."""
+    built = torch.backends.cuda.is_flash_attention_available() and not torch.version.hip
+    return device.type == "cuda" and built and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def packed_available(q):
+    """Does `flash_packed` take queries like q [T, H, E], of this dtype and width and on this device?"""
+    installed = flash_attn_varlen_func is not None
+    return flash_takes(q.dtype, q.shape[-1]) and (installed or torch_has_flash(q.device))
+
+
+def triton_available(x):
+    """Does attention over a cache run in Triton for tensors such as x, where flash-attn is not installed?"""
+    return x.is_cuda and attend_cached_triton is not None
 
 
 def flash_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window):
@@ -24,7 +55,14 @@ def flash_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     cu_seqlens [B + 1] of int32: where each row begins. The last query of a row sees its last key.
     """
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    return flash_attn_varlen_func(q, k, v, *lengths, causal=True, window_size=flash_window(window))
+    # Causal is a right window of 0. It is said twice: with (-1, -1) and no row of two queries, both functions
+    # regroup the heads and fail if a row has none.
+    left, right = -1 if window is None else window - 1, 0
+    if flash_attn_varlen_func is not None:
+        return flash_attn_varlen_func(q, k, v, *lengths, causal=True, window_size=(left, right))
+    dropout, causal, debug = 0.0, True, False
+    windows = dict(window_size_left=left, window_size_right=right)
+    return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, dropout, causal, debug, **windows)[0]
 
 
 def flash_cached(q, k, v, keys, values, length, window):

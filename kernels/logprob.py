@@ -22,6 +22,9 @@ except ImportError:  # torch's CPU wheels come without triton
 # (87 GFLOP/s on one core; the whole vocabulary at once reaches 50). GPU: cuBLAS wants large products.
 TILE = {"cpu": (2048, 768), "cuda": (8192, 8192)}
 
+# Older versions cannot add a product of bf16 factors to a sum in fp32: it takes a tile of its own there.
+ADDMM_SUMS_IN_FP32 = torch.__version__ >= (2, 11)
+
 
 def linear_logprob(hidden, weight, targets, temperature=1.0):
     """Log-probability of each target, and entropy, of softmax(hidden @ weight.T / temperature).
@@ -62,8 +65,9 @@ class LinearLogprob(torch.autograd.Function):
     def backward(ctx, grad_logprob, grad_entropy):
         hidden, weight, *per_token = ctx.saved_tensors
         want_hidden, want_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
+        allocate = torch.empty_like if len(hidden) else torch.zeros_like  # the first tiles fill it, if any
+        grad_hidden = allocate(hidden, dtype=torch.float32) if want_hidden else None
+        grad_weight = allocate(weight, dtype=torch.float32) if want_weight else None
         if grad_logprob is None:
             grad_logprob = torch.zeros_like(grad_entropy)
         per_token += [grad_logprob, grad_entropy]
@@ -72,9 +76,9 @@ class LinearLogprob(torch.autograd.Function):
             tile_rows = [None if x is None else x[rows] for x in per_token]
             grad_logits = to_gradient(logits, columns.start, *tile_rows, ctx.temperature, hidden.dtype)
             if want_hidden:
-                add_product(grad_hidden[rows], grad_logits, w)
+                write_product(grad_hidden[rows], grad_logits, w, add=columns.start > 0)
             if want_weight:
-                add_product(grad_weight[columns], grad_logits.T, h)
+                write_product(grad_weight[columns], grad_logits.T, h, add=rows.start > 0)
         return grad_hidden, grad_weight, None, None  # autograd casts them to the dtypes of hidden and weight
 
 
@@ -110,10 +114,7 @@ def tiles(hidden, weight):
         for columns in slices(len(weight), tile_vocabulary):
             h, w = hidden[rows], weight[columns].to(hidden.dtype)
             logits = buffer[: len(h), : len(w)]
-            if h.dtype == logits.dtype:
-                torch.mm(h, w.T, out=logits)
-            else:
-                logits.copy_(product(h, w.T))
+            write_product(logits, h, w.T, add=False)
             yield rows, columns, h, w, logits
 
 
@@ -132,9 +133,19 @@ def product(a, b):
     return torch.mm(a, b)
 
 
-def add_product(out, a, b):
-    """out += a @ b for out in fp32. In place, so autocast (backward may run under it) leaves it alone."""
-    return out.addmm_(a, b) if out.dtype == a.dtype else out.add_(product(a, b))
+def write_product(out, a, b, add):
+    """out = a @ b, or out += a @ b, for out in fp32.
+
+    In place or with out=, so autocast (backward may run under it) leaves it alone.
+    """
+    if out.dtype == a.dtype:
+        out.addmm_(a, b, beta=int(add))
+    elif a.is_cuda and ADDMM_SUMS_IN_FP32:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), out=out)
+    elif add:
+        out.add_(product(a, b))
+    else:
+        out.copy_(product(a, b))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -4,8 +4,11 @@ import torch
 import triton
 from triton import language as tl
 
-# bytes of a number -> (tokens, vocabulary, width) of a program's tile, warps: no spills from sm_80 to sm_100
-FORWARD = {2: ((128, 64, 64), 8), 4: ((64, 64, 16), 8)}  # bf16 and fp16; fp32
+# bytes of a number -> (tokens, vocabulary, width) of a program's tile: the largest that spills no registers.
+# In bf16 a byte from L2 serves 64 operations at 128 x 128 and 85 at 128 x 256; an H100 can do about 107.
+FORWARD = {4: (64, 64, 16), 2: (128, 128, 64)}  # fp32; bf16 and fp16
+FORWARD_ON_H100 = {**FORWARD, 2: (128, 256, 64)}
+WARPS = 8
 COLUMNS = 2048  # of a tile of logits, per program of the gradient kernel
 
 
@@ -13,7 +16,7 @@ def partials_triton(hidden, weight, targets, temperature):
     """partials, its product included; a piece is the part of the vocabulary that one program runs through."""
     (tokens, width), vocabulary = hidden.shape, len(weight)
     hidden, weight, targets = hidden.contiguous(), weight.to(hidden.dtype).contiguous(), targets.contiguous()
-    (BT, BV, BD), warps = FORWARD[hidden.element_size()]
+    BT, BV, BD = forward_tile(hidden)
     token_blocks, vocabulary_blocks = triton.cdiv(tokens, BT), triton.cdiv(vocabulary, BV)
     wanted = triton.cdiv(programs_wanted(hidden.device), max(1, token_blocks))
     size = triton.cdiv(vocabulary_blocks, wanted) * BV
@@ -22,23 +25,28 @@ def partials_triton(hidden, weight, targets, temperature):
     exact = torch.get_float32_matmul_precision() == "highest"  # as torch.mm does it in the backward pass
     partials_kernel[(token_blocks, pieces)](
         hidden, weight, targets, out, tokens, width, vocabulary, size, 1 / temperature,
-        PRECISION="ieee" if exact else "tf32", BT=BT, BV=BV, BD=BD, num_warps=warps,
+        PRECISION="ieee" if exact else "tf32", BT=BT, BV=BV, BD=BD, num_warps=WARPS,
     )  # fmt: skip
     return out
 
 
+def forward_tile(x):
+    on_h100 = x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+    return (FORWARD_ON_H100 if on_h100 else FORWARD)[x.element_size()]
+
+
 def programs_wanted(device):
-    """How many programs keep the GPU busy."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    """Sixteen rounds of one program per multiprocessor: a last round that is nearly empty costs little."""
+    return 16 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def logits_to_gradient_triton(logits, start, targets, max_logit, lse, entropy, grad_logprob, grad_entropy,
                               temperature, dtype):  # fmt: skip
     """logits_to_gradient in one pass; overwrites the logits if dtype is fp32, else fills a new tile."""
     out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
-    grad_entropy = torch.zeros_like(grad_logprob) if grad_entropy is None else grad_entropy
     rows, columns = logits.shape
-    per_token = [x.contiguous() for x in (targets, max_logit, lse, entropy, grad_logprob, grad_entropy)]
+    per_token = targets, max_logit, lse, entropy, grad_logprob, grad_entropy
+    per_token = [x if x is None else x.contiguous() for x in per_token]
     scalars = start, columns, logits.stride(0), out.stride(0), 1 / temperature
     grid = rows, triton.cdiv(columns, COLUMNS)
     logits_to_gradient_kernel[grid](logits, out, *per_token, *scalars, COLUMNS=COLUMNS)
@@ -50,10 +58,12 @@ def partials_kernel(hidden, weight, targets, out, tokens, width, vocabulary, siz
                     BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
     """Program (block of BT tokens, piece of `size` of the vocabulary): its row of the partial results."""
-    row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    first = tl.program_id(1) * size
+    # Programs that run at the same time share 8 pieces and a few token blocks, which then stay in L2.
+    piece, block = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8)
+    row = block.to(tl.int64) * BT + tl.arange(0, BT)
+    first = piece * size
     target_at = tl.load(targets + row, mask=row < tokens, other=-1).to(tl.int32)
-    max_logit = tl.full([BT], -1e38, tl.float32)  # not -inf, whose differences are NaN
+    max_logit = tl.full([BT], -1e30, tl.float32)  # finite, even divided by the temperature
     sum_exp = tl.zeros([BT], tl.float32)
     sum_exp_c = tl.zeros([BT], tl.float32)
     target = tl.zeros([BT], tl.float32)
@@ -68,7 +78,7 @@ def partials_kernel(hidden, weight, targets, out, tokens, width, vocabulary, siz
             w = tl.load(weight + column.to(tl.int64)[:, None] * width + at, mask=w_mask, other=0.0)
             z = tl.dot(h, tl.trans(w), z, input_precision=PRECISION)
         target += tl.sum(tl.where(column == target_at[:, None], z, 0.0), 1)
-        z = tl.where(column < vocabulary, z, -1e38)
+        z = tl.where(column < vocabulary, z, -1e30)
         higher = tl.maximum(max_logit, tl.max(z, 1))
         shift = (max_logit - higher) * inverse_temperature  # brings the old sums under the new maximum
         c = (z - higher[:, None]) * inverse_temperature
@@ -76,7 +86,7 @@ def partials_kernel(hidden, weight, targets, out, tokens, width, vocabulary, siz
         sum_exp_c = tl.exp(shift) * (sum_exp_c + shift * sum_exp) + tl.sum(exp_c * c, 1)
         sum_exp = tl.exp(shift) * sum_exp + tl.sum(exp_c, 1)
         max_logit = higher
-    out += tl.program_id(1).to(tl.int64) * tokens + row
+    out += piece.to(tl.int64) * tokens + row
     pieces = tl.num_programs(1).to(tl.int64)
     tl.store(out, max_logit, mask=row < tokens)
     tl.store(out + pieces * tokens, sum_exp, mask=row < tokens)
@@ -87,12 +97,17 @@ def partials_kernel(hidden, weight, targets, out, tokens, width, vocabulary, siz
 @triton.jit(do_not_specialize=["start"])
 def logits_to_gradient_kernel(z, out, targets, top, lse, entropy, grad_logprob, grad_entropy, start, columns,
                               z_stride, out_stride, inverse_temperature, COLUMNS: tl.constexpr):  # fmt: skip
-    """Program (row, block of columns) of the logits z; out may be z, each number has one program."""
+    """Program (row, block of columns) of the logits z; out may be z, each number has one program.
+
+    Without grad_entropy (None), the kernel is compiled without what belongs to it.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     x = tl.load(z + row * z_stride + column, mask=column < columns, other=0.0)
     logp = (x - tl.load(top + row)) * inverse_temperature - tl.load(lse + row)
-    g_logprob, g_entropy = tl.load(grad_logprob + row), tl.load(grad_entropy + row)
-    gradient = -tl.exp(logp) * (g_logprob + g_entropy * (logp + tl.load(entropy + row)))
+    g_logprob = tl.load(grad_logprob + row)
+    gradient = -tl.exp(logp) * g_logprob
+    if grad_entropy is not None:
+        gradient -= tl.exp(logp) * tl.load(grad_entropy + row) * (logp + tl.load(entropy + row))
     gradient += tl.where(start + column == tl.load(targets + row), g_logprob, 0.0)
     tl.store(out + row * out_stride + column, gradient * inverse_temperature, mask=column < columns)

@@ -79,7 +79,7 @@ class Config:
     rollout_tokens: int | None = flag(None, "tokens in the KV cache of a rank [by memory]", type=int)
     micro_batch_tokens: int | None = flag(None, "tokens of a micro-batch of learning [by memory]", type=int)
     checkpointing: bool | None = flag(
-        None, "gradient checkpointing: less memory, a third more time [on for CUDA]", type=bool
+        None, "gradient checkpointing: less memory, a third more time [by memory; CPU: off]", type=bool
     )
     # the run
     out: str | None = flag(None, "folder of the run, resumed if it holds one [runs/<model>-<data>]", type=str)
@@ -180,7 +180,7 @@ def decide(c):
         "questions_per_step": benchmark.questions_per_step if benchmark else 8,
         "epochs": benchmark.epochs if benchmark else questions.USER_FILE_EPOCHS,
         "temperature": 1.0 if c.thinking or any(part in name for part in REASONING_MODELS) else 0.6,
-        "checkpointing": device == "cuda" or c.gpus is not None,
+        "checkpointing": None if device == "cuda" or c.gpus else False,
         "out": f"runs/{Path(c.model).name}-{Path(data).stem}",
     }
     missing = {field: value for field, value in decided.items() if getattr(c, field) is None}

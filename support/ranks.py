@@ -30,6 +30,8 @@ SECONDS_TO_SEE = 60
 
 def start_processes(device):
     """Join the process group of torchrun, or found one of a single process. Returns this rank's device."""
+    if device == "cuda":
+        let_segments_grow()
     by_torchrun = "RANK" in os.environ
     where = {} if by_torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
     if "GLOO_SOCKET_IFNAME" not in os.environ:
@@ -40,6 +42,24 @@ def start_processes(device):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def let_segments_grow():
+    """Let CUDA's allocator extend its segments: fewer fragments. What the user has configured stays as it is.
+
+    To be called before the first allocation. torch has no public function for it, and setting the environment
+    variable here would not do: some versions read it when torch is imported, 2.8 knows only the old name, 2.9
+    ignores the new one (pytorch issue 183387), and later ones warn about the old.
+    """
+    # NCCL must not register such memory while a CUDA graph captures a collective: illegal memory accesses
+    # (Megatron-LM's arguments.py, TensorRT-LLM).
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+    if any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        return
+    configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # torch 2.8 has the other
+    configure = configure or getattr(torch.cuda.memory, "_set_allocator_settings", None)
+    if configure:
+        configure("expandable_segments:True")
 
 
 def run_and_leave(main):

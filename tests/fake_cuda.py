@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
+import flash_attention
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import arg_tree_leaves
@@ -107,6 +108,7 @@ class FakeCuda(FakeTensorMode):
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
         self.may_read = self.recording = False
+        self.packed_calls = 0  # of torch's flash attention
         self.slow_uploads = (
             0  # copies to the device that would wait until it has done all that it was told before
         )
@@ -124,6 +126,12 @@ class FakeCuda(FakeTensorMode):
         sides = {x.device.type for x in tensors}
         if func in READS:
             raise Waits(f"{func}: the host reads a number of the device")
+        if func == aten._flash_attention_forward.default:
+            q, k, v, ends_q, ends_k = args[:5]
+            flash_attention.check(q, k, v)
+            for ends in (ends_q, ends_k):
+                flash_attention.check_lengths(ends, len(ends_q), q)
+            self.packed_calls += 1
         if func in INDEXING:
             self.check_indices(*args)
         elif func in COPIES:
@@ -136,7 +144,9 @@ class FakeCuda(FakeTensorMode):
                     raise Waits(
                         f"{func}: copies from the host to the device in a step that a CUDA graph records"
                     )
-                self.slow_uploads += not (kwargs.get("non_blocking") or True in args[2:])
+                queued = kwargs.get("non_blocking") or True in args[2:]
+                source = tensors[-1]
+                self.slow_uploads += not (queued and hasattr(source, "pinned") and source.is_contiguous())
         elif self.recording and "cpu" in sides:
             raise AssertionError(
                 f"{func}: a CPU tensor in a step that a CUDA graph records; its value would stay what it was"
@@ -169,6 +179,13 @@ class FakeCuda(FakeTensorMode):
             self.recording, self.may_read = before
 
 
+def pin_memory(x):
+    """Tensor.pin_memory, which would ask the driver: the same numbers with a mark."""
+    x = x.view_as(x)
+    x.pinned = True
+    return x
+
+
 @contextlib.contextmanager
 def fake_cuda():
     """The mode, with torch's own questions about the device answered."""
@@ -186,6 +203,8 @@ def fake_cuda():
         mock.patch("torch.cuda.max_memory_allocated", lambda *_: 0),
         mock.patch("torch.cuda.get_device_properties", lambda *_: properties),
         mock.patch("torch.cuda.get_device_capability", lambda *_: (8, 0)),
+        mock.patch("torch.backends.cuda.is_flash_attention_available", lambda: True),
+        mock.patch("torch.Tensor.pin_memory", pin_memory),
         FakeCuda() as mode,
     ):
         yield mode
@@ -212,7 +231,9 @@ class Kernel:
                         f"{self.name}: argument {index} is on {x.device}"
                     )
                 else:
-                    assert type(x) in (int, float), f"{self.name}: argument {index} is a {type(x).__name__}"
+                    assert x is None or type(x) in (int, float), (
+                        f"{self.name}: argument {index} is a {type(x).__name__}"
+                    )
             self.check(grid, *args, **constants)
             self.launches += 1
 
@@ -230,10 +251,10 @@ def triton_halves():
         stub.jit = lambda function=None, **options: function or stub.jit
         stub.language = SimpleNamespace(constexpr=None)
         with mock.patch.dict(sys.modules, triton=stub):
-            from kernels import logprob_triton, sampler_triton
+            from kernels import attention_triton, fused_triton, logprob_triton, sampler_triton
     else:
-        from kernels import logprob_triton, sampler_triton
-    return logprob_triton, sampler_triton
+        from kernels import attention_triton, fused_triton, logprob_triton, sampler_triton
+    return attention_triton, fused_triton, logprob_triton, sampler_triton
 
 
 def plant(monkeypatch, where, name, old, new):
@@ -241,8 +262,11 @@ def plant(monkeypatch, where, name, old, new):
     place.
     """
     function = inspect.getattr_static(where, name)
+    function = getattr(function, "func", function)  # of a cached property
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(old) == 1, f"{name} does not hold the text to change once: {old}"
     space = {}
     exec(source.replace(old, new), inspect.unwrap(function).__globals__, space)
+    if hasattr(space[name], "__set_name__"):
+        space[name].__set_name__(where, name)
     monkeypatch.setattr(where, name, space[name])

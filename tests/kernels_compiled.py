@@ -14,6 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from kernels import attention_triton as attention
+from kernels import fused_triton as fused
 from kernels import logprob_triton as logprob
 from kernels import sampler_triton as sampler
 
@@ -21,7 +23,8 @@ from kernels import sampler_triton as sampler
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma", 100: "tcgen05.mma"}
 TARGETS = [*SHARED_LIMIT, "gfx942"]
-SCALARS = {"temperature": "fp32"}  # by the end of the name; any other scalar is an i32
+# by the end of the name; any other scalar is an i32
+SCALARS = dict.fromkeys(("temperature", "scale", "sign"), "fp32")
 
 
 def compiled(kernel, target, pointers, constants, aligned, **options):
@@ -108,7 +111,8 @@ def check(kernel, target, pointers, constants, aligned, tmp_path, tensor_core=Fa
 )
 @pytest.mark.parametrize("target", TARGETS)
 def test_forward(target, dtype, precision, tmp_path):
-    (BT, BV, BD), warps = logprob.FORWARD[4 if dtype == "fp32" else 2]
+    tiles = logprob.FORWARD_ON_H100 if target == 90 else logprob.FORWARD
+    BT, BV, BD = tiles[4 if dtype == "fp32" else 2]
     pointers = {"hidden": dtype, "weight": dtype, "targets": "i64", "out": "fp32"}
     constants = {"PRECISION": precision, "BT": BT, "BV": BV, "BD": BD}
     tensor_core = (dtype, precision) != ("fp32", "ieee")  # exact fp32 products are for the ordinary cores
@@ -120,16 +124,17 @@ def test_forward(target, dtype, precision, tmp_path):
         ["width", "size"],
         tmp_path,
         tensor_core,
-        num_warps=warps,
+        num_warps=logprob.WARPS,
     )
 
 
+@pytest.mark.parametrize("entropy", [True, False])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_gradient_of_logits(target, dtype, tmp_path):
-    per_token = dict.fromkeys(("top", "lse", "entropy", "grad_logprob", "grad_entropy"), "fp32")
-    pointers = {"z": "fp32", "out": dtype, "targets": "i64", **per_token}
-    constants = {"COLUMNS": logprob.COLUMNS}
+def test_gradient_of_logits(target, dtype, entropy, tmp_path):
+    per_token = ["top", "lse", "entropy", "grad_logprob", *["grad_entropy"] * entropy]
+    pointers = {"z": "fp32", "out": dtype, "targets": "i64", **dict.fromkeys(per_token, "fp32")}
+    constants = {"COLUMNS": logprob.COLUMNS, **({} if entropy else {"grad_entropy": None})}
     check(
         logprob.logits_to_gradient_kernel, target, pointers, constants, ["z_stride", "out_stride"], tmp_path
     )
@@ -142,3 +147,37 @@ def test_sampler(target, tmp_path):
     check(sampler.block_mass, target, pointers, {"TILE": sampler.TILE}, ["stride"], tmp_path)
     pointers |= {"key": "i64", "position": "i64", "token": "i64", "logprob": "fp32"}
     check(sampler.block_draw, target, pointers, {"TILE": sampler.TILE, "BLOCKS": 256}, ["stride"], tmp_path)
+
+
+@pytest.mark.parametrize("group, width, dtype", [
+    (6, 128, "bf16"), (7, 64, "bf16"), (1, 96, "fp16"), (8, 256, "bf16"), (4, 128, "fp32"),
+])  # fmt: skip
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention_over_a_cache(target, group, width, dtype, tmp_path):
+    """Qwen2.5-1.5B's heads, 0.5B's, a width that is no power of 2, the widest, and fp32."""
+    tensors = dict.fromkeys(("q", "k", "v", "keys", "values"), dtype)
+    partial = dict.fromkeys(("acc", "peak", "mass"), "fp32")
+    sizes = attention.tile_sizes(group, width, 4 if dtype == "fp32" else 2)
+    strides = ["q_stride", "k_stride", "v_stride", "row_stride", "head_stride"]
+    pointers = {**tensors, **partial, "length": "i32"}
+    check(attention.attend_split, target, pointers, sizes, strides, tmp_path, num_warps=4, num_stages=3)
+    constants = {"N": attention.MOST_SPLITS, "E": width, "BE": sizes["BE"]}
+    check(attention.merge_splits, target, {**partial, "out": dtype}, constants, [], tmp_path)
+
+
+@pytest.mark.parametrize("dtype, to", [("bf16", "bf16"), ("fp32", "bf16"), ("fp32", "fp32")])
+@pytest.mark.parametrize("half", [32, 40, 64])
+@pytest.mark.parametrize("target", TARGETS)
+def test_rotation(target, half, dtype, to, tmp_path):
+    pointers = {"x": dtype, "cos": "fp32", "signed_sin": "fp32", "out": to}
+    constants = {"HALF": half, "PAIRS": triton.next_power_of_2(half), "HEADS": fused.HEADS}
+    check(fused.rotate_kernel, target, pointers, constants, ["token_stride", "head_stride"], tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_swiglu(target, dtype, tmp_path):
+    pointers, constants = {"gate_up": dtype, "out": dtype}, {"COLUMNS": fused.COLUMNS}
+    check(fused.swiglu_kernel, target, pointers, constants, ["width", "stride"], tmp_path)
+    pointers, aligned = {**pointers, "grad": dtype}, ["width", "stride", "grad_stride"]
+    check(fused.swiglu_gradient_kernel, target, pointers, constants, aligned, tmp_path)

@@ -3,16 +3,20 @@
 A kernel may be no further from float64 than the plain formula in the same low precision, plus a tolerance.
 """
 
+from functools import partial
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import triton
+from test_flash_attention import check_decoding, small_model
 from triton import language as tl
 from triton.runtime import interpreter
 
-from kernels import logprob, logprob_triton, sampler, sampler_triton
+import engine
+from kernels import attention_triton, fused, logprob, logprob_triton, sampler, sampler_triton
+from rollout import generate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Builder = interpreter.InterpreterBuilder
@@ -99,6 +103,7 @@ def on_gpu(monkeypatch):
     for name, patch in mended().items():
         monkeypatch.setattr(Builder, name, patch)
     monkeypatch.setattr(logprob, "on_gpu", lambda x: True)
+    monkeypatch.setattr(fused, "on_gpu", lambda x: True)
     monkeypatch.setattr(logprob_triton, "programs_wanted", lambda device: 3)
     # what torch.mm(out_dtype=) does on a GPU
     monkeypatch.setattr(logprob, "product", lambda a, b: a.float() @ b.float())
@@ -143,9 +148,13 @@ def inputs(tokens, width, vocabulary, dtype):
     return hidden.to(dtype).double(), weight.to(dtype).double(), targets, grads
 
 
-def assert_close(exact, eager, got):
-    """Gradients are allowed more: they rest on torch's product, which rounds otherwise than the kernel's."""
-    tolerances = {"logprob": 1e-6, "entropy": 1e-6, "grad_hidden": 2e-5, "grad_weight": 2e-5}
+def assert_close(exact, eager, got, rounding=0.0):
+    """Gradients are allowed more: they rest on torch's product, which rounds otherwise than the kernel's.
+
+    rounding: of the largest logit, in units of the temperature.
+    """
+    of_gradients = 2e-5 + 2 * rounding
+    tolerances = {"logprob": 1e-6, "entropy": 1e-6, "grad_hidden": of_gradients, "grad_weight": of_gradients}
     for (name, tolerance), *values in zip(tolerances.items(), exact, eager, got, strict=True):
         scale = max(1.0, values[0].abs().max().item())
         eager_error, error = ((x - values[0]).abs().max().item() / scale for x in values[1:])
@@ -171,6 +180,25 @@ def test_values_and_gradients(tokens, width, vocabulary, used, dtype, monkeypatc
         for function, precision in ((plain, torch.float64), (plain, dtype), (logprob.linear_logprob, dtype))
     )
     assert_close(exact, eager, got)
+
+
+@pytest.mark.parametrize("used", ["both", "logprob"])
+@pytest.mark.parametrize("far", [1, 1000])
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.2, 0.29, 0.6, 5.0])
+def test_temperatures(temperature, far, used, monkeypatch):
+    """Low ones, where the logits of a block's padding are divided by little; logits up to 10^4."""
+    monkeypatch.setattr(logprob, "TILE", {"cpu": (100, 200)})
+    hidden, weight, targets, grads = inputs(9, 24, 301, torch.float32)
+    weight, grads = weight * far, [grads[0], grads[1] if used == "both" else None]
+    exact, eager, got = (
+        results(function, hidden, weight, targets, temperature, grads, precision)
+        for function, precision in (
+            (plain, torch.float64),
+            (plain, torch.float32),
+            (logprob.linear_logprob, torch.float32),
+        )
+    )
+    assert_close(exact, eager, got, 2**-24 * (hidden @ weight.T).abs().max().item() / temperature)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -211,6 +239,16 @@ def test_gradient_is_written_over_the_logits():
         z, 7, torch.tensor([7, 8, 60]), *per_token, 0.7, torch.float32
     )
     assert out is z
+
+
+def test_an_entropy_without_gradient_is_not_read():
+    z, per_token, targets = torch.randn(3, 50), torch.rand(4, 3), torch.tensor([7, 8, 60])
+    per_token[2] = torch.nan
+    rest = 7, targets, *per_token, None, 0.7, torch.bfloat16
+    got, expected = (
+        f(z.clone(), *rest) for f in (logprob_triton.logits_to_gradient_triton, logprob.logits_to_gradient)
+    )
+    assert (got - expected).abs().max() < 0.02
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -281,3 +319,176 @@ def test_draw_never_leaves_the_vocabulary():
     logits[0, 3], logits[1] = 0.0, torch.nan
     token, logp = sampler_triton.sample_tokens_triton(logits, key, position, 1.0)
     assert token[0] == 3 and logp[0] == 0 and 0 <= token[1] < 1500 and logp[1].isnan()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# attention of decoding
+
+
+def attended(q, k, v, keys, values, length, window):
+    """By the plain formula in float64: [B, H, E]."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    for row, filled in enumerate(length.tolist()):
+        seen = slice(0 if window is None else max(0, filled + 1 - window), filled)
+        for head in range(q.shape[1]):
+            of = head // (q.shape[1] // k.shape[1])
+            these = torch.cat((keys[row, of, seen], k[row, of][None])).double()
+            those = torch.cat((values[row, of, seen], v[row, of][None])).double()
+            out[row, head] = (these @ q[row, head].double() / q.shape[2] ** 0.5).softmax(0) @ those
+    return out
+
+
+def cached_rows(heads, kv_heads, width, lengths, capacity, dtype):
+    """What attention is given: heads of one product, as model.Attention cuts them, and a cache with NaN where
+    nothing has been written yet."""
+    generator = torch.Generator().manual_seed(width + heads)
+    qkv = torch.randn(len(lengths), heads + 2 * kv_heads, width, generator=generator).to(dtype)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
+    cache = torch.randn(2, 2, len(lengths) + 1, kv_heads, capacity, width, generator=generator).to(dtype)
+    for row, filled in enumerate(lengths):
+        cache[:, :, row, :, filled:] = torch.nan
+    keys, values = cache[0, 1, : len(lengths)], cache[1, 1, : len(lengths)]  # a layer's, without spare slots
+    return 2 * q, k, v, keys, values, torch.tensor(lengths, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, kv_heads, width, lengths, capacity, window, splits", [
+    (1, 1, 16, [0], 1, None, 1),  # nothing but the new token
+    (6, 1, 128, [0, 1, 64, 99], 100, None, 2),  # a full cache, a whole block, an empty second split
+    (8, 1, 64, [130, 5], 140, None, 4),
+    (4, 2, 80, [70, 33], 96, 1, 2),  # sees the new token alone
+    (4, 2, 96, [70, 33], 96, 17, 2),
+    (8, 8, 128, [150, 149], 151, 66, 1),
+    (28, 4, 128, [90], 200, 200, 8),
+])  # fmt: skip
+def test_attention_over_a_cache(
+    heads, kv_heads, width, lengths, capacity, window, splits, dtype, monkeypatch
+):
+    """Against float64 it errs no more than its own rounding, stores one token a row and touches no other."""
+    monkeypatch.setattr(attention_triton, "splits_wanted", lambda *_: splits)
+    q, k, v, keys, values, length = cached_rows(heads, kv_heads, width, lengths, capacity, dtype)
+    exact = attended(q, k, v, keys, values, length, window)
+    before = keys.clone(), values.clone()
+    out = attention_triton.attend_cached_triton(q, k, v, keys, values, length, window)
+    assert out.dtype == dtype and out.shape == q.shape
+    # the weights of values are rounded to dtype, and so is the result
+    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    assert (out.double() - exact).abs().max() < tolerance
+    for row, filled in enumerate(lengths):
+        before[0][row, :, filled], before[1][row, :, filled] = k[row], v[row]
+    assert all(a.equal(b) or torch.equal(a.nan_to_num(9), b.nan_to_num(9))
+               for a, b in zip(before, (keys, values), strict=True))  # fmt: skip
+
+
+def test_rows_are_split_until_the_gpu_is_busy(monkeypatch):
+    h100 = mock.Mock(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h100)
+    of = {rows: attention_triton.splits_wanted("cuda", 2 * rows, 4096) for rows in (1, 16, 64, 335, 4096)}
+    assert of == {1: 64, 16: 64, 64: 16, 335: 2, 4096: 1}
+    assert attention_triton.splits_wanted("cuda", 2, 40) == 1  # a short cache
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decoding_in_the_model(dtype, monkeypatch):
+    monkeypatch.setattr(attention_triton, "splits_wanted", lambda *_: 2)
+    check_decoding(monkeypatch, dtype, package=None, triton=True)
+
+
+@torch.no_grad()
+def test_rollouts_are_those_of_plain_attention(monkeypatch):
+    """The engine with the kernel in each layer, rows that move and are refilled included."""
+    monkeypatch.setattr(attention_triton, "splits_wanted", lambda *_: 2)
+    whole = small_model(torch.float32, windows=(None, 9))
+    rollouts = []
+    for in_triton in (False, True):
+        monkeypatch.setattr(engine, "triton_available", lambda x, answer=in_triton: answer)
+        how = dict(max_new_tokens=12, eos_ids=range(12), seed=1, stream="train", step=1, budget_tokens=4 * 17)
+        rollouts.append(generate(whole, [[5, 17, 3], [7, 7, 9, 60, 2]], 3, **how))
+    a, b = rollouts
+    assert a.tokens.equal(b.tokens) and (a.logprob - b.logprob).abs().max() < 1e-5
+    assert a.response_length.unique().numel() > 2
+
+
+# ----------------------------------------------------------------------------------------------------------
+# rotation and SwiGLU: computed in fp32, so only the last rounding tells them from float64
+
+
+def assert_rounded_once(exact, got):
+    """`got` is float64's number, rounded to its own dtype, up to 1e-6 that fp32 may have lost before."""
+    half_a_place = torch.finfo(got.dtype).eps / 2 * exact.abs()
+    assert ((got.double() - exact).abs() <= half_a_place + 1e-6 * (1 + exact.abs())).all()
+
+
+def both_ways(function, x, grad):
+    x = x.detach().requires_grad_()
+    out = function(x)
+    return out, torch.autograd.grad(out, x, grad.to(out.dtype), retain_graph=True)[0]
+
+
+def check_against_float64(function, plain, x, grad):
+    """function(x) and its gradient against `plain` in float64; x and grad hold what the dtypes hold."""
+    out, x_grad = both_ways(function, x, grad)
+    for exact, got in zip(both_ways(plain, x.double(), grad.to(out.dtype)), (out, x_grad), strict=True):
+        assert_rounded_once(exact.detach(), got.detach())
+    assert x_grad.dtype == x.dtype
+    return out
+
+
+def angles(tokens, width):
+    """cos and signed sin, [T, 1, E] each, in fp32; positions far apart."""
+    angle = torch.arange(tokens)[:, None, None] * 37.0 * 10.0 ** -torch.linspace(0, 4, width // 2)
+    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+
+
+def plain_rotation(x, cos, signed_sin):
+    half = x.shape[-1] // 2
+    a, b, cos, sin = *x.split(half, -1), cos[..., :half].double(), signed_sin[..., half:].double()
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+NORMED = (torch.float32, torch.bfloat16)  # Qwen3's norms under autocast: fp32 in, bf16 out
+
+
+@pytest.mark.parametrize("dtype, to", [*zip(DTYPES, DTYPES, strict=True), NORMED])
+@pytest.mark.parametrize("width", [4, 64, 80, 96, 128])
+@pytest.mark.parametrize("tokens, heads", [(1, 1), (7, 14), (5, 33)])
+def test_rotation(tokens, heads, width, dtype, to):
+    """The heads of q and k as the model gives them: a part of the product that also holds v."""
+    generator = torch.Generator().manual_seed(width)
+    qkv = torch.randn(tokens, heads + 2, width, generator=generator).to(dtype)
+    x, grad = qkv[:, :heads], torch.randn(tokens, heads, width, generator=generator)
+    cos_sin = angles(tokens, width)
+    plain = partial(plain_rotation, cos=cos_sin[0], signed_sin=cos_sin[1])
+    out = check_against_float64(lambda x: fused.rotate(x, *cos_sin, to), plain, x, grad.to(to))
+    assert out.dtype == to and out.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, width", [(1, 5), (3, 96), (7, 1024), (3, 2500)])
+def test_swiglu(tokens, width, dtype):
+    """Also where a gate is far from 0: silu is then 0 or the gate, with the slope 0 or 1."""
+    generator = torch.Generator().manual_seed(width)
+    gate_up = 3 * torch.randn(tokens, 2 * width, generator=generator)
+    gate_up[:, 0], gate_up[:, 1] = -200, 200
+    grad = torch.randn(tokens, width, generator=generator).to(dtype)
+
+    def plain(gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
+
+    out = check_against_float64(fused.swiglu, plain, gate_up.to(dtype), grad)
+    saved = out.grad_fn.saved_tensors
+    assert [x.shape for x in saved] == [gate_up.shape], "only the product is kept for the backward pass"
+
+
+def test_gradients_and_products_of_any_strides():
+    """The gradient of a sum is one number, expanded; a product may be stored by column or part of another."""
+    rotate = partial(fused.rotate, cos=angles(5, 8)[0], signed_sin=angles(5, 8)[1], dtype=torch.float32)
+    inputs = torch.randn(5, 4, 8), torch.randn(20, 5).T, torch.randn(5, 30)[:, 4:24]
+    for function, x in zip((rotate, fused.swiglu, fused.swiglu), inputs, strict=True):
+        grad = torch.randn(function(x).shape)
+        padded, by_column = torch.nn.functional.pad(grad, (2, 1))[..., 2:-1], grad.mT.contiguous().mT
+        for some in (padded, by_column, torch.ones(()).expand_as(grad)):
+            expected = both_ways(function, x.contiguous(), some.contiguous())
+            for got, wanted in zip(both_ways(function, x, some), expected, strict=True):
+                assert torch.equal(got, wanted)

@@ -147,8 +147,9 @@ def open_case(case, models):
     c = dataclasses.replace(c, samples=case.samples)
     asked = [SimpleNamespace(id=str(index), kind="math") for index in range(3)]
     data = (asked, PROMPTS, asked, PROMPTS)
-    tokens = (5 * 21, case.micro_batch_tokens)  # five rows at a time: finished ones are replaced
-    run = run_module.Run(c, CPU, models / case.model, None, ENDS, *data, 21, *tokens, case.split)
+    # five rows at a time: finished ones are replaced
+    budgets = (5 * 21, case.micro_batch_tokens, case.checkpointing)
+    run = run_module.Run(c, CPU, models / case.model, None, ENDS, *data, 21, *budgets, case.split)
     run_module.build_models(run, CPU)
     # Adam divides a gradient by its own size. Where that is nothing but rounding, so would the update be.
     run.optimizer.param_groups[0]["eps"] = 1e-4

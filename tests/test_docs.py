@@ -33,14 +33,18 @@ RUN_FILES = {
     "model",
 }
 TRAIN_FLAGS = {"--nproc", "--nnodes", "--rdzv-endpoint", "--local-addr", "--max-restarts"}
+FIRST_CARD_FLAGS = {"--seconds", "--until", "--from", "--retry-failed", "--dry", "--deadline"}
 OTHER_FLAGS = {
     "--no-offload",
+    "--no-checkpointing",
     "--nproc-per-node",
     "--rdzv-backend",
     "--help",
     "--no-build-isolation",
     "--cases",
-} | TRAIN_FLAGS
+    *TRAIN_FLAGS,
+    *FIRST_CARD_FLAGS,
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -20,10 +20,12 @@ import flash_attention
 import pytest
 import torch
 from conftest import ROOT, environment
+from test_logprob import LiveBytes
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 import engine
+import kernels.fused
 import kernels.logprob
 import kernels.sampler
 import model
@@ -41,7 +43,7 @@ from support.prompts import load_tokenizer
 from support.questions import load
 from support.slices import local
 
-logprob_triton, sampler_triton = fake.triton_halves()
+attention_triton, fused_triton, logprob_triton, sampler_triton = fake.triton_halves()
 
 
 def test_the_cuda_path_without_a_gpu():
@@ -163,11 +165,12 @@ def check_gradient(grid, z, out, targets, *rest, COLUMNS):
     assert (
         z.dtype == torch.float32
         and targets.dtype == torch.int64
-        and all(x.dtype == torch.float32 for x in of_rows)
+        and all(x.dtype == torch.float32 for x in of_rows[:4])
     )
+    assert of_rows[4] is None, "a gradient of the entropy, which is a metric only"
     assert z.shape == out.shape == (grid[0], columns) and grid[1] * COLUMNS >= columns
     assert z.stride() == (z_stride, 1) and out.stride() == (out_stride, 1)
-    assert all(x.shape == (grid[0],) and x.is_contiguous() for x in (targets, *of_rows))
+    assert all(x.shape == (grid[0],) and x.is_contiguous() for x in (targets, *of_rows[:4]))
 
 
 def check_mass(grid, logits, peak, mass, vocabulary, blocks, stride, inverse_temperature, TILE):
@@ -188,7 +191,52 @@ def check_draw(grid, logits, key, position, peak, mass, token, logprob, vocabula
     assert key.dtype == position.dtype == token.dtype == torch.int64 and logprob.dtype == torch.float32
 
 
+def check_rotation(grid, x, cos, signed_sin, out, heads, token_stride, head_stride, sign,
+                   HALF, PAIRS, HEADS):  # fmt: skip
+    assert x.shape == out.shape == (grid[0], heads, 2 * HALF) and out.is_contiguous()
+    assert x.stride() == (token_stride, head_stride, 1) and abs(sign) == 1
+    assert cos.shape == signed_sin.shape == (grid[0], 1, 2 * HALF)
+    assert all(a.is_contiguous() and a.dtype == torch.float32 for a in (cos, signed_sin))
+    assert PAIRS >= HALF and grid[1] * HEADS >= heads
+    assert (out if sign == 1 else x).dtype == torch.bfloat16  # attention's side; before are Qwen3's norms
+
+
+def check_swiglu(grid, gate_up, out, width, stride, COLUMNS):
+    assert gate_up.shape == (grid[0], 2 * width) and gate_up.stride() == (stride, 1)
+    assert out.shape == (grid[0], width) and out.is_contiguous() and grid[1] * COLUMNS >= width
+    assert gate_up.dtype == out.dtype == torch.bfloat16
+
+
+def check_swiglu_gradient(grid, gate_up, grad, out, width, stride, grad_stride, COLUMNS):
+    check_swiglu(grid, gate_up, grad, width, stride, COLUMNS)
+    assert grad.stride() == (grad_stride, 1) and out.shape == gate_up.shape and out.is_contiguous()
+
+
+def check_attention(grid, q, k, v, keys, values, length, acc, peak, mass, q_stride, k_stride, v_stride,
+                    row_stride, head_stride, scale, window, G, BG, E, BE, BT):  # fmt: skip
+    rows, kv_heads, splits = grid
+    assert q.shape == (rows, kv_heads * G, E) and k.shape == v.shape == (rows, kv_heads, E)
+    assert {x.dtype for x in (q, k, v, keys, values)} == {torch.bfloat16}
+    assert length.dtype == torch.int32, "lengths: int32"
+    assert [x.stride() for x in (q, k, v)] == [(stride, E, 1) for stride in (q_stride, k_stride, v_stride)]
+    assert keys.shape[:2] == (rows, kv_heads) and keys.stride() == (row_stride, head_stride, E, 1)
+    assert values.stride() == keys.stride() and length.shape == (rows,) and length.is_contiguous()
+    check_merge((rows * kv_heads * G,), acc, peak, mass, q.new_empty(q.shape), splits, E, BE)
+    assert max(G, 16) <= BG and window >= 1
+
+
+def check_merge(grid, acc, peak, mass, out, N, E, BE):
+    assert acc.shape == (*out.shape[:2], N, E) and peak.shape == mass.shape == acc.shape[:3]
+    assert grid == (out.shape[0] * out.shape[1],) and all(x.is_contiguous() for x in (acc, peak, mass, out))
+    assert N & (N - 1) == 0 and BE >= E and acc.dtype == peak.dtype == torch.float32
+
+
 KERNELS = [
+    (attention_triton, "attend_split", check_attention),
+    (attention_triton, "merge_splits", check_merge),
+    (fused_triton, "rotate_kernel", check_rotation),
+    (fused_triton, "swiglu_kernel", check_swiglu),
+    (fused_triton, "swiglu_gradient_kernel", check_swiglu_gradient),
     (logprob_triton, "partials_kernel", check_partials),
     (logprob_triton, "logits_to_gradient_kernel", check_gradient),
     (sampler_triton, "block_mass", check_mass),
@@ -232,10 +280,10 @@ def machine(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-PACKAGES = ["triton and flash-attn", "torch only"]
+PACKAGES = ["triton and flash-attn", "torch only", "torch without flash attention", "triton"]
 
 
-@pytest.fixture(params=PACKAGES)
+@pytest.fixture(params=[*PACKAGES[:2], PACKAGES[3]])
 def gpu(machine, request, monkeypatch):
     """The fake device, with the optional packages or without; `gpu.kernels` counts the launches of each."""
     with fake.fake_cuda() as mode:
@@ -246,7 +294,7 @@ def gpu(machine, request, monkeypatch):
                 function()
             return lambda: None
 
-        both = request.param == PACKAGES[0]
+        has_triton, has_flash = "triton" in request.param, "flash-attn" in request.param
         launched = {}
         triton = SimpleNamespace(
             cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()
@@ -256,10 +304,16 @@ def gpu(machine, request, monkeypatch):
             launched[name] = fake.Kernel(name, check, names and len(names))
             monkeypatch.setattr(module, "triton", triton)
             monkeypatch.setattr(module, name, launched[name])
-        monkeypatch.setattr(kernels.logprob, "logprob_triton", logprob_triton if both else None)
-        monkeypatch.setattr(kernels.sampler, "sampler_triton", sampler_triton if both else None)
-        monkeypatch.setattr(attention, "flash_attn_with_kvcache", flash_with_kvcache if both else None)
-        monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_varlen if both else None)
+        for module, half in ((kernels.fused, fused_triton), (kernels.logprob, logprob_triton),
+                             (kernels.sampler, sampler_triton)):  # fmt: skip
+            monkeypatch.setattr(module, half.__name__.split(".")[1], half if has_triton else None)
+        over_cache = attention_triton.attend_cached_triton if has_triton else None
+        for module in (attention, engine):
+            monkeypatch.setattr(module, "attend_cached_triton", over_cache)
+        monkeypatch.setattr(attention, "flash_attn_with_kvcache", flash_with_kvcache if has_flash else None)
+        monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_varlen if has_flash else None)
+        if request.param == PACKAGES[2]:
+            monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
         monkeypatch.setattr(
             torch.nn.functional, "scaled_dot_product_attention", attention_with_a_fused_kernel
         )
@@ -268,7 +322,7 @@ def gpu(machine, request, monkeypatch):
             monkeypatch.setattr(module, "Engine", ScriptedEngine)
         monkeypatch.setattr(parallel, "DistributedDataParallel", NoExchange)
         patch_to_host(monkeypatch, read_on_device)
-        mode.kernels = launched if both else None
+        mode.kernels = launched if has_triton else None
         yield mode
 
 
@@ -325,7 +379,7 @@ SMALL = dict(model_type="llama", hidden_size=64, num_attention_heads=4, num_key_
              intermediate_size=96, vocab_size=500, num_hidden_layers=1)  # fmt: skip
 
 
-def make_run(folder, config, split=WHOLE):
+def make_run(folder, config, split=WHOLE, checkpointing=True):
     """A Run on the device, as run.open_run makes it; the models by run.build_models, without weights.
 
     Real widths cost nothing where there are no numbers.
@@ -333,14 +387,16 @@ def make_run(folder, config, split=WHOLE):
     (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "rms_norm_eps": 1e-6, **config}))
     c = configure(dict(model=str(folder), data="amc", votes=6, samples=4, questions_per_step=3,
                        questions_per_update=2, max_new_tokens=40, temperature=1.0, kl=0.01))  # fmt: skip
-    assert c.checkpointing and c.device == "cuda"
+    assert c.checkpointing is None and c.device == "cuda"  # memory decides
     asked = [SimpleNamespace(id=str(i)) for i in range(3)]
     prompts = [[11, 12, 13, 14, 15], [21, 22], [31] * 9]
     data = (asked, prompts, asked, prompts)
-    run = run_module.Run(c, torch.device("cuda", 0), folder, None, EOS, *data, 49, 5 * 49, 24, split)
+    budgets = 5 * 49, 24, checkpointing
+    run = run_module.Run(c, torch.device("cuda", 0), folder, None, EOS, *data, 49, *budgets, split)
     here = mock.patch.object(run_module, "on_every_rank", lambda action: action())  # nothing pickles here
     with here, mock.patch.object(model, "read_weights", lambda *_: ()):
         run_module.build_models(run, torch.device("cuda", 0))
+    assert run.policy.checkpointing == checkpointing
     return run
 
 
@@ -398,7 +454,13 @@ def fake_sampling_refills_moves_and_replays(gpu, tmp_path, config, how):
     run = make_run(tmp_path, config)
     check_sampling(run, **how)
     if gpu.kernels:
-        assert run.engine.cache.flash and (gpu.kernels["block_draw"].launches > 0) == (not how)
+        flash, over_cache = run.engine.cache.flash, gpu.kernels["attend_split"].launches
+        assert flash == (attention.flash_attn_with_kvcache is not None) and (over_cache > 0) == (not flash)
+        assert len({context for _, context, *_ in run.engine.graphs.graphs}) == 1, "one graph for each count"
+        assert (gpu.kernels["block_draw"].launches > 0) == (not how)
+        layers = gpu.kernels["swiglu_kernel"].launches  # run through in all; q and k have norms in Qwen3
+        assert gpu.kernels["rotate_kernel"].launches == layers * (1 + (config is QWEN3)) > 0
+        assert gpu.kernels["swiglu_gradient_kernel"].launches == 0
 
 
 def fake_weights_are_refreshed_in_place(gpu, tmp_path):
@@ -444,14 +506,43 @@ def check_learning(run, gpu, monkeypatch):
     if gpu.kernels:
         assert gpu.kernels["partials_kernel"].launches == 14
         assert gpu.kernels["logits_to_gradient_kernel"].launches >= 7
+        # 7 micro-batches: reference, policy and with checkpointing again forward, one pass backward
+        layers, rotations = 7 * len(run.policy.layers), 1 + run.policy.config.qk_norm
+        forward = 2 + run.policy.checkpointing
+        assert gpu.kernels["swiglu_kernel"].launches == forward * layers
+        assert gpu.kernels["swiglu_gradient_kernel"].launches == layers
+        assert gpu.kernels["rotate_kernel"].launches == (forward + 1) * layers * rotations
 
 
 @pytest.mark.parametrize(
-    "gpu, config", [(PACKAGES[0], QWEN3), (PACKAGES[1], QWEN2)], indirect=["gpu"], ids=["qwen3", "qwen2"]
+    "gpu, config, checkpointing",
+    [*zip(PACKAGES, (QWEN3, QWEN2, QWEN2, QWEN3), (True, True, True, False), strict=True)],
+    indirect=["gpu"],
+    ids=PACKAGES,
 )
-def fake_learning(gpu, tmp_path, config, monkeypatch):
+def fake_learning(gpu, tmp_path, config, checkpointing, monkeypatch):
     """Two updates: fp32 gradients and moments on the device, bf16 products, few waits for the device."""
-    check_learning(make_run(tmp_path, config), gpu, monkeypatch)
+    check_learning(make_run(tmp_path, config, checkpointing=checkpointing), gpu, monkeypatch)
+    by_torch = attention.flash_attn_varlen_func is None and attention.torch_has_flash(torch.device("cuda"))
+    assert (gpu.packed_calls > 0) == by_torch
+
+
+@pytest.mark.parametrize("gpu", PACKAGES[:1], indirect=True)
+@pytest.mark.parametrize("autocast", [False, True])
+def fake_products_are_summed_where_they_belong(gpu, autocast, monkeypatch):
+    """fp32 sums of bf16 products: in the one tile of logits and in the gradients, with no copy beside."""
+    if not kernels.logprob.ADDMM_SUMS_IN_FP32:
+        pytest.skip("this torch has no addmm that adds a product of bf16 to a sum in fp32")
+    monkeypatch.setattr(kernels.logprob, "TILE", {"cuda": (64, 96)})
+    hidden = torch.ones(256, 40, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    weight = torch.ones(288, 40, device="cuda").requires_grad_()
+    logprob, _ = kernels.logprob.linear_logprob(hidden, weight, torch.ones(256, device="cuda").long())
+    sizes = {"logits": 4 * 64 * 96, "hidden": 4 * 64 * 40, "weight": 4 * 96 * 40}  # unlike any other tensor's
+    with contextlib.ExitStack() as stack:
+        memory = {name: stack.enter_context(LiveBytes(only=size)) for name, size in sizes.items()}
+        stack.enter_context(torch.autocast("cuda", torch.bfloat16, enabled=autocast))
+        logprob.sum().backward()
+    assert [m.peak for m in memory.values()] == [sizes["logits"], 0, 0]
 
 
 @pytest.mark.parametrize("gpu", PACKAGES[:1], indirect=True)
@@ -577,6 +668,8 @@ IN_SAMPLING = {  # what is wrong: (where, function, its text, the text planted, 
     "flash-attn's cache in SDPA's layout":
         (CACHE, "attend_cached",
          "keys.transpose(1, 2), values.transpose(1, 2)", "keys, values", "must be a multiple"),
+    "the kernel's lengths in int64":
+        (CACHE, "open_step", "position.to(torch.int32)", "position", "lengths: int32"),
     "prompts stay on the CPU":
         (rollout, "prefill", "model.config.windows).to(device)", "model.config.windows)", MIXES),
     "logits in bf16":
@@ -588,19 +681,30 @@ IN_SAMPLING = {  # what is wrong: (where, function, its text, the text planted, 
 }  # fmt: skip
 IN_LEARNING = {
     "advantages on the CPU":
-        (ttrl, "micro_batch_loss", "[:, None].to(device, non_blocking=True)", "[:, None]", MIXES),
+        (ttrl, "micro_batch_loss",
+         "upload(advantage[micro_batch.question, trained][:, None], device)",
+         "advantage[micro_batch.question, trained][:, None]", MIXES),
     "old log-probabilities on the CPU":
-        (ttrl, "micro_batch_loss", "mask.shape[1]].to(device, non_blocking=True)", "mask.shape[1]]", MIXES),
+        (ttrl, "micro_batch_loss",
+         "upload(micro_batch.logprob[:, : mask.shape[1]], device)",
+         "micro_batch.logprob[:, : mask.shape[1]]", MIXES),
     "a metric is read": (metrics.Tally, "add", "entropy, 0.0).sum()", "entropy, 0.0).sum().item()", READS),
     "learning branches on a gap":
         (metrics.Tally, "add", "self.gap_max = torch", "assert gap.max(); self.gap_max = torch", READS),
     "the loss branches on a ratio":
         (ttrl, "grpo_loss", "if ref_logprob is not None:", "if (ratio > 1).any():", READS),
-    "an upload waits":
-        (ttrl, "micro_batch_loss", "mask.to(device, non_blocking=True)", "mask.to(device)", "slow_uploads"),
+    "an upload waits": (ttrl, "upload", "non_blocking=True", "non_blocking=False", "slow_uploads"),
+    "an upload from memory that is not pinned": (ttrl, "upload", ".pin_memory()", "", "slow_uploads"),
+    "an upload of columns": (ttrl, "upload", ".contiguous()", "", "slow_uploads"),
+    "indices from memory that is not pinned": (packing, "upload", ".pin_memory()", "", "slow_uploads"),
+    "angles in bf16":
+        (model, "rope_cos_sin", "torch.cat((cos, cos), -1)", "torch.cat((cos, cos), -1).bfloat16()", "fp32"),
+    "the rotation in fp32":
+        (model.Attention, "forward", "cos, sin, v.dtype).split", "cos, sin, x.dtype).split",
+         "torch.float32"),
     "no autocast":
         (ttrl, "micro_batch_loss",
-         "enabled=mixed", "enabled=False", r"\(torch.float32, True\)"),
+         "enabled=mixed", "enabled=False", "torch.float32"),
     "the policy in bf16":
         (run_module, "load_models", "run.folder, torch.float32, device, shard",
          "run.folder, compute_dtype, device, shard", "bfloat16, True, True"),
@@ -612,26 +716,42 @@ IN_LEARNING = {
     "an index stays on the CPU":
         (packing.PackedBatch, "to",
          "isinstance(value, torch.Tensor)", 'isinstance(value, torch.Tensor) and name != "unpacked"', MIXES),
+    "where keys lie stays on the CPU":
+        (packing.AttentionGroup, "flat", "upload(self.key", "(lambda x, _: x)(self.key", MIXES),
+    "where rows begin stays on the CPU":
+        (packing.AttentionGroup, "flat", "upload(begins, self.device)", "begins", "lengths: int32"),
+    "where rows begin in int64": (packing, "cu_seqlens", ".int()", "", "lengths: int32"),
+    "groups take the device of their indices":
+        (packing.PackedBatch, "to", "group.device = device", "pass", "lengths: int32"),
+    "padded queries stay on the CPU":
+        (packing.AttentionGroup, "padded", "upload(index, self.device) for", "index for", MIXES),
     "the learner's mask on the CPU":
-        (packing.AttentionGroup, "mask", "device = self.query.device", "device = None", MIXES),
+        (packing.AttentionGroup, "mask",
+         "device = self.device", "device = torch.device('cpu')", MIXES),
     "shared heads under a mask": (packing, "sdpa", "if q.is_cuda:", "if False:", "a mask and shared heads"),
 }  # fmt: skip
 ON_TWO = {
     "slices compute in fp32":
         (parallel, "shard", "param_dtype=compute_dtype", "param_dtype=torch.float32", "torch.float32"),
+    "slices round cos and sin": (parallel, "shard", "cast_forward_inputs=False,", "", "in fp32"),
     "slices on the CPU":
         (parallel, "shard", 'torch.device("cpu") if offload else device', 'torch.device("cpu")', "cuda|cpu"),
     "heads are summed on the host":
         (parallel, "sum_over", "x = x.contiguous()", "x = x.cpu()", "from the device to the host"),
 }  # fmt: skip
-ONLY_TORCH = ("slots are numbered on the CPU", "the mask of keys on the CPU", "the learner's mask on the CPU",
-              "shared heads under a mask")  # fmt: skip
+NEEDS = {  # the packages without which a mistake's code does not run; all others are tried with the first
+    "the kernel's lengths in int64": PACKAGES[3],
+    **dict.fromkeys(("slots are numbered on the CPU", "the mask of keys on the CPU",
+                     "where keys lie stays on the CPU", "where rows begin stays on the CPU",
+                     "where rows begin in int64"), PACKAGES[1]),
+    **dict.fromkeys(("the learner's mask on the CPU", "padded queries stay on the CPU",
+                     "shared heads under a mask"), PACKAGES[2]),
+}  # fmt: skip
 
 
 def with_packages(mistakes):
-    """Each mistake with the packages there, unless it is in code that then does not run."""
     return pytest.mark.parametrize(
-        "gpu, mistake", [(PACKAGES[m in ONLY_TORCH], m) for m in mistakes], indirect=["gpu"]
+        "gpu, mistake", [(NEEDS.get(m, PACKAGES[0]), m) for m in mistakes], indirect=["gpu"]
     )
 
 

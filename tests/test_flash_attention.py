@@ -1,15 +1,19 @@
-"""Our calls of flash-attn, against a CPU reference of its signature (flash_attention.py) and against SDPA.
+"""Our calls of flash attention, against CPU references with its signatures (flash_attention.py) and SDPA.
 
-The package itself needs a GPU: there tests/test_gpu.py compares it with SDPA. This file proves that what we
-hand over is what its signature and its checks ask for, and means what SDPA with our own masks means.
+The package and torch's operator need a GPU: there tests/test_gpu.py compares them with SDPA. This file proves
+that what we hand over is what signatures and checks ask for, and means what SDPA with our own masks means.
 """
 
 import copy
 import inspect
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import flash_attention
 import pytest
 import torch
+from conftest import ROOT, environment
 from fake_cuda import plant
 
 import engine
@@ -18,7 +22,7 @@ import rollout
 from engine import Engine, KVCache, decode, prefill
 from kernels import attention
 from model import ModelConfig, Transformer
-from packing import AttentionGroup
+from packing import AttentionGroup, pack_responses
 
 EOS = [1, 2, 3]
 PROMPTS = [[5, 17, 3, 88, 41], [7, 7, 9], [60, 2, 2, 31, 14, 55, 90, 8], [12]]
@@ -41,10 +45,15 @@ def small_model(dtype=torch.bfloat16, head_dim=16, windows=(None, 4), seed=0):
     return whole
 
 
+TORCH = SimpleNamespace(flash_attn_with_kvcache=None, flash_attn_varlen_func=None)  # its own, no package
+PACKAGES = {"flash-attn": flash_attention, "torch": TORCH}
+
+
 def use_flash(monkeypatch, package=flash_attention):
-    """flash-attn is `package`, or None: not installed."""
+    """flash-attn is `package`; or TORCH: not installed, but torch has an operator; or None: neither."""
     for name in ("flash_attn_with_kvcache", "flash_attn_varlen_func"):
         monkeypatch.setattr(attention, name, package and getattr(package, name))
+    monkeypatch.setattr(attention, "torch_has_flash", lambda device: package is TORCH)
 
 
 @pytest.mark.parametrize("name", flash_attention.SIGNATURES)
@@ -52,21 +61,48 @@ def test_the_reference_has_the_signature_of_the_package(name):
     assert str(inspect.signature(getattr(flash_attention, name))) == flash_attention.SIGNATURES[name]
 
 
+@pytest.mark.parametrize("name", flash_attention.SCHEMAS)
+def test_the_operator_has_the_schema_that_we_tested_with(name):
+    """That of the torch which is installed may only have more behind the last argument."""
+    tested = torch._C.parse_schema(f"aten::{name}{flash_attention.SCHEMAS[name]}")
+    assert getattr(torch.ops.aten, name).default._schema.is_backward_compatible_with(tested)
+
+
+def test_flash_attn_4_is_not_taken_for_flash_attn_2(tmp_path):
+    """It has no module flash_attn, but a folder of that name, which Python imports all the same."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    code = "import flash_attn, test_gpu; from kernels import attention; import torch; " \
+        "assert len(flash_attn.__path__) and attention.flash_attn_with_kvcache is None; " \
+        "assert attention.flash_attn_varlen_func is None and test_gpu.flash_attn is None"  # fmt: skip
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment() | path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_attention_by_cudnn():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # decoding
 
 
 @torch.no_grad()
-def decoded(whole, monkeypatch, package, move=True, steps=6):
+def decoded(whole, monkeypatch, package, move=True, steps=6, triton=False):
     """Logits of `steps` decoding steps of four rows, and the cache.
 
-    Before the last two steps the row of slot 0 ends. With `move` the row of slot 3, the longest, then goes
-    into slot 0, as `Engine.compact` does it; without, all rows go on.
+    Attention is that of a package such as flash-attn, or our Triton kernel, or torch's SDPA. Before the last
+    two steps the row of slot 0 ends. With `move` the row of slot 3, the longest, then goes into slot 0, as
+    `Engine.compact` does it; without, all rows go on.
     """
     use_flash(monkeypatch, package)
+    monkeypatch.setattr(engine, "triton_available", lambda x: triton)
     device = whole.embed_tokens.weight.device
     cache = KVCache(whole, slots=5, capacity=20)
-    assert cache.flash == (package is not None) and cache.k.shape == (2, 5, 2, 20, 16)
+    assert cache.flash == (package is not None) and cache.by_length == (cache.flash or triton)
+    assert cache.k.shape == (2, 5, 2, 20, 16)
     prompts = [PROMPTS[row] for row in (0, 1, 3, 2)]
     for slot, prompt in enumerate(prefill(whole, prompts)):
         cache.insert(slot, prompt.k, prompt.v)
@@ -93,17 +129,18 @@ def check_as_good(flash, plain, exact):
     assert flash_error.mean() < 1.3 * plain_error.mean() and flash_error.max() < 2 * plain_error.max()
 
 
-def check_decoding(monkeypatch, dtype=torch.bfloat16, device="cpu", package=flash_attention):
-    """As good logits, and the same cache, by flash-attn as by SDPA."""
+def check_decoding(monkeypatch, dtype=torch.bfloat16, device="cpu", package=flash_attention, triton=False):
+    """As good logits, and the same cache, by flash-attn or our kernel as by SDPA."""
     whole = small_model(dtype).to(device)
-    flash, flash_cache = decoded(whole, monkeypatch, package)
+    flash, flash_cache = decoded(whole, monkeypatch, package, triton=triton)
     plain, plain_cache = decoded(whole, monkeypatch, None, move=False)
     exact, _ = decoded(copy.deepcopy(whole).float(), monkeypatch, None, move=False)
     check_as_good(*(logits.log_softmax(-1) for logits in (flash, plain, exact)))
     for of_flash, of_plain in ((flash_cache.k, plain_cache.k), (flash_cache.v, plain_cache.v)):
         # the first layer, whose input no attention has touched
         assert of_flash[0, :3].equal(of_plain[0, [3, 1, 2]])
-    assert flash_cache.k[0].transpose(1, 2).is_contiguous()  # as flash-attn wants it in memory
+    # as flash-attn wants it in memory, and as our kernel does
+    assert (flash_cache.k[0].transpose(1, 2) if package else flash_cache.k[0]).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -179,6 +216,62 @@ def test_generate(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# rows without padding
+
+
+ROWS = {  # tokens of each prompt; prompt and tokens of each response, of which all but the last are queries
+    "rows": ([5, 3], [(0, 6), (1, 1), (0, 3), (1, 8)]),
+    "rows of one query and of none": ([4, 6], [(0, 1), (0, 2), (1, 2)]),
+}
+
+
+def packed(shape, window):
+    """The PackedBatch of prompts and responses of some lengths."""
+    prompts, responses = shape
+    rows = rollout.empty_rollout([[5] * length for length in prompts], [(q, 0) for q, _ in responses],
+                                 max(length for _, length in responses))  # fmt: skip
+    for row, (_, length) in enumerate(responses):
+        rows.fill(row, torch.full((length,), 7), torch.zeros(length), EOS)
+    return pack_responses(rows, (window,))
+
+
+def inputs(tokens, heads, kv_heads, width, dtype=torch.bfloat16, score=0.0):
+    """q, k, v and the gradient of the result, [T, heads, E] each; scores are `score` in the mean."""
+    generator = torch.Generator().manual_seed(3)
+    heads = (heads, kv_heads, kv_heads, heads)
+    q, k, v, grad = (torch.randn(tokens, h, width, generator=generator) for h in heads)
+    q[..., 0], k[..., 0] = score, width**0.5
+    return [x.to(dtype) for x in (q, k, v, grad)]
+
+
+def attended(monkeypatch, package, batch, q, k, v, grad):
+    """The result of packed attention and the gradients of q, k and v, in float64 on the CPU."""
+    use_flash(monkeypatch, package)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = batch.attend_packed(0, q, k, v)
+    return [x.detach().double().cpu() for x in (out, *torch.autograd.grad(out, (q, k, v), grad))]
+
+
+def check_rows(monkeypatch, package, shape, window=None, heads=(4, 2), width=16, device="cpu", **options):
+    """Against float64, flash attention errs no more than padded SDPA, forward and backward."""
+    batch = packed(shape, window).to(torch.device(device))
+    given = [x.to(device) for x in inputs(len(batch.tokens), *heads, width, **options)]
+    exact = attended(monkeypatch, None, batch, *(x.double() for x in given))
+    flash = attended(monkeypatch, package, batch, *given)
+    plain = attended(monkeypatch, None, batch, *given)
+    for name, a, b, c in zip(("result", "grad q", "grad k", "grad v"), exact, flash, plain, strict=True):
+        assert b.isfinite().all() and c.isfinite().all(), name
+        assert (b - a).abs().max() <= 1.5 * (c - a).abs().max() + 2e-3 * a.abs().max(), name
+
+
+@pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("shape", ROWS.values(), ids=ROWS)
+def test_rows(monkeypatch, package, shape, window):
+    check_rows(monkeypatch, package, shape, window)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # learning
 
 
@@ -200,7 +293,7 @@ def learned(whole, monkeypatch, package, autocast=True):
 
 
 def check_learning(monkeypatch, device="cpu", package=flash_attention):
-    """Log-probabilities and gradients of packed rows, by flash-attn and by SDPA.
+    """Log-probabilities and gradients of packed rows, by flash attention and by SDPA.
 
     The weights are fp32, under autocast, as on a GPU.
     """
@@ -210,8 +303,9 @@ def check_learning(monkeypatch, device="cpu", package=flash_attention):
         check_as_good(*of_kind)
 
 
-def test_learning(monkeypatch):
-    check_learning(monkeypatch)
+@pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
+def test_learning(monkeypatch, package):
+    check_learning(monkeypatch, package=package)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -223,16 +317,18 @@ def test_learning(monkeypatch):
     (torch.bfloat16, 20, False), (torch.bfloat16, 264, False),
 ])  # fmt: skip
 def test_what_flash_attn_refuses_goes_to_sdpa(monkeypatch, dtype, head_dim, takes):
-    """The reference raises where `flash_available` says no, and then the model still runs."""
+    """The reference raises where `flash_available` and `packed_available` say no; the model still runs."""
+    x = torch.zeros(3, 2, head_dim, dtype=dtype)
     use_flash(monkeypatch, None)
-    assert not attention.flash_available(dtype, 64)
-    use_flash(monkeypatch)
-    assert attention.flash_available(dtype, head_dim) == takes
+    assert not attention.flash_available(dtype, 64) and not attention.packed_available(x)
     whole = small_model(dtype, head_dim)
-    assert KVCache(whole, 2, 8).flash == takes
-    assert whole.logits(torch.tensor([[5, 6, 7]])).isfinite().all()
+    for package in PACKAGES.values():
+        use_flash(monkeypatch, package)
+        assert attention.packed_available(x) == takes
+        assert attention.flash_available(dtype, head_dim) == (takes and package is flash_attention)
+        assert KVCache(whole, 2, 8).flash == (takes and package is flash_attention)
+        assert whole.logits(torch.tensor([[5, 6, 7]])).isfinite().all()
     if not takes:
-        x = torch.zeros(3, 2, head_dim, dtype=dtype)
         with pytest.raises(AssertionError, match=r"fp16 and bf16|multiple of 8"):
             flash_attention.check(x, x, x)
 
@@ -249,17 +345,29 @@ MISTAKES = {
     "a row copied but for its last place": (KVCache, "move", "layer[target, :, :length] = ",
                                             "length = length - 1; layer[target, :, :length] = "),
 }  # fmt: skip
-LEARNING_MISTAKES = {
-    "the learner's window one too wide": (attention, "flash_window", "(window - 1, 0)", "(window, 0)"),
-    "the learner not causal": (packing, "flash_packed", "causal=True", "causal=False"),
-    "lengths of keys for those of queries": (
-        AttentionGroup,
-        "__init__",
-        "cu_seqlens(query_length), cu_seqlens(key_length)",
-        "cu_seqlens(key_length), cu_seqlens(query_length)",
-    ),
-    "lengths in int64": (packing, "cu_seqlens", ".int()", ""),
+IN_ROWS = {  # in both ways of flash attention, or in the one that is named
+    "a window one too wide": (packing, "flash_packed", "window - 1, 0", "window, 0"),
+    "no window": (packing, "flash_packed", "window - 1, 0", "-1, 0"),
+    "heads regrouped": (packing, "flash_packed", "window - 1, 0", "window - 1, -1"),
+    "not causal, flash-attn": (packing, "flash_packed",
+                               "causal=True, window_size=(left, right)", "window_size=(left, -1)"),
+    "not causal, torch": (packing, "flash_packed",
+                          "True, False\n    windows = dict(window_size_left=left, window_size_right=right)",
+                          "False, False\n    windows = dict(window_size_left=left)"),
+    "only one half of the window, torch": (packing, "flash_packed", "window_size_left=left, ", ""),
+    "longest rows swapped": (packing, "flash_packed",
+                             "max_seqlen_q, max_seqlen_k\n", "max_seqlen_k, max_seqlen_q\n"),
+    "the second result, torch": (packing, "flash_packed", "**windows)[0]", "**windows)[1]"),
+    "begins of keys for those of queries":
+        (AttentionGroup, "flat",
+         "cu_seqlens(self.query_length), cu_seqlens(self.key_length)",
+         "cu_seqlens(self.key_length), cu_seqlens(self.query_length)"),
+    "begins in int64": (packing, "cu_seqlens", ".int()", ""),
     "keys without their prompts": (AttentionGroup, "__init__", "offset + query_length", "query_length"),
+    "only the queries' own keys": (AttentionGroup, "flat", "if self.offset.any():", "if False:"),
+    "a query too few": (AttentionGroup, "flat", "int(flat_query[-1]) + 1", "int(flat_query[-1])"),
+    "queries of the prompts": (AttentionGroup, "flat", "slice(int(flat_query[0]), int(flat_query[-1]) + 1)",
+                               "slice(0, len(flat_query))"),
 }  # fmt: skip
 
 
@@ -270,8 +378,11 @@ def test_mistake_in_decoding(monkeypatch, mistake):
         check_decoding(monkeypatch)
 
 
-@pytest.mark.parametrize("mistake", LEARNING_MISTAKES)
-def test_mistake_in_learning(monkeypatch, mistake):
-    plant(monkeypatch, *LEARNING_MISTAKES[mistake])
-    with pytest.raises((AssertionError, RuntimeError)):
-        check_learning(monkeypatch)
+@pytest.mark.parametrize("mistake", IN_ROWS)
+def test_mistake_in_rows(monkeypatch, mistake):
+    plant(monkeypatch, *IN_ROWS[mistake])
+    for package in [PACKAGES[name] for name in PACKAGES if mistake.endswith(name)] or PACKAGES.values():
+        with pytest.raises((AssertionError, RuntimeError)):
+            for shape in ROWS.values():
+                for window in (None, 3):
+                    check_rows(monkeypatch, package, shape, window)

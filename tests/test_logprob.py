@@ -54,6 +54,47 @@ def test_one_output_alone_has_the_same_gradient(which):
         assert (expected - got).abs().max() < 1e-5 * max(1.0, expected.abs().max().item())
 
 
+@pytest.mark.parametrize("used", ["both", "logprob"])
+@pytest.mark.parametrize("far", [1, 1000])
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.29, 5.0])
+def test_temperatures(monkeypatch, temperature, far, used):
+    """Against float64, no further from it than the plain formula in fp32; logits up to 10^4."""
+    monkeypatch.setattr(module, "TILE", {"cpu": (16, 30)})
+    hidden, weight, targets = (x.float() if x.is_floating_point() else x for x in inputs(20, 24, 101))
+    results = []
+    for function, dtype in (
+        (plain, torch.float64),
+        (plain, torch.float32),
+        (linear_logprob, torch.float32),
+    ):
+        h, w = hidden.to(dtype, copy=True), weight.to(dtype) * far
+        h.requires_grad_(), w.requires_grad_()
+        logprob, entropy = function(h, w, targets, temperature)
+        (logprob.sum() + (entropy.sum() if used == "both" else 0)).backward()
+        results.append([x.detach().double() for x in (logprob, entropy, h.grad, w.grad)])
+    for exact, eager, got in zip(*results, strict=True):
+        scale = max(1.0, exact.abs().max().item())
+        assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max() + 1e-5 * scale
+
+
+def test_no_memory_is_read_before_it_is_written(monkeypatch):
+    """torch's deterministic mode fills new memory with NaN, and changes no bit of the results."""
+    monkeypatch.setattr(module, "TILE", {"cpu": (16, 30)})
+    results = []
+    for deterministic in (False, True):
+        hidden, weight, targets = (x.float() if x.is_floating_point() else x for x in inputs(40, 8, 101))
+        h, w = hidden.requires_grad_(), weight.requires_grad_()
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            logprob, entropy = linear_logprob(h, w, targets, 0.7)
+            (logprob.sum() + entropy.sum()).backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        results.append((logprob.detach(), entropy.detach(), h.grad, w.grad))
+    for expected, got in zip(*results, strict=True):
+        assert torch.equal(expected, got)
+
+
 def test_frozen_inputs_and_no_tokens():
     hidden, weight, targets = (x.float() if x.is_floating_point() else x for x in inputs(5, 8, 20))
     h = hidden.clone().requires_grad_()

@@ -24,7 +24,8 @@ from parity import (
 )
 
 from engine import KVCache, decode, prefill
-from model import rope_frequencies, rotate
+from kernels.fused import rotate
+from model import rope_frequencies
 from support.pretrained import FAMILIES, hf_tensors
 
 
@@ -238,7 +239,7 @@ def test_rotation_equals_its_plain_form(dtype):
     cos, sin = angle.cos(), angle.sin()
     a, b = x.chunk(2, -1)
     plain = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    signed = [torch.cat(halves, -1).to(dtype) for halves in ((cos, cos), (-sin, sin))]
-    assert (rotate(x.to(dtype), *signed).double() - plain).abs().max() < (
-        1e-6 if dtype == torch.float32 else 0.05
-    )
+    signed = [torch.cat(halves, -1).float() for halves in ((cos, cos), (-sin, sin))]
+    rotated = rotate(x.to(dtype), *signed, dtype)
+    assert rotated.dtype == dtype
+    assert (rotated.double() - plain).abs().max() < (1e-6 if dtype == torch.float32 else 0.05)

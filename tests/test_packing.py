@@ -2,16 +2,17 @@
 
 from types import SimpleNamespace
 
+import flash_attention
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from parity import FIXED, NOTICED, TOLERANCE, both, configs, draw_tokens, examples
+from test_flash_attention import PACKAGES, use_flash
 
 import model
 from engine import KVCache
 from kernels import attention
-from kernels.attention import flash_available
 from packing import AttentionGroup, pack_responses
 from rollout import Rollout
 from support.pretrained import hf_tensors
@@ -109,6 +110,9 @@ def test_the_example_of_the_docstring():
     assert batch.targets.tolist() == [d, e, f, g, h] and batch.logit_positions.tolist() == [2, 3, 2, 4, 5]
     assert batch.groups[1].query.tolist() == [[3, 0], [4, 5]]
     assert batch.groups[1].key.tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 4, 5]]
+    queries, keys, begins = batch.groups[1].flat
+    assert queries == slice(3, 6) and keys.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5]
+    assert begins.tolist() == [[0, 1, 3], [0, 4, 9]]
     assert batch.unpack(torch.arange(1.0, 6.0)).tolist() == [[1, 2, 0], [3, 4, 5]]
 
 
@@ -236,63 +240,15 @@ def test_learner_notices_a_prompt_without_gradient(monkeypatch):
     assert outputs < TOLERANCE and grads > 10 * NOTICED
 
 
-def varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
-                     softmax_scale=None,
-                     causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
-                     return_attn_probs=False, block_table=None):  # fmt: skip
-    """flash_attn_varlen_func of flash_attn 2.8.3, signature and checks, in plain torch, in any precision."""
-    assert causal and not (
-        dropout_p or softmax_scale or softcap or alibi_slopes or return_attn_probs or block_table
-    )
-    assert q.shape[1] % k.shape[1] == 0 and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    assert q_ends[0] == k_ends[0] == 0 and q_ends[-1] == len(q) and k_ends[-1] == len(k) == len(v)
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    rows = []
-    for q_from, q_to, k_from, k_to in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
-        queries, keys = q_to - q_from, k_to - k_from
-        assert queries <= max_seqlen_q and keys <= max_seqlen_k
-        # lined up at the bottom right
-        behind = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
-        seen = (behind >= 0) & ((behind <= window_size[0]) | (window_size[0] < 0))
-        scores = torch.einsum("qhe,khe->hqk", q[q_from:q_to], k[k_from:k_to]) / q.shape[-1] ** 0.5
-        probability = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-        rows.append(torch.einsum("hqk,khe->qhe", probability, v[k_from:k_to]))
-    return torch.cat(rows)
-
-
+@pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
 @pytest.mark.parametrize("window", [None, 4])
-def test_learner_with_flash_attn_equals_transformers(monkeypatch, window):
-    """Outputs and gradients by the call that a GPU makes without padding.
-
-    A reference with the signature of flash-attn takes the call.
-    """
-    calls = []
-
-    def counted(*args, **options):
-        calls.append(1)
-        return varlen_reference(*args, **options)
-
-    monkeypatch.setattr(attention, "flash_attn_varlen_func", counted)
-    monkeypatch.setattr("packing.flash_available", lambda dtype, head_dim: True)  # fp32 too
-    check_learner(
-        FIXED | ({"model_type": "mistral", "sliding_window": window} if window else {}),
-        SHAPE,
-        1.0,
-        False,
-        seed=0,
-    )
+def test_learner_with_flash_attention_equals_transformers(monkeypatch, window, package):
+    """Outputs and gradients by the calls that a GPU makes without padding, which references take in fp32."""
+    calls, made = [], attention.flash_packed
+    use_flash(monkeypatch, package)
+    monkeypatch.setattr(flash_attention, "DTYPES", [torch.float32])
+    monkeypatch.setattr("packing.packed_available", lambda q: True)
+    monkeypatch.setattr("packing.flash_packed", lambda *args: calls.append(1) or made(*args))
+    mistral = {"model_type": "mistral", "sliding_window": window} if window else {}
+    check_learner(FIXED | mistral, SHAPE, 1.0, False, seed=0)
     assert calls
-
-
-def test_flash_attn_is_called_only_with_what_it_takes(monkeypatch):
-    half = torch.bfloat16
-    takes = [(half, 64), (torch.float16, 256)]
-    refuses = [(torch.float32, 64), (half, 20), (half, 264)]
-    monkeypatch.setattr(attention, "flash_attn_varlen_func", len)
-    assert all(flash_available(*case) for case in takes) and not any(
-        flash_available(*case) for case in refuses
-    )
-    monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
-    assert not flash_available(half, 64)

@@ -148,7 +148,7 @@ CHANGED = {
         "no mask": ("masked_fill_(~seen", "masked_fill_(~seen & False", "behind its own position"),
         "window": ("seen &= key_at > position[:, None] - window", "pass", "window"),
         "offset": (
-            "query_at = self.offset[:, None, None, None] + place",
+            "query_at = upload(self.offset, device)[:, None, None, None] + place",
             "query_at = place[None, None]",
             "offset",
         ),
@@ -174,9 +174,9 @@ CHANGED = {
         "entropy": ("logp.add_(entropy[:, None]).mul_", "logp.mul_", "H is missing"),
     },
     "kernel": {
-        "padding": ("z = tl.where(column < vocabulary, z, -1e38)", "z = z", "end of the vocabulary"),
+        "padding": ("z = tl.where(column < vocabulary, z, -1e30)", "z = z", "end of the vocabulary"),
         "old sums": ("sum_exp = tl.exp(shift) * sum_exp", "sum_exp = sum_exp", "rescaled"),
-        "piece": ("first = tl.program_id(1) * size", "first = 0", "its own piece"),
+        "piece": ("first = piece * size", "first = 0", "its own piece"),
         "temperature": (
             "c = (z - higher[:, None]) * inverse_temperature",
             "c = z - higher[:, None]",

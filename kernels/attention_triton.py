@@ -1,0 +1,121 @@
+"""Attention of decoding in Triton: one query per row over a KV cache, of which only what is filled is read.
+
+Decoding waits for memory: each key and value is read once and used once per query head. So the kernel is
+built around the reads (flash-decoding, Dao et al. 2023):
+
+    one program per (row, key head, split)    the query heads that share a key head share its reads
+    splits of a row's keys                    few long rows keep the whole GPU busy, too
+    lengths are read on the device            the launch depends on the shape of the cache alone, so that a
+                                              CUDA graph of it stays valid while rows grow, end and begin
+
+Every split is a softmax over its own keys, summed up online, and `merge_splits` puts them under one maximum.
+
+Letters in shape comments: B rows, T tokens, H heads, K key/value heads, E head width, N splits.
+"""
+
+import math
+
+import torch
+import triton
+from triton import language as tl
+
+SMALLEST_SPLIT = 64  # keys; shorter ones cost more to merge than they save
+MOST_SPLITS = 64
+
+
+def attend_cached_triton(q, k, v, keys, values, length, window=None):
+    """Store one token per row in a cache and attend from it: q [B, H, E], k and v [B, K, E] -> [B, H, E].
+
+    The cache's keys and values [B, K, T, E] hold `length` [B] of int32 tokens, and have room for one more: k
+    and v are written behind them. A query sees that token and the window - 1 before it; None: all of them.
+    """
+    (rows, heads, width), kv_heads, capacity = q.shape, k.shape[1], keys.shape[2]
+    assert keys.shape == values.shape == (rows, kv_heads, capacity, width) and length.shape == (rows,)
+    assert all(x.stride()[1:] == (width, 1) for x in (q, k, v)), "the heads of a token lie one after another"
+    assert keys.stride() == values.stride() and keys.stride()[2:] == (width, 1)
+    splits = splits_wanted(q.device, rows * kv_heads, capacity)
+    sizes = tile_sizes(heads // kv_heads, width, q.element_size())
+    acc = torch.empty(rows, heads, splits, width, device=q.device, dtype=torch.float32)
+    peak, mass = torch.empty(2, rows, heads, splits, device=q.device, dtype=torch.float32)
+    out = torch.empty(rows, heads, width, device=q.device, dtype=q.dtype)
+    attend_split[(rows, kv_heads, splits)](
+        q, k, v, keys, values, length, acc, peak, mass, q.stride(0), k.stride(0), v.stride(0),
+        *keys.stride()[:2], math.log2(math.e) / math.sqrt(width), capacity if window is None else window,
+        **sizes, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    merge_splits[(rows * heads,)](acc, peak, mass, out, N=splits, E=width, BE=sizes["BE"])
+    return out
+
+
+def tile_sizes(group, width, number_bytes):
+    """Of a program: powers of 2, 16 query heads at least, and as many keys as fit three times everywhere."""
+    wide = triton.next_power_of_2(width)
+    queries, keys = max(16, triton.next_power_of_2(group)), 64 if wide * number_bytes <= 256 else 32
+    return dict(G=group, BG=queries, E=width, BE=wide, BT=keys)
+
+
+def splits_wanted(device, programs, capacity):
+    """Into how many parts to split a row, a power of 2: enough to keep the GPU busy until the last one."""
+    wanted = 8 * torch.cuda.get_device_properties(device).multi_processor_count / programs
+    most = min(MOST_SPLITS, wanted, capacity / SMALLEST_SPLIT)
+    return 1 << max(0, math.ceil(math.log2(most)))
+
+
+@triton.jit
+def attend_split(q, k, v, keys, values, length, acc, peak, mass, q_stride, k_stride, v_stride, row_stride,
+                 head_stride, scale, window, G: tl.constexpr, BG: tl.constexpr, E: tl.constexpr,
+                 BE: tl.constexpr, BT: tl.constexpr):  # fmt: skip
+    """Program (row, key head, split): the G query heads of a key head over a part of the row's keys.
+
+    The first split also takes the new token, which it has at hand: it stores it for the steps to come, and
+    nobody reads it back in this one.
+    """
+    row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    splits, heads = tl.num_programs(2), tl.num_programs(1) * G
+    g, e = tl.arange(0, BG), tl.arange(0, BE)
+    own = (g < G)[:, None] & (e < E)  # tiles are powers of 2, of 16 queries at least
+    query = tl.load(q + row * q_stride + (head * G + g)[:, None] * E + e, mask=own, other=0.0)  # [BG, BE]
+    new_key = tl.load(k + row * k_stride + head * E + e, mask=e < E, other=0.0)  # [BE]
+    new_value = tl.load(v + row * v_stride + head * E + e, mask=e < E, other=0.0)
+    filled = tl.load(length + row)
+    keys += row * row_stride + head * head_stride
+    values += row * row_stride + head * head_stride
+    is_first = split == 0
+    tl.store(keys + filled * E + e, new_key, mask=is_first & (e < E))
+    tl.store(values + filled * E + e, new_value, mask=is_first & (e < E))
+
+    # The maximum of every split starts at the new token's score: finite, and one that the row does have.
+    top = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), 1) * scale  # [BG], a power of 2
+    total = tl.where(is_first, tl.full([BG], 1.0, tl.float32), 0.0)
+    sums = tl.where(is_first, tl.zeros([BG, BE], tl.float32) + new_value.to(tl.float32), 0.0)
+    first = tl.maximum(filled + 1 - window, 0)
+    part = tl.cdiv(tl.cdiv(filled - first, splits), BT) * BT
+    start = first + split * part
+    stop = tl.minimum(start + part, filled)
+    for block in range(start, stop, BT):
+        t = block + tl.arange(0, BT)
+        inside = (t < stop)[:, None] & (e < E)
+        key = tl.load(keys + t[:, None] * E + e, mask=inside, other=0.0)  # [BT, BE]
+        value = tl.load(values + t[:, None] * E + e, mask=inside, other=0.0)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # [BG, BT]
+        score = tl.where(t < stop, score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        shrink, p = tl.exp2(top - higher), tl.exp2(score - higher[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        sums = tl.dot(p.to(value.dtype), value, sums * shrink[:, None], input_precision="ieee")
+        top = higher
+    at = (row * heads + head * G + g) * splits + split  # of [B, H, N]
+    tl.store(acc + at[:, None] * E + e, sums, mask=own)
+    tl.store(peak + at, top, mask=g < G)
+    tl.store(mass + at, total, mask=g < G)
+
+
+@triton.jit
+def merge_splits(acc, peak, mass, out, N: tl.constexpr, E: tl.constexpr, BE: tl.constexpr):
+    """Program (row, head): its N splits under one maximum. A split without keys has a mass of 0."""
+    at, split, e = tl.program_id(0).to(tl.int64), tl.arange(0, N), tl.arange(0, BE)
+    top = tl.load(peak + at * N + split)
+    share = tl.exp2(top - tl.max(top, 0))
+    total = tl.sum(share * tl.load(mass + at * N + split), 0)
+    sums = tl.load(acc + (at * N + split)[:, None] * E + e, mask=e < E, other=0.0)  # [N, BE]
+    tl.store(out + at * E + e, tl.sum(share[:, None] * sums, 0) / total, mask=e < E)
