@@ -66,13 +66,16 @@ def mended():
     )
 
 
+STOCK = {name: getattr(Builder, name) for name in mended()}
+
+
 def patch_lang_tensor(tensor, *scope, stock=interpreter._patch_lang_tensor):
-    """Before 3.7 a tensor as the bound of a loop is an array of one number, which NumPy 2.5 refuses."""
+    """Before Triton 3.7 the bound of a loop is an array of one number, which NumPy 2.5 takes for no index."""
     stock(tensor, *scope)
     tensor.__index__ = lambda self: int(self.handle.data.item())
 
 
-STOCK = {name: getattr(Builder, name) for name in mended()}
+interpreter._patch_lang_tensor = patch_lang_tensor  # for good: the hints of the exercises run kernels too
 
 
 @triton.jit
@@ -99,7 +102,6 @@ def on_gpu(monkeypatch):
     """Take the Triton path on CPU tensors."""
     for name, patch in mended().items():
         monkeypatch.setattr(Builder, name, patch)
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
     monkeypatch.setattr(logprob, "on_gpu", lambda x: True)
     monkeypatch.setattr(fused, "on_gpu", lambda x: True)
     monkeypatch.setattr(logprob_triton, "programs_wanted", lambda device: 3)
