@@ -123,7 +123,7 @@ class ScriptedEngine(engine.Engine):
 class NoExchange(torch.nn.Module):
     """DistributedDataParallel of one rank."""
 
-    def __init__(self, module, gradient_as_bucket_view, broadcast_buffers):
+    def __init__(self, module, gradient_as_bucket_view):
         super().__init__()
         self.module = module
 
