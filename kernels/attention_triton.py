@@ -67,8 +67,7 @@ def attend_split(q, k, v, keys, values, length, acc, peak, mass, q_stride, k_str
                  BE: tl.constexpr, BT: tl.constexpr):  # fmt: skip
     """Program (row, key head, split): the G query heads of a key head over a part of the row's keys.
 
-    The first split also takes the new token, which it has at hand: it stores it for the steps to come, and
-    nobody reads it back in this one.
+    The first split also takes the new token, and stores it for later steps: nobody reads it back here.
     """
     row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     splits, heads = tl.num_programs(2), tl.num_programs(1) * G
@@ -97,17 +96,26 @@ def attend_split(q, k, v, keys, values, length, acc, peak, mass, q_stride, k_str
         inside = (t < stop)[:, None] & (e < E)
         key = tl.load(keys + t[:, None] * E + e, mask=inside, other=0.0)  # [BT, BE]
         value = tl.load(values + t[:, None] * E + e, mask=inside, other=0.0)
-        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # [BG, BT]
-        score = tl.where(t < stop, score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, 1))
-        shrink, p = tl.exp2(top - higher), tl.exp2(score - higher[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        sums = tl.dot(p.to(value.dtype), value, sums * shrink[:, None], input_precision="ieee")
-        top = higher
+        top, total, sums = attend_block(query, key, value, t < stop, scale, top, total, sums)
     at = (row * heads + head * G + g) * splits + split  # of [B, H, N]
     tl.store(acc + at[:, None] * E + e, sums, mask=own)
     tl.store(peak + at, top, mask=g < G)
     tl.store(mass + at, total, mask=g < G)
+
+
+@triton.jit
+def attend_block(query, key, value, is_key, scale, top, total, sums):
+    """A step of online softmax (Milakov and Gimelshein 2018): queries [BG, BE] over a block of keys [BT, BE].
+
+    top [BG] is the largest score so far, total [BG] the sum of 2^(score - top), sums [BG, BE] that of 2^(score
+    - top) * value. All three come back with the block in them.
+    """
+    score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # [BG, BT]
+    score = tl.where(is_key, score, float("-inf"))
+    higher = tl.maximum(top, tl.max(score, 1))
+    shrink, p = tl.exp2(top - higher), tl.exp2(score - higher[:, None])
+    sums = tl.dot(p.to(value.dtype), value, sums * shrink[:, None], input_precision="ieee")
+    return higher, total * shrink + tl.sum(p, 1), sums
 
 
 @triton.jit
