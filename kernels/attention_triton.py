@@ -107,8 +107,8 @@ def attend_split(q, k, v, keys, values, length, acc, peak, mass, q_stride, k_str
 def attend_block(query, key, value, is_key, scale, top, total, sums):
     """A step of online softmax (Milakov and Gimelshein 2018): queries [BG, BE] over a block of keys [BT, BE].
 
-    top [BG] is the largest score so far, total [BG] the sum of 2^(score - top), sums [BG, BE] that of 2^(score
-    - top) * value. All three come back with the block in them.
+    top [BG] is the largest score so far, total [BG] the sum of w = 2^(score - top), and sums [BG, BE] that of
+    w * value. All three come back with the block in them.
     """
     score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # [BG, BT]
     score = tl.where(is_key, score, float("-inf"))
