@@ -7,6 +7,7 @@
     (a) 1 row, a prompt of 64 tokens and 64 new ones
     (b) 4 questions x 16 samples, prompts of 64 tokens, 64 new ones, every row to its full length
     (c) 8 questions x 64 samples in the chat template, up to 128 tokens, as long as the model makes them
+    (d) as (b), sampled with top-p 0.95, and beside it (b) once more: what top-p costs
 
 The peer is first screened: attention, cache, the way rows are repeated, rows a call, threads. Of what was
 tried the best takes part, twice: as `generate` alone, and as `generate` behind a prompt cache filled by hand
@@ -54,8 +55,10 @@ ASKED = (
     "Anna reads 5 pages a day. How many pages does she read in 6 days?",
     "Is the sun a star or a planet?",
 )
-AIMS = {"a": 1.5, "b": 2.0, "c": 4.0}  # times the peer's tokens a second
+AIMS = {"a": 1.5, "b": 2.0, "c": 4.0, "d": 2.0}  # times the peer's tokens a second
 AIM_BANDWIDTH, AIM_GEMM = 0.8, 0.6
+TOP_P_COST = 0.15  # of the time without it, at most
+WITHOUT_TOP_P = "ours without top-p"
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Case:
     new_tokens: int
     eos_ids: tuple  # () where every row has to reach its full length
     repeats: int
+    top_p: float = 1.0
 
     @property
     def rows(self):
@@ -76,7 +80,7 @@ class Case:
         lengths = sorted({len(prompt) for prompt in self.prompts})
         prompt = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else lengths[0]
         return (f"({self.name}) {len(self.prompts)} x {self.samples} rows, prompts of {prompt} tokens, "
-                f"{self.new_tokens} new ones, {end}")  # fmt: skip
+                f"{self.new_tokens} new ones, {end}, top-p {self.top_p:g}")  # fmt: skip
 
 
 def make_cases(folder):
@@ -88,6 +92,7 @@ def make_cases(folder):
         "a": Case("a", prompts[:1], 1, 64, (), 5),
         "b": Case("b", prompts, 16, 64, (), 3),
         "c": Case("c", asked, 64, 128, tuple(eos_ids), 1),
+        "d": Case("d", prompts, 16, 64, (), 3, top_p=0.95),
     }
 
 
@@ -110,7 +115,12 @@ class Sample:
 
 def ours(model, case, step=1):
     options = dict(
-        max_new_tokens=case.new_tokens, eos_ids=case.eos_ids or [-1], seed=0, stream="train", step=step
+        max_new_tokens=case.new_tokens,
+        top_p=case.top_p,
+        eos_ids=case.eos_ids or [-1],
+        seed=0,
+        stream="eval",  # training refuses top-p
+        step=step,
     )
     rollout, wall, cpu = clocked(generate, model, case.prompts, case.samples, **options)
     return Sample(wall, cpu, rollout.response_length.tolist())
@@ -169,7 +179,7 @@ class Peer:
             max_new_tokens=case.new_tokens,
             do_sample=True,
             temperature=1.0,
-            top_p=1.0,
+            top_p=case.top_p,
             top_k=0,
             pad_token_id=0,
         )
@@ -268,6 +278,7 @@ CANDIDATES = {
           *(Setting(repeat=repeat, rows=rows) for repeat, rows in (("prefix", 128), ("prefix", None),
             ("num_return_sequences", 64), ("num_return_sequences", 128), ("num_return_sequences", None)))],
 }  # fmt: skip
+CANDIDATES["d"] = CANDIDATES["b"]
 
 
 def screen(peer, case, threads, longest):
@@ -299,13 +310,15 @@ def compare(case, model, peer, threads, repeats):
     settings = best_settings(case, tried)
     threads = settings["generate"].threads
 
-    def our_turn():
+    def our_turn(case=case):
         torch.set_num_threads(threads)
         return ours(model, case)
 
     torch.set_num_threads(threads)
     ours(model, replace(case, new_tokens=2))  # warm
     sides = {"ours": shown("ours", our_turn)}
+    if case.top_p < 1:
+        sides[WITHOUT_TOP_P] = shown(WITHOUT_TOP_P, partial(our_turn, replace(case, top_p=1.0)))
     for name, setting in settings.items():
         sides[name] = shown(name, partial(peer.run, case, setting))
     runs = in_turn(sides, repeats or case.repeats)
@@ -433,9 +446,11 @@ def verdicts(compared, bound):
     for result in compared:
         name, sides = result["case"], result["sides"]
         for side in list(sides)[1:]:
-            reached = sides[side]["times_peer"]
-            met = "met" if reached >= AIMS[name] else "not met"
-            lines.append(f"({name}) aim {AIMS[name]} x {side}: {reached:.2f} x, {met}")
+            reached, aim = sides[side]["times_peer"], AIMS[name]
+            if side == WITHOUT_TOP_P:
+                aim = 1 / (1 + TOP_P_COST)
+            met = "met" if reached >= aim else "not met"
+            lines.append(f"({name}) aim {aim:.2g} x {side}: {reached:.2f} x, {met}")
     if bound:
         for rows, share, aim in ((1, "bandwidth_share", AIM_BANDWIDTH), (64, "gemm_share", AIM_GEMM)):
             value = bound[f"rows_{rows}"][share]
@@ -446,12 +461,12 @@ def verdicts(compared, bound):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", nargs="*", choices=list("abc"), default=list("abc"), help="[a b c]")
+    parser.add_argument("--cases", nargs="*", choices=list("abcd"), default=list("abcd"), help="[a b c d]")
     parser.add_argument(
         "--model", type=Path, help="a folder in Hugging Face format [SmolLM2-135M-Instruct, fetched]"
     )
     parser.add_argument("--threads", nargs="+", type=int, help="numbers of threads to try [1, and all cores]")
-    parser.add_argument("--repeats", type=int, help="runs of each side [a 5, b 3, c 1]")
+    parser.add_argument("--repeats", type=int, help="runs of each side [a 5, b 3, c 1, d 3]")
     parser.add_argument("--no-bounds", action="store_true", help="only the comparison")
     args = parser.parse_args()
     threads = args.threads or sorted({1, torch.get_num_threads(), len(os.sched_getaffinity(0))})

@@ -622,7 +622,7 @@ MISTAKES = {
         ),
         edge_belongs_to_the_lower: (
             "A target on an edge belongs to the next index: the running sum has to exceed the target "
-            "(searchsorted with right=True)."
+            "(`>`, or searchsorted with right=True)."
         ),
         impossible_token: "A token of probability 0 (logit -inf) is drawn at the edge of the range.",
         temperature_multiplied: "The temperature divides the logits.",

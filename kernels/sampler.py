@@ -1,8 +1,8 @@
-"""Sampling tokens: random numbers that are a hash of what they are for, and inverse-CDF sampling, no sort.
+"""Sampling tokens: random numbers that are a hash of what they are for, and inverse-CDF sampling.
 
-`sample_tokens` is what decoding calls. On a GPU with top_p 1 it runs two Triton kernels (sampler_triton.py),
-elsewhere the torch functions below, which the kernels are tested against. Neither waits for the device nor
-has a shape that depends on data, so both can be captured in a CUDA graph.
+`sample_tokens` is what decoding calls. On a GPU with Triton it runs the kernels of sampler_triton.py,
+elsewhere the torch functions below, which the kernels are tested against. On a GPU neither waits for the
+device nor has a shape that depends on data, so both can be captured in a CUDA graph.
 
 Letters in shape comments: B rows, V vocabulary, N blocks of the vocabulary.
 """
@@ -22,15 +22,17 @@ def sample_tokens(logits, key, position, temperature=1.0, top_p=1.0):
     """Sample the token at `position` [B] of each row: logits [B, V], key [B] -> (token [B], logprob [B]).
 
     The result is a function of a row's own logits, key and position, whatever else is in the batch. The
-    log-probability is that of the distribution sampled from, temperature and top-p included.
+    log-probability is that of the distribution sampled from, temperature and top-p included. Top-p keeps the
+    fewest most likely tokens that together reach the probability top_p (Holtzman et al. 2020), and those that
+    tie with the least likely of them.
 
     >>> logits = torch.tensor([[0.0, -torch.inf, 0.0]])
     >>> token, logprob = sample_tokens(logits, key=torch.tensor([7]), position=torch.tensor([0]))
     >>> token.item() in (0, 2), round(logprob.item(), 4)
     (True, -0.6931)
     """
-    if logits.is_cuda and sampler_triton is not None and top_p == 1 and temperature > 0:
-        return sampler_triton.sample_tokens_triton(logits, key, position, temperature)
+    if logits.is_cuda and sampler_triton is not None and temperature > 0:
+        return sampler_triton.sample_tokens_triton(logits, key, position, temperature, top_p)
     rows = max(1, CHUNK[logits.device.type] // logits.shape[1])
     chunks = zip(logits.split(rows), uniform(key, position).split(rows), strict=True)
     sampled = [sample_inverse_cdf(chunk, u, temperature, top_p) for chunk, u in chunks]
@@ -77,9 +79,9 @@ def uniform(key, position):
 def sample_inverse_cdf(logits, u, temperature=1.0, top_p=1.0):
     """Sample a token per row by inverse CDF: logits [B, V], u [B] in (0, 1) -> (token [B], logprob [B]).
 
-    The log-probability is that of the distribution sampled from, temperature and top-p included (Holtzman et
-    al. 2020). Temperature 0 is greedy, with log-probability 0. A token of probability 0 is never sampled.
-    Logits with a NaN give some token of the vocabulary and the log-probability NaN.
+    Temperature and top-p as in sample_tokens. Temperature 0 is greedy, with log-probability 0. A token of
+    probability 0 is never sampled. Logits with a NaN give some token of the vocabulary and the
+    log-probability NaN.
 
     >>> token, logprob = sample_inverse_cdf(torch.tensor([[0.0, 0.0]]), u=torch.tensor([0.7]))  # a fair coin
     >>> token.item(), round(logprob.item(), 4)
@@ -88,11 +90,11 @@ def sample_inverse_cdf(logits, u, temperature=1.0, top_p=1.0):
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(u)
     logits = logits.float()
-    if top_p < 1:
-        logits, temperature = keep_top_p(logits / temperature, top_p), 1.0
     max_logit = logits.amax(-1, keepdim=True)
     # exp((logits - max_logit) / temperature) in two passes over [B, V], not divided by its sum
     p = torch.add(max_logit / -temperature, logits, alpha=1 / temperature).exp_()
+    if top_p < 1:
+        p.masked_fill_(p < nucleus_floor(p, top_p), 0)
     mass = block_sums(p)  # [B, N]
     total = mass.sum(-1)
     block, rest = inverse_cdf(mass, u * total)
@@ -112,21 +114,44 @@ def block_sums(p):
 
 
 def inverse_cdf(mass, target):
-    """The first index whose running sum exceeds the target, and how far into it: [B, N], [B] -> [B], [B].
+    """The first index with mass whose running sum exceeds the target, and how far into it the target lies.
+
+    mass [B, N], target [B] -> [B], [B]. A target at or above the total gives the first index that reaches it.
 
     >>> inverse_cdf(torch.tensor([[2.0, 0.0, 3.0, 0.0]]), torch.tensor([2.5]))
     (tensor([2]), tensor([0.5000]))
     """
     cdf = mass.cumsum(-1)
-    index = torch.searchsorted(cdf, target[:, None], right=True)  # [B, 1]
-    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())  # if the target was rounded up to the total
-    index = torch.minimum(index, last).clamp_(max=mass.shape[1] - 1)  # the clamp: NaN sorts past the end
+    reached = cdf.masked_fill(mass == 0, float("-inf"))  # rounding may put any target anywhere
+    total = reached.amax(-1, keepdim=True)
+    hit = (reached > target[:, None]) | (reached == total)
+    index = hit.int().argmax(-1, keepdim=True)  # [B, 1] the first, or 0 where all is NaN
     return index[:, 0], target - (cdf - mass).gather(1, index)[:, 0]
 
 
-def keep_top_p(logits, top_p):
-    """Set logits to -inf, except the fewest most likely ones that reach a mass of top_p: [B, V] -> [B, V]."""
-    probability, order = torch.sort(logits.softmax(-1), dim=-1, descending=True, stable=True)
-    mass_before = probability.cumsum(-1) - probability  # of the tokens that are likelier
-    dropped = mass_before >= top_p
-    return logits.masked_fill(dropped.scatter(1, order, dropped), float("-inf"))
+# ----------------------------------------------------------------------------------------------------------
+# top-p
+
+
+def nucleus_floor(p, top_p):
+    """The least p that top-p keeps in each row: p [B, V], relative to that of the likeliest token -> [B, 1].
+
+    >>> nucleus_floor(torch.tensor([[0.2, 1.0, 0.5, 0.3]]), top_p=0.8)  # 1.0 and 0.5 are 0.75 of the whole
+    tensor([[0.3000]])
+    """
+    total = p.sum(-1, keepdim=True)  # [B, 1]
+    target = top_p * total
+    if p.is_cuda:  # to be captured in a graph, shapes may not depend on data
+        return least_kept(p, target)
+    # Tokens of at most the mean of the mass to drop are surely dropped, and few others are left to be sorted.
+    bound = ((1 - top_p) * total / p.shape[1]).clamp_(max=0.5)  # the likeliest stays, whose p is about 1
+    rows = zip(p, ~(p <= bound), target, strict=True)  # not p > bound: NaN stays
+    return torch.stack([least_kept(row[likely], of_row) for row, likely, of_row in rows])
+
+
+def least_kept(p, target):
+    """The p at which the sum of the largest reaches the target: p [..., V], target [..., 1] -> [..., 1]."""
+    bits = p.view(torch.int32)  # in the same order, as p >= 0; torch sorts long integers by radix
+    ranked = bits.sort(-1).values.view(torch.float32).flip(-1)
+    last = torch.searchsorted(ranked.cumsum(-1), target).clamp_(max=ranked.shape[-1] - 1)
+    return ranked.gather(-1, last)

@@ -1,14 +1,21 @@
-"""sample_tokens of sampler.py in Triton, for top_p 1: one kernel sums blocks, one samples from them."""
+"""sample_tokens of sampler.py in Triton: one kernel sums blocks, one samples from them; two more for top-p.
+
+Top-p keeps the logits at or above a floor: the highest number at which they still have the mass top_p. Its 32
+bits are found digit by digit, as in a radix sort that moves nothing: a pass over the logits sums what lies at
+or above each of 16 numbers, and the highest whose sum reaches top_p is the floor that the next pass starts
+from. Eight passes do, whatever the logits are, so a CUDA graph can hold them.
+"""
 
 import torch
 import triton
 from triton import language as tl
 
-TILE = 1024  # of the vocabulary, per program of the first kernel
+TILE = 1024  # of the vocabulary, per program of the kernels that read all of it
+BITS = 4  # of the floor, that a pass finds
 
 
-def sample_tokens_triton(logits, key, position, temperature):
-    """sample_tokens with top_p 1 by two kernels; logits [B, V] of any float dtype, each row contiguous."""
+def sample_tokens_triton(logits, key, position, temperature, top_p=1.0):
+    """sample_tokens at temperatures above 0; logits [B, V] of any float dtype, each row contiguous."""
     rows, vocabulary = logits.shape
     assert logits.stride(1) == 1, "each row of logits has to be contiguous"
     assert key.shape == position.shape == (rows,), "logits [B, V], key [B], position [B]"
@@ -18,18 +25,34 @@ def sample_tokens_triton(logits, key, position, temperature):
     logprob = torch.empty(rows, device=logits.device, dtype=torch.float32)
     scalars = vocabulary, blocks, logits.stride(0), 1 / temperature
     sizes = dict(BLOCKS=triton.next_power_of_2(blocks), TILE=TILE)
-    block_mass[(rows, blocks)](logits, peak, mass, *scalars, TILE=TILE)
-    block_draw[(rows,)](logits, key, position, peak, mass, token, logprob, *scalars, **sizes)
+    floor = None
+    block_mass[(rows, blocks)](logits, floor, peak, mass, *scalars, TILE=TILE)
+    if top_p < 1:
+        floor = nucleus_floor_triton(logits, peak, mass, top_p, scalars, sizes)
+        block_mass[(rows, blocks)](logits, floor, peak, mass, *scalars, TILE=TILE)
+    block_draw[(rows,)](logits, floor, key, position, peak, mass, token, logprob, *scalars, **sizes)
     return token, logprob
 
 
+def nucleus_floor_triton(logits, peak, mass, top_p, scalars, sizes):
+    """The least logit that top-p keeps, as an ordinal [B]; peak and mass [B, blocks] of all logits."""
+    (rows, blocks), digits = peak.shape, 2**BITS
+    floor = torch.full((rows,), -(2**31), device=logits.device, dtype=torch.int32)
+    above = torch.empty(rows, blocks, digits, device=logits.device, dtype=torch.float32)
+    for shift in range(32 - BITS, -1, -BITS):
+        block_above[(rows, blocks)](logits, floor, peak, above, *scalars, shift, DIGITS=digits, TILE=TILE,
+                                    num_warps=1)  # fmt: skip
+        raise_floor[(rows,)](floor, peak, mass, above, blocks, scalars[-1], top_p, shift, DIGITS=digits,
+                             BLOCKS=sizes["BLOCKS"])  # fmt: skip
+    return floor
+
+
 @triton.jit
-def block_mass(logits, peak, mass, vocabulary, blocks, stride, inverse_temperature, TILE: tl.constexpr):
+def block_mass(logits, floor, peak, mass, vocabulary, blocks, stride, inverse_temperature,
+               TILE: tl.constexpr):  # fmt: skip
     """Program (row, block): the largest logit of the block, and the sum of exponentials under it."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    column = block * TILE + tl.arange(0, TILE)
-    x = tl.load(logits + row * stride + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
-    x *= inverse_temperature
+    x = load_block(logits, floor, row, block, vocabulary, stride, TILE) * inverse_temperature
     top = tl.max(x, 0)
     p = tl.where(x == float("-inf"), 0.0, tl.exp(x - top))  # a whole block may be -inf: no -inf - -inf
     tl.store(peak + row * blocks + block, top)
@@ -37,7 +60,7 @@ def block_mass(logits, peak, mass, vocabulary, blocks, stride, inverse_temperatu
 
 
 @triton.jit
-def block_draw(logits, key, position, peak, mass, token, logprob, vocabulary, blocks, stride,
+def block_draw(logits, floor, key, position, peak, mass, token, logprob, vocabulary, blocks, stride,
                inverse_temperature, BLOCKS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Program (row): scan the blocks, then the tokens of the one block that u falls in."""
     row = tl.program_id(0).to(tl.int64)
@@ -51,12 +74,56 @@ def block_draw(logits, key, position, peak, mass, token, logprob, vocabulary, bl
     block, rest = first_above(s, u * total, index)
 
     index = tl.arange(0, TILE)
-    column = block * TILE + index
-    x = tl.load(logits + row * stride + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
-    x = x * inverse_temperature - top
+    x = load_block(logits, floor, row, block, vocabulary, stride, TILE) * inverse_temperature - top
     place, _ = first_above(tl.exp(x), rest, index)
     tl.store(token + row, (block * TILE + place).to(tl.int64))
     tl.store(logprob + row, tl.sum(tl.where(index == place, x, 0.0), 0) - tl.log(total))
+
+
+@triton.jit(do_not_specialize=["shift"])
+def block_above(logits, floor, peak, above, vocabulary, blocks, stride, inverse_temperature, shift,
+                DIGITS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Program (row, block): for each digit, the block's mass at or above the floor raised by it."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    low, top = tl.load(floor + row), tl.load(peak + row * blocks + block)
+    if not (top < number_of(low) * inverse_temperature):  # else there is none, which raise_floor sees itself
+        x = load_block(logits, None, row, block, vocabulary, stride, TILE)
+        p = tl.exp(x * inverse_temperature - tl.maximum(top, -1e38))  # no -inf - -inf
+        for digit in tl.static_range(1, DIGITS):
+            kept = (x >= number_of(low + (digit << shift))).to(tl.float32)
+            tl.store(above + (row * blocks + block) * DIGITS + digit, tl.sum(kept * p, 0))
+
+
+@triton.jit(do_not_specialize=["shift"])
+def raise_floor(floor, peak, mass, above, blocks, inverse_temperature, top_p, shift, DIGITS: tl.constexpr,
+                BLOCKS: tl.constexpr):  # fmt: skip
+    """Program (row): raise the floor by the largest digit at which the mass still reaches top_p."""
+    row = tl.program_id(0).to(tl.int64)
+    low, index, digit = tl.load(floor + row), tl.arange(0, BLOCKS), tl.arange(0, DIGITS)
+    m = tl.load(peak + row * blocks + index, mask=index < blocks, other=float("-inf"))
+    s = tl.load(mass + row * blocks + index, mask=index < blocks, other=0.0)
+    written = (index < blocks) & ~(m < number_of(low) * inverse_temperature)
+    at = (row * blocks + index)[:, None] * DIGITS + digit
+    a = tl.load(above + at, mask=written[:, None], other=0.0)  # of digit 0 anything: it may always stay
+    scale = tl.exp(m - tl.max(m, 0))  # all blocks under one maximum
+    reaches = tl.sum(a * scale[:, None], 0) >= top_p * tl.sum(s * scale, 0)
+    tl.store(floor + row, low + (tl.max(tl.where(reaches, digit, 0), 0) << shift))
+
+
+@triton.jit
+def load_block(logits, floor, row, block, vocabulary, stride, TILE: tl.constexpr):
+    """The logits of a block in fp32; -inf past the vocabulary and, where there is a floor, below it."""
+    column = block * TILE + tl.arange(0, TILE)
+    x = tl.load(logits + row * stride + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
+    if floor is not None:
+        x = tl.where(x < number_of(tl.load(floor + row)), float("-inf"), x)
+    return x
+
+
+@triton.jit
+def number_of(ordinal):
+    """The fp32 number of an int32 ordinal: they are in the same order, and NaN at both ends."""
+    return (ordinal ^ ((ordinal >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma", 100: "tcgen05.mma"}
 TARGETS = [*SHARED_LIMIT, "gfx942"]
 # by the end of the name; any other scalar is an i32
-SCALARS = dict.fromkeys(("temperature", "scale", "sign"), "fp32")
+SCALARS = dict.fromkeys(("temperature", "top_p", "scale", "sign"), "fp32")
 
 
 def compiled(kernel, target, pointers, constants, aligned, **options):
@@ -140,13 +140,25 @@ def test_gradient_of_logits(target, dtype, entropy, tmp_path):
     )
 
 
+@pytest.mark.parametrize("top_p", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_sampler(target, tmp_path):
-    """BLOCKS for a vocabulary of 256k; with key and position in int64."""
-    pointers = {"logits": "bf16", "peak": "fp32", "mass": "fp32"}
-    check(sampler.block_mass, target, pointers, {"TILE": sampler.TILE}, ["stride"], tmp_path)
+def test_sampler(target, dtype, top_p, tmp_path):
+    """BLOCKS for a vocabulary of 256k; with key and position in int64; without top-p there is no floor."""
+    pointers = {"logits": dtype, "peak": "fp32", "mass": "fp32", **({"floor": "i32"} if top_p else {})}
+    constants = {"TILE": sampler.TILE, **({} if top_p else {"floor": None})}
+    check(sampler.block_mass, target, pointers, constants, ["stride"], tmp_path)
     pointers |= {"key": "i64", "position": "i64", "token": "i64", "logprob": "fp32"}
-    check(sampler.block_draw, target, pointers, {"TILE": sampler.TILE, "BLOCKS": 256}, ["stride"], tmp_path)
+    check(sampler.block_draw, target, pointers, {**constants, "BLOCKS": 256}, ["stride"], tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_floor_of_top_p(target, dtype, tmp_path):
+    pointers, digits = {"floor": "i32", "peak": "fp32", "above": "fp32"}, {"DIGITS": 2**sampler.BITS}
+    tile = {"TILE": sampler.TILE, **digits}
+    check(sampler.block_above, target, {**pointers, "logits": dtype}, tile, ["stride"], tmp_path, num_warps=1)
+    check(sampler.raise_floor, target, {**pointers, "mass": "fp32"}, {"BLOCKS": 256, **digits}, [], tmp_path)
 
 
 @pytest.mark.parametrize("group, width, dtype", [

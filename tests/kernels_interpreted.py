@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 from test_flash_attention import check_decoding, small_model
+from test_sampler import check_sampled, nucleus_by_sort, some_logits
 from triton import language as tl
 from triton.runtime import interpreter
 
@@ -492,3 +493,68 @@ def test_gradients_and_products_of_any_strides():
             expected = both_ways(function, x.contiguous(), some.contiguous())
             for got, wanted in zip(both_ways(function, x, some), expected, strict=True):
                 assert torch.equal(got, wanted)
+
+
+@triton.jit
+def numbers(ordinal, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, sampler_triton.number_of(tl.load(ordinal + at)))
+
+
+def number_of(ordinal):
+    out = torch.empty(len(ordinal))
+    numbers[(1,)](ordinal, out, N=len(ordinal))
+    return out
+
+
+def test_ordinals_are_in_the_order_of_the_numbers():
+    expected = torch.tensor([-torch.inf, -3e38, -1.0, -1e-40, -0.0, 0.0, 1e-40, 1.0, 3e38, torch.inf])
+    bits = expected.view(torch.int32)
+    ordinal = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    assert (ordinal.diff() > 0).all()
+    ends = torch.tensor([-(2**31), 2**31 - 1], dtype=torch.int32)
+    got = number_of(torch.nn.functional.pad(torch.cat((ordinal, ends)), (0, 4)))
+    assert got[:10].view(torch.int32).equal(bits) and got[10:12].isnan().all()
+
+
+@pytest.fixture
+def floors(monkeypatch):
+    """The floors that the kernels found, as logits, one tensor a call."""
+    found, find = [], sampler_triton.nucleus_floor_triton
+
+    def recorded(*args):
+        found.append(find(*args))
+        return found[-1]
+
+    monkeypatch.setattr(sampler_triton, "nucleus_floor_triton", recorded)
+    return found
+
+
+@pytest.mark.parametrize("vocabulary, temperature, top_p, spread, dtype", [
+    (1, 1.0, 0.5, 1.0, torch.float32), (5, 0.6, 0.95, 1.0, torch.float16),
+    (300, 5.0, 0.8, 5.0, torch.float32), (300, 0.6, 0.95, 0.0, torch.float32),
+    (700, 1.0, 1e-5, 1.0, torch.float32), (700, 0.05, 0.9999, 5.0, torch.bfloat16),
+    (2503, 1.0, 0.95, 5.0, torch.float32), (2503, 0.6, 0.95, 1.0, torch.bfloat16),
+    (2503, 5.0, 0.9999, 1.0, torch.float32),
+])  # fmt: skip
+def test_top_p_is_that_of_sorting(vocabulary, temperature, top_p, spread, dtype, floors):
+    """Token, log-probability and the least likely token kept, against float64."""
+    key = position = torch.arange(4)
+    logits = some_logits(4, vocabulary, spread)[0].to(dtype)
+    logits[:3, 1024:] -= 2  # blocks that are soon below the floor
+    sampled = sampler_triton.sample_tokens_triton(logits, key, position, temperature, top_p)
+    sure = check_sampled(logits, sampler.uniform(key, position), temperature, top_p, *sampled)
+    kept = nucleus_by_sort(logits, temperature, top_p)[0] > 0
+    least = logits.float().masked_fill(~kept, torch.inf).amin(-1)
+    assert sure.any() and number_of(floors[0])[sure].equal(least[sure])
+
+
+def test_top_p_of_logits_that_are_no_numbers():
+    """NaN in one row, and a row with one token: the others are sampled as they are alone."""
+    key = position = torch.zeros(3, dtype=torch.int64)
+    logits = torch.randn(3, 1500, generator=torch.Generator().manual_seed(0))
+    logits[0, 1200], logits[1], logits[1, 3] = torch.nan, -torch.inf, -7.0
+    token, logp = sampler_triton.sample_tokens_triton(logits, key, position, 1.0, 0.9)
+    alone = sampler_triton.sample_tokens_triton(logits[2:], key[2:], position[2:], 1.0, 0.9)
+    assert 0 <= token[0] < 1500 and logp[0].isnan() and token[1] == 3 and logp[1] == 0
+    assert token[2] == alone[0] and logp[2] == alone[1]

@@ -173,18 +173,31 @@ def check_gradient(grid, z, out, targets, *rest, COLUMNS):
     assert all(x.shape == (grid[0],) and x.is_contiguous() for x in (targets, *of_rows[:4]))
 
 
-def check_mass(grid, logits, peak, mass, vocabulary, blocks, stride, inverse_temperature, TILE):
+def check_mass(grid, logits, floor, peak, mass, vocabulary, blocks, stride, inverse_temperature, TILE):
     assert (
         logits.stride() == (stride, 1)
         and logits.shape == (grid[0], vocabulary)
         and blocks * TILE >= vocabulary
     )
     assert all(x.shape == (*grid,) == (len(logits), blocks) and x.is_contiguous() for x in (peak, mass))
+    assert floor is None or (floor.shape == grid[:1] and floor.dtype == torch.int32)
 
 
-def check_draw(grid, logits, key, position, peak, mass, token, logprob, vocabulary, blocks, stride,
+def check_above(grid, logits, floor, peak, above, *scalars, DIGITS, TILE):
+    *sizes, shift = scalars
+    check_mass(grid, logits, floor, peak, peak, *sizes, TILE)
+    assert above.shape == (*grid, DIGITS) and above.is_contiguous() and DIGITS << shift <= 2**32
+
+
+def check_raise(grid, floor, peak, mass, above, blocks, inverse_temperature, top_p, shift, DIGITS, BLOCKS):
+    assert floor.shape == grid and floor.dtype == torch.int32 and above.shape == (*grid, blocks, DIGITS)
+    assert all(x.shape == (*grid, blocks) and x.is_contiguous() for x in (peak, mass)) and blocks <= BLOCKS
+
+
+def check_draw(grid, logits, floor, key, position, peak, mass, token, logprob, vocabulary, blocks, stride,
                inverse_temperature, BLOCKS, TILE):  # fmt: skip
-    check_mass((*grid, blocks), logits, peak, mass, vocabulary, blocks, stride, inverse_temperature, TILE)
+    scalars = vocabulary, blocks, stride, inverse_temperature
+    check_mass((*grid, blocks), logits, floor, peak, mass, *scalars, TILE)
     assert blocks <= BLOCKS and all(
         x.shape == grid and x.is_contiguous() for x in (key, position, token, logprob)
     )
@@ -240,6 +253,8 @@ KERNELS = [
     (logprob_triton, "partials_kernel", check_partials),
     (logprob_triton, "logits_to_gradient_kernel", check_gradient),
     (sampler_triton, "block_mass", check_mass),
+    (sampler_triton, "block_above", check_above),
+    (sampler_triton, "raise_floor", check_raise),
     (sampler_triton, "block_draw", check_draw),
 ]
 
@@ -457,7 +472,8 @@ def fake_sampling_refills_moves_and_replays(gpu, tmp_path, config, how):
         flash, over_cache = run.engine.cache.flash, gpu.kernels["attend_split"].launches
         assert flash == (attention.flash_attn_with_kvcache is not None) and (over_cache > 0) == (not flash)
         assert len({context for _, context, *_ in run.engine.graphs.graphs}) == 1, "one graph for each count"
-        assert (gpu.kernels["block_draw"].launches > 0) == (not how)
+        drawn, raised = (gpu.kernels[name].launches for name in ("block_draw", "raise_floor"))
+        assert (drawn > 0) == (how.get("temperature") != 0) and raised == (8 * drawn if "top_p" in how else 0)
         layers = gpu.kernels["swiglu_kernel"].launches  # run through in all; q and k have norms in Qwen3
         assert gpu.kernels["rotate_kernel"].launches == layers * (1 + (config is QWEN3)) > 0
         assert gpu.kernels["swiglu_gradient_kernel"].launches == 0
