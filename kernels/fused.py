@@ -34,7 +34,7 @@ def rotate(x, cos, signed_sin, dtype):
     if on_gpu(x):
         return fused_triton.Rotation.apply(x, cos, signed_sin, dtype)
     swapped = x.roll(x.shape[-1] // 2, -1)  # b where a was, and a where b was
-    return torch.addcmul(x * cos, swapped, signed_sin).to(dtype)
+    return (x * cos).addcmul_(swapped, signed_sin).to(dtype)
 
 
 def swiglu(gate_up):
