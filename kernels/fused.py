@@ -2,13 +2,12 @@
 
 They compute next to nothing, so they cost what they read and write, and in a decoding step of few tokens what
 it takes to launch them. On a GPU each is one Triton kernel forward and one backward (fused_triton.py), in
-place of two to five operations of torch; elsewhere the torch functions below, which the kernels are tested
+place of two to seven operations of torch; elsewhere the torch functions below, which the kernels are tested
 against.
 
 Letters in shape comments: T tokens, H heads, E head width, I width of the MLP.
 """
 
-import torch
 import torch.nn.functional as F
 
 try:
@@ -34,7 +33,7 @@ def rotate(x, cos, signed_sin, dtype):
     if on_gpu(x):
         return fused_triton.Rotation.apply(x, cos, signed_sin, dtype)
     swapped = x.roll(x.shape[-1] // 2, -1)  # b where a was, and a where b was
-    return torch.addcmul(x * cos, swapped, signed_sin).to(dtype)
+    return (x * cos).addcmul_(swapped, signed_sin).to(dtype)
 
 
 def swiglu(gate_up):
