@@ -125,5 +125,5 @@ def merge_splits(acc, peak, mass, out, N: tl.constexpr, E: tl.constexpr, BE: tl.
     top = tl.load(peak + at * N + split)
     share = tl.exp2(top - tl.max(top, 0))
     total = tl.sum(share * tl.load(mass + at * N + split), 0)
-    sums = tl.load(acc + (at * N + split)[:, None] * E + e, mask=e < E, other=0.0)  # [N, BE]
+    sums = tl.load(acc + (at * N + split)[:, None] * E + e, mask=(e < E)[None, :], other=0.0)  # [N, BE]
     tl.store(out + at * E + e, tl.sum(share[:, None] * sums, 0) / total, mask=e < E)

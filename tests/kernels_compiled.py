@@ -59,11 +59,12 @@ def resources(machine, arch, tmp_path):
     ptx, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
     ptx.write_text(machine.asm["ptx"])
     which = [arch] if inspect.signature(get_ptxas).parameters else []  # Triton 3.4 has one ptxas for all
+    recent = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
     command = [
         get_ptxas(*which).path,
         "-lineinfo",
         "-v",
-        "--regAllocOptLevel=2",
+        *(["--regAllocOptLevel=2"] if recent else []),
         f"--gpu-name={gpu}",
         ptx,
         "-o",

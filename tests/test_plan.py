@@ -84,6 +84,10 @@ def test_parameters_are_counted_as_the_model_has_them():
 
 def simulated_and_planned(model, ranks, checkpointing, **changed):
     """Bytes of learning from 4,252 tokens; 1 rank is DDP, more hold slices."""
+    if torch.__version__ < (2, 11):
+        pytest.skip(
+            "torch before 2.11 cannot simulate what slices exchange, and its DDP simulates other sizes"
+        )
     model_config = dataclasses.replace(models.model_config(MODELS[model]), **changed)
     model_config = dataclasses.replace(model_config, windows=(None,) * model_config.layers)
     simulated = peak_of_learning(model_config, made_up_rollout(256, 4, 1000), ranks, checkpointing)
