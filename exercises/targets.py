@@ -92,7 +92,8 @@ EXERCISES = {
             ),
             blanked=tuple(
                 f"kernels.sampler_triton:{name}"
-                for name in ("block_mass", "block_draw", "first_above", "uniform_of")
+                for name in """block_mass block_draw block_above raise_floor load_masses load_block number_of
+                    first_above uniform_of""".split()
             ),
         ),
         Exercise(

@@ -8,6 +8,7 @@ Letters in shape comments: B rows, V vocabulary, N blocks of the vocabulary.
 """
 
 import torch
+import torch.nn.functional as F
 
 try:
     from kernels import sampler_triton
@@ -94,7 +95,7 @@ def sample_inverse_cdf(logits, u, temperature=1.0, top_p=1.0):
     # exp((logits - max_logit) / temperature) in two passes over [B, V], not divided by its sum
     p = torch.add(max_logit / -temperature, logits, alpha=1 / temperature).exp_()
     if top_p < 1:
-        p.masked_fill_(p < nucleus_floor(p, top_p), 0)
+        keep_nucleus(p, top_p)
     mass = block_sums(p)  # [B, N]
     total = mass.sum(-1)
     block, rest = inverse_cdf(mass, u * total)
@@ -133,20 +134,22 @@ def inverse_cdf(mass, target):
 # top-p
 
 
-def nucleus_floor(p, top_p):
-    """The least p that top-p keeps in each row: p [B, V], relative to that of the likeliest token -> [B, 1].
+def keep_nucleus(p, top_p):
+    """Set to 0, in place, what top-p drops of each row: p [B, V], relative to that of the likeliest token.
 
-    >>> nucleus_floor(torch.tensor([[0.2, 1.0, 0.5, 0.3]]), top_p=0.8)  # 1.0 and 0.5 are 0.75 of the whole
-    tensor([[0.3000]])
+    >>> keep_nucleus(torch.tensor([[0.25, 1.0, 0.5, 0.25]]), top_p=0.7)  # 1.0 and 0.5 are 0.75 of the whole
+    tensor([[0.0000, 1.0000, 0.5000, 0.0000]])
     """
     total = p.sum(-1, keepdim=True)  # [B, 1]
     target = top_p * total
     if p.is_cuda:  # to be captured in a graph, shapes may not depend on data
-        return least_kept(p, target)
+        return p.masked_fill_(p < least_kept(p, target), 0)
     # Tokens of at most the mean of the mass to drop are surely dropped, and few others are left to be sorted.
     bound = ((1 - top_p) * total / p.shape[1]).clamp_(max=0.5)  # the likeliest stays, whose p is about 1
-    rows = zip(p, ~(p <= bound), target, strict=True)  # not p > bound: NaN stays
-    return torch.stack([least_kept(row[likely], of_row) for row, likely, of_row in rows])
+    for row, likely, of_row in zip(p, ~(p <= bound), target, strict=True):  # not p > bound: NaN stays
+        floor = least_kept(row[likely], of_row)
+        F.threshold_(row, floor.nextafter(-floor).item(), 0)  # drops what is at the number or below
+    return p
 
 
 def least_kept(p, target):

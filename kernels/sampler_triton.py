@@ -66,10 +66,7 @@ def block_draw(logits, floor, key, position, peak, mass, token, logprob, vocabul
     row = tl.program_id(0).to(tl.int64)
     u = uniform_of(tl.load(key + row), tl.load(position + row))
     index = tl.arange(0, BLOCKS)
-    m = tl.load(peak + row * blocks + index, mask=index < blocks, other=float("-inf"))
-    s = tl.load(mass + row * blocks + index, mask=index < blocks, other=0.0)
-    top = tl.max(m, 0)
-    s *= tl.exp(m - top)  # all blocks under one maximum
+    s, _, top, _ = load_masses(peak, mass, row, index, blocks)
     total = tl.sum(s, 0)
     block, rest = first_above(s, u * total, index)
 
@@ -100,14 +97,21 @@ def raise_floor(floor, peak, mass, above, blocks, inverse_temperature, top_p, sh
     """Program (row): raise the floor by the largest digit at which the mass still reaches top_p."""
     row = tl.program_id(0).to(tl.int64)
     low, index, digit = tl.load(floor + row), tl.arange(0, BLOCKS), tl.arange(0, DIGITS)
-    m = tl.load(peak + row * blocks + index, mask=index < blocks, other=float("-inf"))
-    s = tl.load(mass + row * blocks + index, mask=index < blocks, other=0.0)
-    written = (index < blocks) & ~(m < number_of(low) * inverse_temperature)
+    s, peaks, _, scale = load_masses(peak, mass, row, index, blocks)
+    written = (index < blocks) & ~(peaks < number_of(low) * inverse_temperature)
     at = (row * blocks + index)[:, None] * DIGITS + digit
     a = tl.load(above + at, mask=written[:, None], other=0.0)  # of digit 0 anything: it may always stay
-    scale = tl.exp(m - tl.max(m, 0))  # all blocks under one maximum
-    reaches = tl.sum(a * scale[:, None], 0) >= top_p * tl.sum(s * scale, 0)
+    reaches = tl.sum(a * scale[:, None], 0) >= top_p * tl.sum(s, 0)
     tl.store(floor + row, low + (tl.max(tl.where(reaches, digit, 0), 0) << shift))
+
+
+@triton.jit
+def load_masses(peak, mass, row, index, blocks):
+    """A row's blocks: masses under one maximum, their own peaks, the maximum, the factors to it."""
+    m = tl.load(peak + row * blocks + index, mask=index < blocks, other=float("-inf"))
+    top = tl.max(m, 0)
+    scale = tl.exp(m - top)
+    return tl.load(mass + row * blocks + index, mask=index < blocks, other=0.0) * scale, m, top, scale
 
 
 @triton.jit

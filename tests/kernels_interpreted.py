@@ -278,15 +278,16 @@ def picks(mass, target, place, rest, N: tl.constexpr):
 
 
 def test_a_place_without_mass_is_never_picked():
-    """Targets below the first mass, on an edge, and at and above the total."""
+    """Targets below 0 and below the first mass, on an edge, and at and above the total."""
     target, mass = (
-        torch.tensor([0.0, 0.5, 1.0, 2.5, 3.0, 3.5]),
-        torch.tensor([0.0, 0, 1, 0, 2, 0, 0, 0]).repeat(6, 1),
+        torch.tensor([-0.5, 0.0, 0.5, 1.0, 2.5, 3.0, 3.5]),
+        torch.tensor([0.0, 0, 1, 0, 2, 0, 0, 0]).repeat(7, 1),
     )
-    place, rest = torch.empty(6, dtype=torch.int64), torch.empty(6)
-    picks[(6,)](mass, target, place, rest, N=8)
+    place, rest = torch.empty(7, dtype=torch.int64), torch.empty(7)
+    picks[(7,)](mass, target, place, rest, N=8)
     for got_place, got_rest in ((place, rest), sampler.inverse_cdf(mass, target)):
-        assert got_place.tolist() == [2, 2, 4, 4, 4, 4] and got_rest.tolist() == [0, 0.5, 0, 1.5, 2, 2.5]
+        assert got_place.tolist() == [2, 2, 2, 4, 4, 4, 4]
+        assert got_rest.tolist() == [-0.5, 0, 0.5, 0, 1.5, 2, 2.5]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -541,7 +542,7 @@ def test_top_p_is_that_of_sorting(vocabulary, temperature, top_p, spread, dtype,
     """Token, log-probability and the least likely token kept, against float64."""
     key = position = torch.arange(4)
     logits = some_logits(4, vocabulary, spread)[0].to(dtype)
-    logits[:3, 1024:] -= 2  # blocks that are soon below the floor
+    logits[:3, 1024:] = -3 * spread  # blocks below the floor, which are soon left out
     sampled = sampler_triton.sample_tokens_triton(logits, key, position, temperature, top_p)
     sure = check_sampled(logits, sampler.uniform(key, position), temperature, top_p, *sampled)
     kept = nucleus_by_sort(logits, temperature, top_p)[0] > 0

@@ -133,8 +133,10 @@ def test_log_probabilities(device, shape, dtype, temperature, monkeypatch):
     ):
         scale = a.abs().max().clamp(min=1e-3)
         kernel_error, twin_error = ((x - a).abs().max() / scale for x in (b, c))
-        # backward, the logits are cuBLAS's, which rounds otherwise than the kernel forward
-        rounding = 2e-3 if dtype != torch.float32 else 1e-5 / temperature
+        # Backward, the logits are cuBLAS's, which rounds their sums otherwise than the kernel forward: each
+        # of D additions loses up to 2^-24 of a sum that is about as large as the logit.
+        logits = (hidden.double() @ weight.double().T).abs().max().item()
+        rounding = 2e-3 if dtype != torch.float32 else 1e-5 + shape[1] ** 0.5 * 2**-24 * logits / temperature
         assert kernel_error <= 1.5 * twin_error + rounding, name
 
 
@@ -206,10 +208,11 @@ def test_rotation_and_swiglu_of_more_than_2_31_numbers(monkeypatch):
         pytest.skip("less than 14 GB free")
     tokens, rows = 128_000, slice(-2, None)
     gate_up = torch.randn(tokens, 18_000, device="cuda", dtype=torch.bfloat16)
-    heads, angles = gate_up.unflatten(1, (150, 120)), torch.rand(2, tokens, 1, 120, device="cuda")
+    heads, angles = gate_up.unflatten(1, (150, 120)), torch.rand(2, tokens, 1, 60, device="cuda")
+    angles = [torch.cat((x * sign, x), -1) for x, sign in zip(angles, (1, -1), strict=True)]
     ends = fused.swiglu(gate_up)[rows], fused.rotate(heads, *angles, torch.bfloat16)[rows]
     monkeypatch.setattr(fused, "on_gpu", lambda x: False)
-    twins = fused.swiglu(gate_up[rows]), fused.rotate(heads[rows], *angles[:, rows], torch.bfloat16)
+    twins = fused.swiglu(gate_up[rows]), fused.rotate(heads[rows], *(x[rows] for x in angles), torch.bfloat16)
     for kernel, twin in zip(ends, twins, strict=True):
         assert torch.allclose(kernel.float(), twin.float(), rtol=0.02, atol=0.02)
 
@@ -476,9 +479,10 @@ def test_nothing_waits_but_where_it_says_so(tiny_run, monkeypatch):
 
     for module in (ttrl, metrics):
         monkeypatch.setattr(module, "to_host", quietly(metrics.to_host))
+    ttrl.learn(run, whole, advantage, 1)  # DDP rebuilds its buckets in the second pass of a run, and waits
     alarm("error")
     try:
-        ttrl.learn(run, whole, advantage, 1)
+        ttrl.learn(run, whole, advantage, 2)
         if run.engine:
             with torch.no_grad():
                 run.engine.decode_steps(4, 16, run.engine.capacity, 1.0, 1.0)  # replays

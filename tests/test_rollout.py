@@ -248,10 +248,10 @@ def test_a_uniform_number_is_a_function_of_key_and_position():
 
 
 def test_inverse_cdf_by_hand():
-    """Targets on an edge belong to the next mass; one that was rounded up to the total to the last mass."""
-    mass = torch.tensor([0.0, 0, 1, 0, 2, 0, 0, 0]).repeat(6, 1)
-    index, rest = inverse_cdf(mass, torch.tensor([0.0, 0.5, 1.0, 2.5, 3.0, 3.5]))
-    assert index.tolist() == [2, 2, 4, 4, 4, 4] and rest.tolist() == [0, 0.5, 0, 1.5, 2, 2.5]
+    """Targets on an edge belong to the next mass, below 0 to the first, and at the total to the last."""
+    mass = torch.tensor([0.0, 0, 1, 0, 2, 0, 0, 0]).repeat(7, 1)
+    index, rest = inverse_cdf(mass, torch.tensor([-0.5, 0.0, 0.5, 1.0, 2.5, 3.0, 3.5]))
+    assert index.tolist() == [2, 2, 2, 4, 4, 4, 4] and rest.tolist() == [-0.5, 0, 0.5, 0, 1.5, 2, 2.5]
     index, _ = inverse_cdf(torch.tensor([[torch.nan, torch.nan]]), torch.tensor([torch.nan]))
     assert 0 <= index.item() < 2
 

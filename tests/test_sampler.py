@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.sampler import BLOCK, block_sums, nucleus_floor, sample_inverse_cdf
+from kernels.sampler import BLOCK, block_sums, keep_nucleus, sample_inverse_cdf
 
 CLOSE = 5e-7  # to top_p: so near, rounding decides whether a token belongs to the nucleus
 
@@ -75,15 +75,16 @@ def test_top_p_is_that_of_sorting(rows, vocabulary, temperature, top_p):
         sampled = sample_inverse_cdf(logits, u, temperature, top_p)
         sure = check_sampled(logits, u, temperature, top_p, *sampled)
         p = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
-        kept = p >= nucleus_floor(p, top_p)
+        kept = keep_nucleus(p, top_p) > 0
         assert kept[sure].equal((nucleus_by_sort(logits, temperature, top_p)[0] > 0)[sure])
         assert sure.float().mean() > 0.2 or vocabulary > 5000
 
 
 def test_ties_with_the_least_likely_stay():
     p = torch.tensor([[0.5, 1.0, 0.5, 0.25, 0.5], [1.0, 1.0, 1.0, 1.0, 1.0]])
-    assert nucleus_floor(p, top_p=0.6).tolist() == [[0.5], [1.0]]
-    assert nucleus_floor(p, top_p=1e-9).tolist() == [[1.0], [1.0]]
+    kept = [[0.5, 1.0, 0.5, 0.0, 0.5], [1.0] * 5]
+    assert keep_nucleus(p.clone(), top_p=0.6).tolist() == kept
+    assert keep_nucleus(p, top_p=1e-9).tolist() == [[0.0, 1.0, 0.0, 0.0, 0.0], [1.0] * 5]
 
 
 def test_a_nan_stays_a_nan_under_top_p():

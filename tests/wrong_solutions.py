@@ -155,8 +155,8 @@ CHANGED = {
     },
     "sampling": {
         "by row only": ("fold_in(key, position)", "fold_in(key, position * 0)", "position is ignored"),
-        "edge": ("target[:, None], right=True", "target[:, None], right=False", "edge"),
-        "rounded up": ("index = torch.minimum(index, last)", "index = index", "rounded up"),
+        "edge": ("reached > target", "reached >= target", "edge"),
+        "rounded up": ("(reached == total)", "(torch.arange(mass.shape[1]) > 1)", "rounded up"),
         "log-probability": (
             "return token[:, 0], p.gather(1, token)[:, 0].div_(total).log_()",
             "return token[:, 0], logits.log_softmax(-1).gather(1, token)[:, 0]",
