@@ -86,23 +86,23 @@ def rotate_kernel(x, cos, signed_sin, out, heads, token_stride, head_stride, sig
 def swiglu_kernel(gate_up, out, width, stride, COLUMNS: tl.constexpr):
     """Program (token, block of columns)."""
     token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    at = gate_up + token * stride + column
-    gate = tl.load(at, mask=column < width, other=0.0).to(tl.float32)
-    up = tl.load(at + width, mask=column < width, other=0.0).to(tl.float32)
-    tl.store(out + token * width + column, gate * tl.sigmoid(gate) * up, mask=column < width)
+    place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    at = gate_up + token * stride + place
+    gate = tl.load(at, mask=place < width, other=0.0).to(tl.float32)
+    up = tl.load(at + width, mask=place < width, other=0.0).to(tl.float32)
+    tl.store(out + token * width + place, gate * tl.sigmoid(gate) * up, mask=place < width)
 
 
 @triton.jit
 def swiglu_gradient_kernel(gate_up, grad, out, width, stride, grad_stride, COLUMNS: tl.constexpr):
     """Program (token, block of columns): with s = sigmoid(x), d silu(x) / dx = s (1 + x (1 - s))."""
     token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    at = gate_up + token * stride + column
-    gate = tl.load(at, mask=column < width, other=0.0).to(tl.float32)
-    up = tl.load(at + width, mask=column < width, other=0.0).to(tl.float32)
-    g = tl.load(grad + token * grad_stride + column, mask=column < width, other=0.0).to(tl.float32)
+    place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    at = gate_up + token * stride + place
+    gate = tl.load(at, mask=place < width, other=0.0).to(tl.float32)
+    up = tl.load(at + width, mask=place < width, other=0.0).to(tl.float32)
+    g = tl.load(grad + token * grad_stride + place, mask=place < width, other=0.0).to(tl.float32)
     s = tl.sigmoid(gate)
-    out += token * (2 * width) + column
-    tl.store(out, g * up * s * (1 + gate * (1 - s)), mask=column < width)
-    tl.store(out + width, g * gate * s, mask=column < width)
+    out += token * (2 * width) + place
+    tl.store(out, g * up * s * (1 + gate * (1 - s)), mask=place < width)
+    tl.store(out + width, g * gate * s, mask=place < width)
