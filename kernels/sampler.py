@@ -135,7 +135,7 @@ def inverse_cdf(mass, target):
 
 
 def keep_nucleus(p, top_p):
-    """Set to 0, in place, what top-p drops of each row: p [B, V], relative to that of the likeliest token.
+    """Set to 0, in place, what top-p drops of each row: p [B, V], whose rows may have any sums.
 
     >>> keep_nucleus(torch.tensor([[0.25, 1.0, 0.5, 0.25]]), top_p=0.7)  # 1.0 and 0.5 are 0.75 of the whole
     tensor([[0.0000, 1.0000, 0.5000, 0.0000]])
@@ -144,9 +144,9 @@ def keep_nucleus(p, top_p):
     target = top_p * total
     if p.is_cuda:  # to be captured in a graph, shapes may not depend on data
         return p.masked_fill_(p < least_kept(p, target), 0)
-    # Tokens of at most the mean of the mass to drop are surely dropped, and few others are left to be sorted.
-    bound = ((1 - top_p) * total / p.shape[1]).clamp_(max=0.5)  # the likeliest stays, whose p is about 1
-    for row, likely, of_row in zip(p, ~(p <= bound), target, strict=True):  # not p > bound: NaN stays
+    # Tokens below the mean of the mass to drop are surely dropped, and few others are left to be sorted.
+    bound = torch.minimum((1 - top_p) * total / p.shape[1], p.amax(-1, keepdim=True))
+    for row, likely, of_row in zip(p, ~(p < bound), target, strict=True):  # not p >= bound: NaN stays
         floor = least_kept(row[likely], of_row)
         F.threshold_(row, floor.nextafter(-floor).item(), 0)  # drops what is at the number or below
     return p

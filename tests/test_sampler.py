@@ -13,13 +13,14 @@ def nucleus_by_sort(logits, temperature, top_p):
 
     Sure: the least distance between top_p and the mass of all tokens likelier than some token.
     """
+    scaled = logits.double() / temperature
+    p = scaled.softmax(-1)
     if top_p == 1:
-        return logits.double().div(temperature).softmax(-1), torch.ones_like(logits[:, 0]), 0 * logits
-    ranked, order = logits.double().div(temperature).sort(-1, descending=True)
+        return p, torch.ones_like(p[:, 0]), torch.zeros_like(p)
+    ranked, order = scaled.sort(-1, descending=True)
     mass = torch.nn.functional.pad(ranked.softmax(-1).cumsum(-1), (1, 0))  # [B, V+1] of the first n tokens
     first_tie = torch.searchsorted(-ranked, -ranked)  # how many are likelier
     likelier = torch.empty_like(ranked).scatter_(1, order, mass.gather(1, first_tie))
-    p = logits.double().div(temperature).softmax(-1)
     kept = p * (likelier < top_p)
     margin = (likelier - top_p).abs().masked_fill(p == 0, 1).amin(-1)
     return kept / kept.sum(-1, keepdim=True), margin, likelier
@@ -84,7 +85,10 @@ def test_ties_with_the_least_likely_stay():
     p = torch.tensor([[0.5, 1.0, 0.5, 0.25, 0.5], [1.0, 1.0, 1.0, 1.0, 1.0]])
     kept = [[0.5, 1.0, 0.5, 0.0, 0.5], [1.0] * 5]
     assert keep_nucleus(p.clone(), top_p=0.6).tolist() == kept
+    assert (keep_nucleus(p / 2**20, top_p=0.6) * 2**20).tolist() == kept
     assert keep_nucleus(p, top_p=1e-9).tolist() == [[0.0, 1.0, 0.0, 0.0, 0.0], [1.0] * 5]
+    for vocabulary in range(1, 100):  # the mean of equal numbers may be rounded above them
+        assert keep_nucleus(torch.full((1, vocabulary), 0.1), top_p=1e-9).all()
 
 
 def test_a_nan_stays_a_nan_under_top_p():
