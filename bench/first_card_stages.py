@@ -399,8 +399,7 @@ def learn_once(card, checkpointing, budget):
     finally:
         run.policy.checkpointing, run.micro_batch_tokens = before
         run.optimizer.zero_grad(set_to_none=False)
-    row = sum(plan.row.values()) if isinstance(plan.row, dict) else plan.row
-    planned = sum(plan.parts.values()) + plan.rows * row
+    planned = sum(plan.parts.values()) + plan.rows * sum(plan.row.values())
     peak = planned if DRY else torch.cuda.max_memory_allocated()
     card.record(f"peak {how}", peak / 1e9, planned / 1e9, "GB", note="expected: the plan")
 
