@@ -17,8 +17,9 @@ from engine import Engine, prefill
 from kernels.sampler import fold_in
 from packing import length_mask, pad
 
-# Neither evaluation nor the coins of --reward random share random numbers with training.
-STREAMS = {"train": 0, "eval": 1, "reward": 2}
+# What is random for one of these reasons shares no number with another: the responses of training and of
+# evaluation, the coins of --reward random, the order of the questions.
+STREAMS = {"train": 0, "eval": 1, "reward": 2, "draw": 3}
 PREFILL_TOKENS = 8192  # of the prompts that are run at once
 
 

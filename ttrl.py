@@ -45,7 +45,7 @@ from packing import micro_batches, upload
 from parallel import exchange_gradients
 from plan import peak_memory_gb, planned_updates, steps_per_epoch
 from rewards import REWARDS, Group, toss, vote_reward  # noqa: F401  vote_reward is step 4 of README
-from rollout import generate
+from rollout import generate, row_keys
 from run import finish, log, open_out, open_run, refresh_sampler, save_checkpoint, save_evaluation
 from support import grading, ranks
 from support.config import LOWER_TEMPERATURES, configure, parse
@@ -178,14 +178,14 @@ def train_step(run, step, last_labels):
 def draw_questions(step, count, per_step, seed):
     """The questions of a step, counted from 0, as indices below `count`: each question once per epoch.
 
-    Every epoch has an order of its own, and its last batch may be smaller. A pure function of its arguments,
-    so a resumed run needs no state.
+    Every epoch has an order of its own, by a hash of seed, epoch and question, and its last batch may be
+    smaller. A pure function of its arguments, so a resumed run needs no state.
 
     >>> sorted(draw_questions(0, 5, 3, seed=0) + draw_questions(1, 5, 3, seed=0))
     [0, 1, 2, 3, 4]
     """
     epoch, batch = divmod(step, math.ceil(count / per_step))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed((seed << 20) + epoch))
+    order = row_keys(seed, "draw", epoch, torch.arange(count), sample=0).argsort()  # no two keys are equal
     return order[batch * per_step : (batch + 1) * per_step].tolist()
 
 

@@ -26,7 +26,7 @@ from support.config import configure  # noqa: E402
 from support.prompts import decode_response, encode_prompt, load_tokenizer  # noqa: E402
 from ttrl import advantages, draw_questions, vote  # noqa: E402
 
-QUESTION = 4  # of the eight of this step: the majority is right, but only half of the samples agree with it
+QUESTION = 6  # of the eight of this step: the majority is right, but only half of the samples agree with it
 AGREES, DIFFERS = "#2a9d5c", "#c9c9c9"
 
 

@@ -245,6 +245,13 @@ def test_draw_asks_every_question_once_an_epoch_in_a_new_order(count, per_step):
     ]
 
 
+def test_every_seed_and_epoch_draws_in_an_order_of_its_own():
+    """Every bit of a seed counts (torch's CPU generator keeps 32), and no epoch of one is that of another."""
+    seeds = [0, *(2**bit for bit in range(32))]
+    orders = [tuple(ttrl.draw_questions(epoch, 64, 64, seed)) for seed in seeds for epoch in (0, 1, 2**20)]
+    assert len(set(orders)) == len(orders)
+
+
 def rows_of(lengths, prompt=10):
     """A Rollout with the given {question: response lengths}, contents all zero."""
     flat = [(question, length) for question, group in lengths.items() for length in group]
