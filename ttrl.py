@@ -108,7 +108,7 @@ def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0,
     them divided by token_count, by default their number. With several micro-batches or ranks, token_count has
     to be that of the whole mini-batch. The objective is PPO's (arXiv 1707.06347, eq. 7), and for a negative
     advantage at least dual_clip * A (arXiv 1912.09729). The KL to a reference policy is the k3 estimator
-    exp(d) - d - 1 with d = ref - new, at most 10 (GRPO, eq. 4).
+    exp(d) - d - 1 with d = ref - new, at most 10 (GRPO, eq. 4); by expm1, as its digits would cancel in fp32.
 
     >>> one = torch.ones(1, 1)
     >>> loss, _ = grpo_loss(-0.5 * one, -one, one, one.bool())  # the ratio e^0.5 = 1.65 is clipped to 1.2
@@ -124,12 +124,12 @@ def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0,
     objective = torch.where(advantage < 0, torch.maximum(objective, dual_clip * advantage), objective)
     sums = {
         "clip_fraction": ((clipped < unclipped) & mask).sum(),
-        "kl_old_new": (ratio - 1 - log_ratio).sum(),
+        "kl_old_new": (torch.expm1(log_ratio) - log_ratio).sum(),
     }
     per_token = -objective
     if ref_logprob is not None:
         d = torch.where(mask, ref_logprob - logprob, 0.0).clamp(-20, 20)
-        k3 = (d.exp() - d - 1).clamp(max=10)
+        k3 = (torch.expm1(d) - d).clamp(max=10)
         per_token = per_token + kl * k3
         sums["kl"] = k3.sum()
     count = mask.sum() if token_count is None else token_count

@@ -180,6 +180,14 @@ def kl_is_the_difference():
     return close(abs(loss_of([[0.0]], [0.0], ref_logprob=ref, kl=1.0)), [0.7])
 
 
+def digits_of_the_kl_cancel():
+    import ttrl
+
+    d, zero = torch.tensor([[1e-4]]), torch.zeros(1, 1)  # d^2/2 is 5e-9
+    _, sums = ttrl.grpo_loss(d, zero, zero, zero == 0, ref_logprob=2 * d, kl=1.0)
+    return any(1e-9 < abs(sums[name].item() - 5e-9) < 1e-6 for name in ("kl", "kl_old_new"))
+
+
 def masked_tokens_reach_the_sum():
     return not math.isfinite(loss_of([[0.0, math.inf]], [1.0], [[True, False]]))
 
@@ -573,6 +581,10 @@ MISTAKES = {
         dual_clip_for_all: "The dual clip is for negative advantages only.",
         kl_of_new_minus_ref: "The KL has the wrong direction: k3 is exp(d) - d - 1 with d = ref - new.",
         kl_is_the_difference: "The KL is the estimator k3, exp(d) - d - 1, not the difference d itself.",
+        digits_of_the_kl_cancel: (
+            "Where d is small exp(d) - d - 1 is d^2/2, which fp32 loses beside exp(d): torch.expm1(d) - d "
+            "keeps it. Likewise in kl_old_new."
+        ),
         masked_tokens_reach_the_sum: (
             "A masked token may hold anything, infinity too: 0 x inf is NaN, so select with torch.where "
             "instead of multiplying by the mask."

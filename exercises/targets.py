@@ -57,6 +57,7 @@ EXERCISES = {
                 "masked_tokens_have_no_gradient_even_if_not_finite",
                 "k3_kl_by_hand",
                 "k3_kl_is_clamped",
+                "the_kl_of_policies_that_are_close_keeps_its_digits",
                 "a_token_that_became_all_but_impossible_has_a_finite_gradient",
                 "the_gradient_of_the_loss_equals_finite_differences",
             ),

@@ -141,6 +141,14 @@ def test_k3_kl_by_hand(d):
     assert gradient == pytest.approx(0.5 * (1 - math.exp(d)), abs=1e-6)
 
 
+@pytest.mark.parametrize("d", [1e-3, -1e-3, 1e-4, -1e-4, 1e-5, -1e-5])
+def test_the_kl_of_policies_that_are_close_keeps_its_digits(d):
+    """In fp32 exp(d) - d - 1 is off by several times its value there, and may be negative."""
+    _, _, sums = one_token(math.exp(d), 0.0, ref_logprob=torch.tensor([[2 * d]]), kl=1.0)  # ref - new = d too
+    by_hand = pytest.approx(d**2 / 2 + d**3 / 6, rel=0.01)
+    assert sums["kl"].item() == by_hand and sums["kl_old_new"].item() == by_hand
+
+
 def test_k3_kl_is_clamped():
     assert one_token(1.0, 0.0, ref_logprob=torch.tensor([[5.0]]), kl=1.0)[:2] == (10.0, 0.0)
 

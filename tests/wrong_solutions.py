@@ -24,11 +24,11 @@ def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0,
     chosen = torch.minimum(ratio * advantage, clipped * advantage)
     chosen = torch.where(advantage < 0, chosen.maximum(dual_clip * advantage), chosen)
     sums = {"clip_fraction": ((clipped * advantage < ratio * advantage) & mask).sum(),
-            "kl_old_new": (ratio - 1 - log_ratio).sum()}
+            "kl_old_new": (torch.expm1(log_ratio) - log_ratio).sum()}
     loss = -chosen
     if ref_logprob is not None:
         d = torch.where(mask, ref_logprob - logprob, 0.0).clamp(-20, 20)
-        estimate = (d.exp() - d - 1).clamp(max=10)
+        estimate = (torch.expm1(d) - d).clamp(max=10)
         loss, sums["kl"] = loss + kl * estimate, estimate.sum()
     loss = torch.where(mask, loss, 0.0)
     count = mask.sum() if token_count is None else token_count
@@ -115,6 +115,7 @@ def advantages(rewards):
             "minimum",
         ),
         "direction of the KL": (LOSS.replace("ref_logprob - logprob", "logprob - ref_logprob"), "direction"),
+        "digits of the KL": (LOSS.replace("torch.expm1(d) - d", "d.exp() - d - 1"), "expm1"),
     },
     "lucky": {
         "of the label": (
