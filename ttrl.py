@@ -21,8 +21,12 @@ What differs from the authors' code (PRIME-RL/TTRL at 3e2cc93), and why:
   - A response without an answer never votes and is never rewarded (there, the empty answer could win).
   - Ties go to the answer with the lowest sample index, and the M trained samples are the first of the N.
     Neither depends on the number of GPUs.
+  - A mini-batch is the responses to whole questions, on any number of GPUs (there, rows are first balanced by
+    length over the ranks, and on 8 GPUs an update mixes responses to 2 to 4 questions).
   - The loss is divided by the response tokens of the mini-batch over all ranks, not averaged over pairs of
     responses: neither micro-batches nor ranks change the update.
+  - The old log-probabilities are the sampler's (there, the actor computes them again, in one more forward
+    pass). On a GPU sampler and learner round differently (logprob_gap), so the first ratios are only near 1.
   - The learning rate changes with every update, and the first update already moves the weights (there, it
     changes once per rollout batch and begins at 0).
   - The last, smaller batch of an epoch is used, not dropped.
