@@ -8,9 +8,12 @@ import torch
 
 import packing
 import ttrl
+from model import Transformer
 from rollout import Rollout
 from support import config, metrics
+from support.prompts import load_tokenizer
 from support.questions import Question
+from tiny import make
 
 # -----------------------------------------------------------------------------------------------------------
 # vote
@@ -221,6 +224,16 @@ def test_reward_accuracy_by_hand(answers, truth, expected):
     label = max(spellings, key=answers.count, default=None)  # a vote by spelling, ties to the first
     agreeing = [i for i, answer in enumerate(answers) if answer is not None and answer == label]
     assert metrics.reward_accuracy([float(answer == truth) for answer in answers], agreeing) == expected
+
+
+def test_the_embedded_model_is_measured_by_this_vote(monkeypatch, capsys):
+    """Answers count by value, and none never wins: of these five 1/2 and 0.5 do, on the true 0.5."""
+    answers = iter([None, "1/2", None, "0.5", "3"])
+    monkeypatch.setattr(make, "extract_answer", lambda *_, **__: next(answers))
+    folder = make.HERE / "model"
+    model, (tokenizer, _) = Transformer.from_pretrained(folder), load_tokenizer(folder)
+    make.measure(model, tokenizer, [{"prompt": "1+2=?", "answer": "0.5", "id": "half"}], 5, 1.0)
+    assert "pass@1 0.400, maj@5 1.000; 2.0 different answers" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------

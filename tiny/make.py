@@ -27,7 +27,6 @@ import json
 import random
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -40,7 +39,10 @@ sys.path.insert(0, str(HERE.parent))
 from model import ModelConfig, Transformer  # noqa: E402
 from rollout import Rollout, generate  # noqa: E402
 from support.grading import extract_answer  # noqa: E402
+from support.metrics import is_right, mean  # noqa: E402
 from support.prompts import decode_response, encode_prompt  # noqa: E402
+from support.questions import Question  # noqa: E402
+from ttrl import vote  # noqa: E402
 
 SLIP = 0.07  # probability that a running sum is one or two off
 FORGET = {
@@ -212,8 +214,9 @@ def write_questions(path, rng):
 
 
 def measure(model, tokenizer, rows, samples, temperature):
-    """Print pass@1, the accuracy of the most frequent answer, and how the responses look."""
-    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    """Print pass@1, the accuracy of the vote, and how the responses look."""
+    asked = [Question(**row) for row in rows]
+    prompts = [encode_prompt(tokenizer, question.prompt) for question in asked]
     out = generate(model, prompts, samples, max_new_tokens=MAX_NEW_TOKENS, temperature=temperature,
                    eos_ids=[tokenizer.eos_token_id], seed=10, stream="eval", step=0)  # fmt: skip
     answers = [
@@ -221,12 +224,11 @@ def measure(model, tokenizer, rows, samples, temperature):
         for i in range(len(out))
     ]
     groups = [answers[i : i + samples] for i in range(0, len(answers), samples)]
-    mean = sum(group.count(row["answer"]) for group, row in zip(groups, rows, strict=True)) / len(answers)
-    vote = sum(
-        Counter(group).most_common(1)[0][0] == row["answer"] for group, row in zip(groups, rows, strict=True)
-    ) / len(rows)
-    print(f"{samples} samples at temperature {temperature}: pass@1 {mean:.3f}, maj@{samples} {vote:.3f}; "
-          f"{sum(len(set(group)) for group in groups) / len(rows):.1f} different answers a question, "
+    labels, classes = zip(*map(vote, groups), strict=True)
+    right = [is_right(question, a) for question, group in zip(asked, groups, strict=True) for a in group]
+    print(f"{samples} samples at temperature {temperature}: pass@1 {mean(right):.3f}, "
+          f"maj@{samples} {mean(map(is_right, asked, labels)):.3f}; "
+          f"{mean(map(len, classes)):.1f} different answers a question, "
           f"{out.finished.float().mean():.3f} finished, {answers.count(None)} without an answer, "
           f"{int(out.response_length.median())} tokens in the median, "
           f"{int(out.response_length.max())} at most")  # fmt: skip
