@@ -124,7 +124,8 @@ class Engine:
         device = model.embed_tokens.weight.device
         self.model, self.slots, self.capacity, self.max_new_tokens = model, slots, capacity, max_new_tokens
         self.cache = KVCache(model, slots, capacity)
-        self.eos = torch.tensor(sorted(eos_ids), device=device)
+        self.eos_ids = sorted(eos_ids)
+        self.eos = torch.tensor(self.eos_ids, device=device)
         self.key = torch.zeros(slots, dtype=torch.int64, device=device)  # [S] of the random numbers
         self.alive = torch.zeros(slots, dtype=torch.bool, device=device)  # [S] not ended yet
         self.prompt_length = torch.ones(slots, dtype=torch.int64, device=device)  # [S]

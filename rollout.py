@@ -97,8 +97,8 @@ def generate(model, prompts, rows, *, max_new_tokens, temperature=1.0, top_p=1.0
     "eval") and step tell the random numbers of one rollout from those of another. budget_tokens bounds the
     tokens whose keys and values are held at a time (None: all rows at once). An `engine` made for this model,
     these ends and lengths is used again, with its CUDA graphs. Raises ValueError where training would learn
-    from another distribution than it samples (top-p below 1, temperature 0), and where not even one row fits
-    the budget.
+    from another distribution than it samples (top-p below 1, temperature 0), where not even one row fits the
+    budget, and for an engine that was made for something else or holds more than the budget.
     """
     if stream == "train" and (top_p < 1 or temperature == 0):
         how = f"top_p {top_p}, temperature {temperature}"
@@ -111,7 +111,7 @@ def generate(model, prompts, rows, *, max_new_tokens, temperature=1.0, top_p=1.0
     if engine is None:
         slots = slots_within(budget_tokens, len(rows), longest)
         engine = Engine(model, slots, longest, max_new_tokens, eos_ids)
-    assert engine.model is model and engine.max_new_tokens == max_new_tokens and engine.capacity >= longest
+    check_engine(engine, model, longest, max_new_tokens, eos_ids, budget_tokens)
     rollout = empty_rollout(prompts, rows, max_new_tokens)
     keys = row_keys(seed, stream, step, rollout.question, rollout.sample).to(engine.key.device)
     scheduler = Scheduler(engine, prompts, rollout, keys, eos_ids, temperature, top_p)
@@ -131,6 +131,21 @@ def slots_within(budget_tokens, num_rows, longest):
             f"a budget of {budget_tokens} tokens holds no row of {longest} (prompt and new tokens)"
         )
     return min(num_rows, budget_tokens // longest)
+
+
+def check_engine(engine, model, longest, max_new_tokens, eos_ids, budget_tokens):
+    """Raise ValueError, with what is wrong, for an engine that `generate` cannot use as it is asked to."""
+    held, new = engine.slots * engine.capacity, engine.max_new_tokens
+    over = budget_tokens is not None and held > budget_tokens
+    wrong = {
+        "is of another model": engine.model is not model,
+        "ends responses at other tokens": engine.eos_ids != sorted(eos_ids),
+        f"samples {new} new tokens, not {max_new_tokens}": new != max_new_tokens,
+        f"holds rows of {engine.capacity} tokens, not {longest}": engine.capacity < longest,
+        f"holds {held} tokens, over the budget of {budget_tokens}": over,
+    }
+    if any(wrong.values()):
+        raise ValueError(f"the engine {', '.join(what for what, so in wrong.items() if so)}")
 
 
 class Scheduler:

@@ -571,7 +571,8 @@ def fake_a_step_of_the_loop(gpu, tmp_path, monkeypatch):
     run.train_set, run.train_prompts = run_module.load_prompts(
         run.config, run.tokenizer, "tiny", load("tiny")
     )
-    run.engine = ScriptedEngine(run.sampler, 5, max(map(len, run.train_prompts)) + 40, 40, EOS)
+    longest = max(map(len, run.train_prompts)) + 40
+    run.engine, run.rollout_tokens = ScriptedEngine(run.sampler, 5, longest, 40, EOS), 5 * longest
     metrics, lines = ttrl.train_step(run, 1, {})
     assert metrics["train/updates"] == 2 and metrics["train/kl"] == 1.0
     assert len(lines["rollouts.jsonl"]) == 3 == len(lines["votes.jsonl"])
@@ -656,7 +657,7 @@ def fake_device_refuses(machine, what):
 ENGINE, CACHE, READS = engine.Engine, engine.KVCache, "the host reads"
 STEP = "num_generated = self.num_generated[:count]"
 IN_SAMPLING = {  # what is wrong: (where, function, its text, the text planted, what has to be said)
-    "ends on the CPU": (ENGINE, "__init__", "sorted(eos_ids), device=device)", "sorted(eos_ids))", MIXES),
+    "ends on the CPU": (ENGINE, "__init__", "self.eos_ids, device=device)", "sorted(eos_ids))", MIXES),
     "a step reads a number": (ENGINE, "step", STEP, f"{STEP}; num_generated.max().item()", READS),
     "a step asks whether any row goes on": (ENGINE, "step", STEP, f"{STEP}; assert self.alive.any()", READS),
     "a step polls":

@@ -203,6 +203,20 @@ def test_a_budget_below_one_row_is_refused(random_model):
         sampled(random_model, budget_tokens=20)
 
 
+@pytest.mark.parametrize("change, said", [
+    ({"model": "another"}, "is of another model"),
+    ({"eos_ids": EOS[:-1]}, "ends responses at other tokens"),
+    ({"max_new_tokens": 39}, "samples 40 new tokens, not 39"),
+    ({"capacity": 47}, "holds rows of 47 tokens, not 48"),
+    ({"budget_tokens": 3 * 48 - 1}, "holds 144 tokens, over the budget of 143"),
+])  # fmt: skip
+def test_an_engine_for_something_else_is_refused(random_model, change, said):
+    engine = Engine(random_model, 3, change.pop("capacity", 48), max_new_tokens=40, eos_ids=EOS)
+    model = copy.deepcopy(random_model) if change.pop("model", None) else random_model
+    with pytest.raises(ValueError, match=f"^the engine {said}$"):
+        sampled(model, engine=engine, **change)
+
+
 def test_the_cache_stays_within_its_budget(random_model, monkeypatch):
     sizes = []
     original = KVCache.__init__
