@@ -305,14 +305,15 @@ def accumulate_gradients(run, rollout, rows, advantage, tally):
     """Forward and backward over a mini-batch: this rank's `rows` of the rollout, in micro-batches.
 
     The ranks hold different rows of it, in different numbers of micro-batches or none. But every rank has to
-    make the same number of backward passes, so one that has no more repeats a row with all of it masked.
+    make the same number of backward passes, so one that has no more repeats its shortest row, all masked.
     """
     batches = micro_batches(rollout, rows.tolist(), run.micro_batch_tokens)
     token_count = int(ranks.all_reduce({"tokens": int(rollout.response_length[rows].sum())})["tokens"])
     passes = int(ranks.all_reduce({"passes": len(batches)}, dist.ReduceOp.MAX)["passes"])
+    shortest = int((rollout.prompt_length + rollout.response_length).argmin())
     for index in range(passes):
         is_real = index < len(batches)
-        micro_batch = rollout[torch.tensor(batches[index] if is_real else [0])]
+        micro_batch = rollout[torch.tensor(batches[index] if is_real else [shortest])]
         mask = micro_batch.mask() & is_real
         with exchange_gradients(run.learner, is_last_pass=index == passes - 1):
             loss = micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally)

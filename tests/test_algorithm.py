@@ -1,7 +1,9 @@
 """The mathematics of ttrl.py by hand: vote, advantages, loss, schedule, draw, micro-batches."""
 
+import contextlib
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -289,6 +291,24 @@ def test_micro_batches_keep_to_the_budget_and_count_a_prompt_once():
     # 10+2*7, then 10+20 (alone over it), then 10+2*8
     assert packing.micro_batches(rollout, range(5), 26) == [[0, 2], [1], [4, 3]]
     assert packing.micro_batches(rollout, [], 25) == []
+
+
+def test_a_rank_without_more_micro_batches_repeats_its_shortest_row(monkeypatch):
+    """Of two real rows and three passes, as another rank has them: prompt and response both count."""
+    rollout, seen = rows_of({0: [3000, 8], 1: [7]}), []
+    rollout.prompt_length[2] = 12
+    monkeypatch.setattr(ttrl.ranks, "all_reduce", lambda numbers, *_: {**numbers, "passes": 3})
+    monkeypatch.setattr(ttrl.ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ttrl, "exchange_gradients", lambda *_, **__: contextlib.nullcontext())
+
+    def loss(run, micro_batch, mask, *_):
+        seen.append((micro_batch.response_length.tolist(), bool(mask.any())))
+        return torch.zeros((), requires_grad=True)
+
+    monkeypatch.setattr(ttrl, "micro_batch_loss", loss)
+    run = SimpleNamespace(micro_batch_tokens=100, learner=None)
+    ttrl.accumulate_gradients(run, rollout, torch.tensor([0, 2]), None, None)
+    assert seen == [([3000], True), ([7], True), ([8], False)]
 
 
 def test_micro_batches_count_padding():
