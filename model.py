@@ -3,7 +3,7 @@
 Token ids go in as one flat list, the tokens of all rows one after another, so embeddings, norms and linear
 layers never see padding. Only attention knows which token belongs to which row, and the caller passes it in
 as a function `attend(layer, q, k, v)`: over packed rows for learning and prefill (packing.py), over a KV
-cache for decoding (rollout.py). That is the whole difference between sampling and learning; everything else
+cache for decoding (engine.py). That is the whole difference between sampling and learning; everything else
 is the same code.
 
 Letters in shape comments: B rows, T tokens, R response tokens, N response tokens of all rows, D width, I

@@ -10,7 +10,6 @@ the learner's state and the sampler: parallel.py.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -295,7 +294,6 @@ def source_hashes():
 SOURCES = source_hashes()  # at the start: what runs is what was read then, not what is edited meanwhile
 
 
-@functools.cache
 @cache  # the page asks at every evaluation, for the sources that run
 def commit():
     """The commit of this program, with "-dirty" if files differ from it; "unknown" where git cannot tell."""

@@ -263,7 +263,7 @@ def draw_analyses(path, found):
     for label, steps in found["rewards"][1].items():
         entropy.plot([s["step"] for s in steps], [s["train/entropy"] for s in steps if "train/entropy" in s],
                      label=label)  # fmt: skip
-    entropy.set_title("entropy by reward (nats a token)")
+    entropy.set_title("entropy by reward (nats per token)")
     for axes in grid.flat:
         axes.grid(alpha=0.25)
     for axes in (lucky, entropy):
