@@ -225,6 +225,9 @@ def check(c):
         ("samples", lambda v: 2 <= v <= c.votes, f"must be at least 2 and at most --votes ({c.votes})"),
         ("seed", lambda v: 0 <= v < 2**32, f"must be a whole number from 0 to {2**32 - 1}"),
     ]
+    for name, value in dataclasses.asdict(c).items():
+        if isinstance(value, str) and questions.lone_surrogate(value):
+            raise ValueError(f"{flag_name(name)} {value!r}: is not UTF-8 text")
     for name, holds, sentence in rules:
         value = getattr(c, name)
         if value is not None and not holds(value):

@@ -48,6 +48,7 @@ BENCHMARKS = {
     ),
 }
 USER_FILE_EPOCHS = 10
+PROMPT_KEYS = ("prompt", "question", "problem")  # the first that a row has
 SOURCE = "https://raw.githubusercontent.com/PRIME-RL/TTRL/3e2cc9376dc7486256f6021b37c4353d0e1abe2b/verl/data"
 
 
@@ -55,8 +56,9 @@ def load(name_or_file: str) -> list[Question]:
     """The questions of a benchmark (a name in BENCHMARKS), of "tiny", or of a local file.
 
     A file is a .json array or .jsonl lines of {"prompt", optional "answer", "id", "kind" ("math" or
-    "choice")}. Raises ValueError or FileNotFoundError, one sentence that names the file, the place and what
-    would be right.
+    "choice")}. The prompt may have any name in PROMPT_KEYS, and may be a chat of one user turn; in an answer
+    such as GSM8K's, "2+2=4 #### 4", only the part after the last "####" counts. Raises ValueError or
+    FileNotFoundError, one sentence that names the file, the place and what would be right.
     """
     benchmark = BENCHMARKS.get(name_or_file)
     if benchmark:
@@ -167,15 +169,36 @@ def _question(row, place: str, index: int, kind: str) -> Question:
     """Check one row and turn it into a Question; a missing id becomes the row's index."""
     if not isinstance(row, dict):
         raise ValueError(f'{place}: is not an object like {{"prompt": ..., "answer": ...}}')
-    prompt, kind = row.get("prompt"), row.get("kind", kind)
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f'{place}: "prompt" must be a text that is not empty')
+    prompt, kind = _prompt(row, place), row.get("kind", kind)
     if kind not in ("math", "choice"):
         raise ValueError(f'{place}: "kind" must be "math" or "choice", not {kind!r}')
-    identity = row.get("id", row.get("unique_id"))  # the MATH level files say unique_id
-    for key, value in ("answer", row.get("answer")), ("id", identity):
+    answer, identity = row.get("answer"), row.get("id", row.get("unique_id"))  # MATH says unique_id
+    for key, value in ("answer", answer), ("id", identity):
         plain = isinstance(value, (str, int, float, type(None))) and not isinstance(value, bool)
         if not plain or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f'{place}: "{key}" must be a text or a finite number, not {value!r}')
-    answer = None if row.get("answer") is None else str(row["answer"]).strip() or None
-    return Question(prompt, answer, str(index) if identity in (None, "") else str(identity), kind)
+    answer = None if answer is None else str(answer).rpartition("####")[2].strip() or None
+    identity = str(index) if identity in (None, "") else str(identity)
+    for key, value in ("prompt", prompt), ("answer", answer or ""), ("id", identity):
+        if lone := lone_surrogate(value):
+            raise ValueError(f"{place}: the {key} holds {lone!r}, half of a character; write the whole one")
+    return Question(prompt, answer, identity, kind)
+
+
+def _prompt(row: dict, place: str) -> str:
+    """The text that a row asks, under one of PROMPT_KEYS: a string, or a chat of one user turn."""
+    key = next((key for key in PROMPT_KEYS if key in row), None)
+    if key is None:
+        there = ", ".join(map(json.dumps, row)) or "none"
+        raise ValueError(f'{place}: has no "prompt" (or "question", "problem"); its keys: {there}')
+    prompt = row[key]
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], dict):
+        prompt = prompt[0].get("content") if prompt[0].get("role") == "user" else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f'{place}: "{key}" must be a text that is not empty, or a chat of one user turn')
+    return prompt
+
+
+def lone_surrogate(text: str) -> str | None:
+    """The first half of a surrogate pair, which can be neither tokenized nor written to a file; or None."""
+    return next((character for character in text if "\ud800" <= character <= "\udfff"), None)

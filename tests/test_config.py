@@ -24,6 +24,9 @@ from support import config
         (["--seed", "20000000000000"], "--seed 20000000000000"),
         (["--seed", "-1"], "--seed -1"),
         (["--rollout-tokens", "10"], "--rollout-tokens 10: must be at least 148"),
+        (["--prompt-suffix", "x\udcff"], r"--prompt-suffix 'x\udcff': is not UTF-8 text"),
+        (["--data", "\udcff.json"], r"--data '\udcff.json': is not UTF-8 text"),
+        (["--out", "\udcff"], r"--out '\udcff': is not UTF-8 text"),
         (["--wandb"], "--wandb: the package wandb is not installed"),
     ],
 )

@@ -52,6 +52,20 @@ def test_load_json_with_bom_and_empty_answer(tmp_path):
     assert load(write(tmp_path, '\ufeff[\r\n{"prompt": "p", "answer": " "}]')) == [Question("p", None, "0")]
 
 
+def test_load_the_forms_of_other_data_sets(tmp_path):
+    """GSM8K, MATH-500, a chat of one turn, a surrogate pair; the first name of a prompt is taken."""
+    rows = [
+        {"question": "2+2?", "answer": "2 #### and\n2 are 4\n#### 1,004"},
+        {"problem": "1+1?", "solution": "...", "answer": "2", "unique_id": "m/1"},
+        {"prompt": [{"role": "user", "content": "3+3?"}], "question": "another"},
+        {"prompt": "\U0001f600\0", "answer": "####"},
+    ]
+    assert load(write(tmp_path, json.dumps(rows))) == [
+        Question("2+2?", "1,004", "0"), Question("1+1?", "2", "m/1"), Question("3+3?", None, "2"),
+        Question("\U0001f600\0", None, "3")
+    ]  # fmt: skip
+
+
 def test_load_a_prompt_of_a_million_characters(tmp_path):
     assert len(load(write(tmp_path, json.dumps([{"prompt": "x" * 1_000_000}])))[0].prompt) == 1_000_000
 
@@ -65,7 +79,33 @@ BAD = [
     ("[" * 100_000, "q.json", "not valid JSON"),
     ('{"prompt": "x"}\nnot json\n', "q.jsonl", "line 2: is not valid JSON"),
     ("[3]", "q.json", "row 1: is not an object"),
-    ('[{"prompt": "x"}, {"answer": "1"}]', "q.json", 'row 2: "prompt" must be'),
+    (
+        '[{"prompt": "x"}, {"Problem": "y", "answer": "1"}]',
+        "q.json",
+        'row 2: has no "prompt" (or "question", "problem"); its keys: "Problem", "answer"',
+    ),
+    ("[{}]", "q.json", 'row 1: has no "prompt" (or "question", "problem"); its keys: none'),
+    (
+        '[{"problem": null}]',
+        "q.json",
+        'row 1: "problem" must be a text that is not empty, or a chat of one user',
+    ),
+    ('[{"prompt": []}]', "q.json", 'row 1: "prompt" must be'),
+    ('[{"prompt": [{"role": "system", "content": "x"}]}]', "q.json", 'row 1: "prompt" must be'),
+    (
+        '[{"prompt": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}]',
+        "q.json",
+        'row 1: "prompt" must be',
+    ),
+    ('[{"prompt": [{"role": "user", "content": ["x"]}]}]', "q.json", 'row 1: "prompt" must be'),
+    ('[{"prompt": ["x"]}]', "q.json", 'row 1: "prompt" must be'),
+    (
+        r'{"prompt": "\ud800 2+2"}',
+        "q.jsonl",
+        r"""line 1: the prompt holds '\ud800', half of a character; write the whole one""",
+    ),
+    (r'[{"prompt": "x"}, {"prompt": "x", "answer": "4 \udfff"}]', "q.json", "row 2: the answer holds"),
+    (r'[{"prompt": "x", "id": "\ud83d\ud83d"}]', "q.json", "row 1: the id holds"),
     ('[{"prompt": " \\n"}]', "q.json", 'row 1: "prompt" must be'),
     ('[{"prompt": 5}]', "q.json", 'row 1: "prompt" must be'),
     ('{"prompt": "x"}\n{"prompt": ""}', "q.jsonl", 'line 2: "prompt" must be'),

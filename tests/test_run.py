@@ -333,7 +333,7 @@ def test_the_checkpoint_of_another_model_is_one_sentence(finished, few_questions
     "content, words",
     [
         (None, "nowhere.json"),
-        ('[{"prompt": "1+1=?"}, {"question": "2+2=?"}]', "prompt"),
+        ('[{"prompt": "1+1=?"}, {"Query": "2+2=?"}]', "Query"),
         ('[{"prompt": "1+1=?"}]', "--reward gold"),
     ],
 )
