@@ -240,7 +240,7 @@ def find_checkpoint(run, out):
     """(folder, state) of the newest checkpoint; (None, the state of a new run) if there is none."""
     c, folder = run.config, checkpoint.newest(out / "checkpoint")
     # labels: {question id: label of its last vote in training}
-    state = {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0, "labels": {}}
+    state = {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0, "empty_steps": 0, "labels": {}}
     if folder is None:
         return None, state
     state.update(checkpoint.read_state(folder))
@@ -411,6 +411,9 @@ def finish(run, state):
     checkpoint.write_whole(Path(c.out) / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
     draw_page(run, state)
     print(report.render(summary, state))
+    nothing = report.taught_nothing(report.read_metrics(c.out)[1:], c)  # step 0 is an evaluation
+    if nothing:
+        print(f"\n{nothing}")
     minutes = f"{state['seconds'] / 60:.1f} minutes"
     files = "report.html, curves.png, summary.json, metrics.jsonl, rollouts.jsonl, votes.jsonl, model/"
     print(f"\n{c.out}: {files} ({minutes})")
@@ -422,3 +425,6 @@ def save_evaluation(run, metrics):
     whole = {"evaluation": metrics, "environment": environment(c), "config": dataclasses.asdict(c)}
     checkpoint.write_whole(Path(c.out) / "evaluation.json", json.dumps(whole, indent=1))
     print(report.table({"evaluation": metrics}))
+    unanswered = report.unanswered(metrics["no_answer"], metrics["truncated"], c)
+    if unanswered:
+        print(f"\n{unanswered}")

@@ -67,7 +67,7 @@ from support.metrics import (
 )
 from support.prompts import decode_response
 from support.ranks import is_rank0, print0
-from support.report import counted_votes, progress, shown_responses
+from support.report import counted_votes, progress, shown_responses, taught_nothing
 from support.slices import whole
 
 # -----------------------------------------------------------------------------------------------------------
@@ -417,7 +417,7 @@ def train(run, state):
             state["after"] = {"step": step, "metrics": metrics, "records": records}
             state["best"] = better(state["best"], step, records)
         state["step"], state["seconds"] = step, seconds_before + time.monotonic() - entered
-        count_updates(state, line, bar)
+        count_updates(c, state, line, bar)
         log(run, line, lines, state)
         show_progress(bar, line, state)
         minutes = (time.monotonic() - entered) / 60
@@ -434,13 +434,19 @@ def train(run, state):
     return state
 
 
-def count_updates(state, line, bar):
-    """Add the step's updates to the state's, and say so if some were skipped."""
+def count_updates(c, state, line, bar):
+    """Add the step's updates to the state's; say so if some were skipped, or if a step taught nothing."""
     skipped = line["train/skipped_updates"]
     state["updates"] += line["train/updates"]
     state["skipped_updates"] += skipped
-    if skipped and is_rank0():
+    if not is_rank0():
+        return
+    if skipped:
         bar.write(f"step {line['step']}: {skipped} updates skipped, their gradient was not finite")
+    nothing = taught_nothing([line], c)
+    state["empty_steps"] += bool(nothing)
+    if nothing and state["empty_steps"] in (1, 10, 100, 1000):
+        bar.write(nothing)
 
 
 def show_progress(bar, line, state):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from support import grading
 from support.ledger import FATES, fate
+from support.metrics import mean
 
 MOST_CLASSES = 20  # of a question in votes.jsonl
 
@@ -21,6 +22,31 @@ def progress(line, evaluation):
         f"{line['train/rollout_tokens_per_s']:,.0f} tok/s" if "train/rollout_tokens_per_s" in line else ""
     )
     return ", ".join(part for part in parts if part)
+
+
+def unanswered(no_answer, truncated, c):
+    """Why most responses have no answer, and what to try, from two shares of them; None if most have one."""
+    if no_answer <= 0.5:
+        return None
+    if truncated > 0.5:
+        limit = f"--max-new-tokens {c.max_new_tokens}"
+        return f"{truncated:.0%} of the responses were cut at {limit}; try a larger one"
+    ask = "the prompt in the plan should ask for \\boxed{} (--prompt-suffix, --template)"
+    return f"no answer was found in {no_answer:.0%} of the responses; {ask}"
+
+
+def taught_nothing(lines, c):
+    """Which of these steps (lines of metrics.jsonl) taught nothing, and why; None if it is not most of them.
+
+    A step teaches nothing if the trained samples of each question have equal rewards: all advantages are 0.
+    """
+    empty = [line for line in lines if line["train/zero_variance_groups"] == 1]
+    if 2 * len(empty) <= len(lines):
+        return None
+    which = f"{len(empty)} of {len(lines)} steps" if len(lines) > 1 else f"step {lines[0]['step']}"
+    shares = [mean(line[f"train/{name}"] for line in empty) for name in ("no_answer", "truncated")]
+    alike = "all samples of a question have the same reward; try other questions, or a higher --temperature"
+    return f"{which} taught nothing: {unanswered(*shares, c) or alike}"
 
 
 def table(columns):

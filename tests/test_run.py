@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import memory
 import run
 import ttrl
-from support import questions
+from support import config, questions, report
 
 TINY = ROOT / "tiny" / "model"
 
@@ -445,6 +445,41 @@ def test_updates_that_are_never_finite_do_not_end_as_if_all_were_well(few_questi
         r"ttrl.py: the gradient of all \d updates was not finite, nothing was learned\n", done.stderr
     )
     assert "What became of" not in done.stdout and not (out / "summary.json").exists() and moved_nowhere(out)
+
+
+CUT = "taught nothing: 100% of the responses were cut at --max-new-tokens 3; try a larger one"
+
+
+def test_a_run_that_learns_nothing_says_so(few_questions, tmp_path):
+    """At the 1st and the 10th such step and at the end; with KL, whose updates move weights all the same."""
+    flags = ["--data", few_questions, *SMALL, "--max-new-tokens", "3", "--eval-samples", "2"]
+    printed = program(*flags, "--epochs", "6", "--kl", "0.001", "--out", tmp_path / "run").stdout
+    said = re.findall(r"^.* taught nothing.*$", printed, re.MULTILINE)
+    assert said == [f"step 1 {CUT}", f"step 10 {CUT}", f"12 of 12 steps {CUT}"]
+    assert all(line["train/updates"] == 2 for line in lines_of(tmp_path / "run" / "metrics.jsonl")[1:])
+    printed = program(*flags, "--eval-only", "--out", tmp_path / "run").stdout
+    assert printed.endswith("\n\n100% of the responses were cut at --max-new-tokens 3; try a larger one\n")
+
+
+def test_a_run_that_learns_does_not_say_so(finished):
+    assert "taught nothing" not in finished[1]
+
+
+@pytest.mark.parametrize(
+    "no_answer, truncated, why",
+    [
+        (1.0, 0.2, "no answer was found in 100% of the responses; the prompt in the plan should ask for"),
+        (0.2, 0.2, "all samples of a question have the same reward; try other questions"),
+        (0.6, 0.9, "90% of the responses were cut at --max-new-tokens 3072"),
+    ],
+)
+def test_why_a_step_taught_nothing(no_answer, truncated, why):
+    line = {"step": 7, "train/no_answer": no_answer, "train/truncated": truncated}
+    taught, nothing = ({**line, "train/zero_variance_groups": share} for share in (0.9, 1.0))
+    c = config.Config()
+    assert f"step 7 taught nothing: {why}" in report.taught_nothing([nothing], c)
+    assert f"2 of 3 steps taught nothing: {why}" in report.taught_nothing([nothing, taught, nothing], c)
+    assert report.taught_nothing([taught, nothing], c) is report.taught_nothing([taught], c) is None
 
 
 def moved_nowhere(out):
