@@ -345,13 +345,17 @@ def choose_layout(c, model_config, machine, longest, most_rows):
     return layout
 
 
+def enough_rows(machine, most_rows):
+    """Rows that each rank should sample at once: ENOUGH_ROWS, or all that it has."""
+    return min(ENOUGH_ROWS, -(-most_rows // machine.ranks))
+
+
 def smallest_that_fits(c, model_config, machine, longest, most_rows):
     """The Layout of the first split with room for ENOUGH_ROWS on each rank, or for all that the rank has.
 
     If none has that, the one with the most rows; with offload only where nothing else fits. None: no fit.
     """
-    enough = min(ENOUGH_ROWS, -(-most_rows // machine.ranks))
-    best = None
+    enough, best = enough_rows(machine, most_rows), None
     for split in splits(c, model_config, machine):
         if best and split.offload > best.split.offload:
             break

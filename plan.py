@@ -3,13 +3,22 @@
 All of it is arithmetic on the settings and on config.json: no weight has been read when the plan is printed.
 """
 
+import dataclasses
 import math
 import platform
 import resource
 
 import torch
 
-from memory import USABLE, count_parameters, kv_bytes, listed, split_flags
+from memory import (
+    USABLE,
+    count_parameters,
+    enough_rows,
+    kv_bytes,
+    listed,
+    smallest_that_fits,
+    split_flags,
+)
 from support.config import LOWER_TEMPERATURES, differences
 from support.ranks import print0
 
@@ -33,6 +42,11 @@ def planned_updates(c, question_count, steps):
     per_step = math.ceil(c.questions_per_step / c.questions_per_update)
     per_epoch = full * per_step + math.ceil(last / c.questions_per_update)
     return epochs * per_epoch + rest * per_step
+
+
+def most_rows(c, eval_question_count):
+    """Rows of the largest rollout, in training or evaluation, over all ranks."""
+    return max(c.questions_per_step * c.votes, eval_question_count * c.eval_samples)
 
 
 def planned_responses(c, question_count, eval_question_count):
@@ -102,22 +116,15 @@ def peak_memory_gb():
 def print_plan(run, model_config, machine, layout, given, shown_prompt):
     """What is going to happen, on rank 0."""
     c, questions = run.config, len(run.train_set)
-    responses = planned_responses(c, questions, len(run.eval_set))
-    share = responses["eval"] / sum(responses.values())
-    steps = c.epochs * steps_per_epoch(c, questions)
-    lengths = [len(prompt) for prompt in run.train_prompts]
-    hours = least_hours(c, model_config, machine, layout, sum(lengths) / questions, responses)
     print0(
         f"model    {c.model}: {count_parameters(model_config).total / 1e6:,.1f} M parameters",
         f"ranks    {ranks_line(machine)}",
-        f"data     {c.data}: {questions} questions, prompts up to {run.longest - c.max_new_tokens} tokens",
-        f"plan     {c.epochs} epochs, {steps} steps of {c.questions_per_step} questions x {c.votes} votes at "
-        f"temperature {c.temperature}; {c.samples} are trained on, rewarded by {c.reward}",
-        f"sampling {sum(responses.values()):,} responses, {share:.0%} of them for evaluation "
-        f"(--eval-every {c.eval_every}, --eval-samples {c.eval_samples})",
+        f"data     {c.eval_data if c.eval_only else c.data}: {questions} questions, "
+        f"prompts up to {run.longest - c.max_new_tokens} tokens",
+        *(evaluation_lines(c) if c.eval_only else training_lines(run)),
         f"prompt   {shown_prompt}",
-        *memory_lines(c, model_config, machine, layout, run.longest),
-        *(time_lines(c, machine, hours, responses) if hours and not c.eval_only else ()),
+        *memory_lines(run, model_config, machine, layout),
+        *(() if c.eval_only else time_lines(run, model_config, machine, layout)),
         *(f"differs  {line}" for line in differences(c, given)),
         f"out      {c.out}",
     )
@@ -131,13 +138,36 @@ def ranks_line(machine):
     return f"{machine.ranks} on cuda{name}" + (f", {machine.per_node} on each of {nodes} nodes" * (nodes > 1))
 
 
-def memory_lines(c, model_config, machine, layout, longest):
+def training_lines(run):
+    """Steps and responses."""
+    c, questions = run.config, len(run.train_set)
+    responses, steps = planned_responses(c, questions, len(run.eval_set)), steps_per_epoch(c, questions)
+    share = responses["eval"] / sum(responses.values())
+    return [
+        f"plan     {c.epochs} epochs, {c.epochs * steps} steps of {c.questions_per_step} questions x "
+        f"{c.votes} votes at temperature {c.temperature}; {c.samples} are trained on, rewarded by {c.reward}",
+        f"sampling {sum(responses.values()):,} responses, {share:.0%} of them for evaluation "
+        f"(--eval-every {c.eval_every}, --eval-samples {c.eval_samples})",
+    ]
+
+
+def evaluation_lines(c):
+    """What --eval-only samples."""
+    flags = c.eval_temperature, c.eval_top_p
+    others = [f"{n} for {name}" for name, (n, *how) in LOWER_TEMPERATURES.items() if tuple(how) != flags]
+    each = f"{c.eval_samples} responses to each question at temperature {flags[0]} and top-p {flags[1]}"
+    return [f"plan     evaluation only: {', '.join([each, *others])}"]
+
+
+def memory_lines(run, model_config, machine, layout):
     """A line for a CPU; for GPUs the split and a table of bytes by part."""
+    c, longest = run.config, run.longest
     parts, used = layout.parts, sum(layout.parts.values())
     if not machine.cuda:
+        learning = "" if c.eval_only else f", micro-batches {layout.micro_batch_tokens:,}"
         return [
             f"memory   {used / 1e9:.2f} GB per rank ({listed(parts)}), sampler up to "
-            f"{layout.rollout_tokens:,} tokens, micro-batches {layout.micro_batch_tokens:,}"
+            f"{layout.rollout_tokens:,} tokens{learning}"
         ]
     sizes = {name: parts.get(name, 0) + layout.rows * layout.row.get(name, 0) for name in parts | layout.row}
     sizes["free"] = machine.memory - sum(sizes.values())
@@ -155,8 +185,10 @@ def memory_lines(c, model_config, machine, layout, longest):
         f"{(1 / USABLE - 1) * machine.memory / 1e9:.1f} more are left to CUDA, NCCL and fragments",
     }
     table = [f"         {sizes[name] / 1e9:8.2f}  {name:12} {notes[name]}" for name in notes if name in sizes]
-    flags = " ".join(split_flags(layout.split._asdict()).values())
-    return [f"memory   GB on each rank, {flags}", *table, *host_lines(c, machine, layout)]
+    flags = split_flags(layout.split._asdict())
+    flags = flags["sampler_ranks"] if c.eval_only else " ".join(flags.values())
+    host = host_lines(c, machine, layout) or offload_lines(run, model_config, machine, layout)
+    return [f"memory   GB on each rank, {flags}", *table, *host]
 
 
 def kept_line(c, layout):
@@ -181,8 +213,30 @@ def host_lines(c, machine, layout):
     return [f"offload  {layout.host / 1e9:.0f} GB of host memory on each node{there}{why}"]
 
 
-def time_lines(c, machine, hours, responses):
-    """Tokens, and the least hours."""
+def offload_lines(run, model_config, machine, layout):
+    """Where few rows fit without it: how many --offload would give, if more."""
+    c, most = run.config, most_rows(run.config, len(run.eval_set))
+    if c.eval_only or c.offload is not None or layout.rows_of_a_rank() >= enough_rows(machine, most):
+        return []
+    other = dataclasses.replace(c, offload=True)
+    other = smallest_that_fits(other, model_config, machine, run.longest, most)
+    if other is None or other.rows_of_a_rank() <= layout.rows_of_a_rank():
+        return []
+    return [
+        f"offload  --offload would give {other.rows_of_a_rank():.0f} rows on each rank instead of "
+        f"{layout.rows_of_a_rank():.0f}, with {other.host / 1e9:.0f} GB of host memory on each node; "
+        "sampling would be faster, each update slower"
+    ]
+
+
+def time_lines(run, model_config, machine, layout):
+    """Tokens, and the least hours; nothing for a CPU."""
+    c, questions = run.config, len(run.train_set)
+    responses = planned_responses(c, questions, len(run.eval_set))
+    prompt_tokens = sum(map(len, run.train_prompts)) / questions
+    hours = least_hours(c, model_config, machine, layout, prompt_tokens, responses)
+    if not hours:
+        return []
     step = c.questions_per_step * c.max_new_tokens / 1e6
     tokens = sum(responses.values()) * c.max_new_tokens / 1e6
     parts = ", ".join(f"{name} {value:.1f}" for name, value in hours.items())

@@ -29,7 +29,7 @@ import parallel
 from engine import Engine
 from memory import Split, choose_layout, find_machine
 from model import ModelConfig, Transformer
-from plan import print_plan, steps_per_epoch
+from plan import most_rows, print_plan, steps_per_epoch
 from support import checkpoint, questions, report
 from support.config import RESUME_MAY_CHANGE, Config, flag_name
 from support.curves import draw_curves
@@ -89,10 +89,10 @@ def open_run(c, device, given):
     """
     check_same({"flags": dataclasses.asdict(c), "sources": SOURCES})
     folder = HERE / "tiny" / "model" if c.model == "tiny" else first_on_node(lambda: fetch_config(c.model))
-    train_set = first_on_node(lambda: questions.load(c.data))
-    eval_set = train_set
-    if c.eval_data != c.data:
-        eval_set = first_on_node(lambda: questions.load(c.eval_data))
+    eval_set = first_on_node(lambda: questions.load(c.eval_data))
+    train_set = eval_set
+    if c.data != c.eval_data and not c.eval_only:
+        train_set = first_on_node(lambda: questions.load(c.data))
     machine = find_machine(c, device)
     run = on_every_rank(lambda: prepare(c, device, machine, given, folder, train_set, eval_set))
     check_same({"questions": fingerprint(run)})
@@ -109,20 +109,15 @@ def prepare(c, device, machine, given, folder, train_set, eval_set):
     model_config = ModelConfig.from_pretrained(folder)
     tokenizer, eos_ids = load_tokenizer(folder)
     check_vocabulary(model_config, tokenizer)
-    train = load_prompts(c, tokenizer, c.data, train_set)
-    evaluation = train if eval_set is train_set else load_prompts(c, tokenizer, c.eval_data, eval_set)
+    evaluation = load_prompts(c, tokenizer, c.eval_data, eval_set)
+    train = evaluation if train_set is eval_set else load_prompts(c, tokenizer, c.data, train_set)
     longest = max(map(len, train[1] + evaluation[1])) + c.max_new_tokens
     check_against_data(c, model_config, machine, train[0], longest)
-    layout = choose_layout(c, model_config, machine, longest, most_rows(c, evaluation[0]))
+    layout = choose_layout(c, model_config, machine, longest, most_rows(c, len(evaluation[0])))
     budgets = layout.rollout_tokens, layout.micro_batch_tokens, layout.checkpointing
     run = Run(c, device, folder, tokenizer, eos_ids, *train, *evaluation, longest, *budgets, layout.split)
     print_plan(run, model_config, machine, layout, given, show_prompt(tokenizer, run.train_prompts[0]))
     return run
-
-
-def most_rows(c, eval_set):
-    """Rows of the largest rollout, in training or evaluation, over all ranks."""
-    return max(c.questions_per_step * c.votes, len(eval_set) * c.eval_samples)
 
 
 def load_prompts(c, tokenizer, name, loaded):
@@ -146,13 +141,15 @@ def load_prompts(c, tokenizer, name, loaded):
 
 def check_against_data(c, model_config, machine, train_set, longest):
     """Raise ValueError for settings that do not go with these questions, this model or this many ranks."""
-    if c.reward == "gold" and any(question.answer is None for question in train_set):
-        raise ValueError(f"--reward gold: {c.data} has questions without an answer")
     if longest > model_config.max_positions:
         raise ValueError(
             f"--max-new-tokens {c.max_new_tokens}: with the longest prompt that is {longest} tokens, "
             f"but {c.model} takes {model_config.max_positions} (max_position_embeddings)"
         )
+    if c.eval_only:
+        return
+    if c.reward == "gold" and any(question.answer is None for question in train_set):
+        raise ValueError(f"--reward gold: {c.data} has questions without an answer")
     if machine.ranks > c.votes:
         raise ValueError(
             f"--votes {c.votes}: fewer than the {machine.ranks} ranks, each needs a response to learn from"
@@ -168,7 +165,7 @@ def build_models(run, device):
     on_every_rank(lambda: load_models(run, device, group, grid))
     if device.type == "cuda":
         # Of the fullest group: the ranks that have a row more than others may all be in one.
-        rows = math.ceil(most_rows(c, run.eval_set) / world_size()) * run.split.sampler_ranks
+        rows = math.ceil(most_rows(c, len(run.eval_set)) / world_size()) * run.split.sampler_ranks
         slots = min(run.rollout_tokens // run.longest, rows)
         run.engine = Engine(run.sampler, slots, run.longest, c.max_new_tokens, run.eos_ids)
     if c.eval_only:

@@ -205,6 +205,8 @@ def papers_values(c):
     paper = decide(Config(model=c.model, data=c.data, thinking=c.thinking))
     names = [field.name for field in dataclasses.fields(Config)]
     names = names[names.index("votes") : names.index("eval_data")]  # sampling, learning, evaluation
+    if c.eval_only:
+        names = ["max_new_tokens", "eval_samples", "eval_temperature", "eval_top_p"]
     return {name: getattr(paper, name) for name in names if getattr(c, name) != getattr(paper, name)}
 
 

@@ -378,6 +378,57 @@ def test_a_plan_for_gpus_that_are_not_here(tmp_path, few_questions):
     assert refused.count("\n") == 1 and refused.endswith("it would fit with --offload\n")
 
 
+HALF = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+            num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True)  # fmt: skip
+
+
+@pytest.fixture
+def half(tmp_path, few_questions):
+    """Flags of a dry run with config.json of 0.5B and a tokenizer."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ROOT / "tiny" / "model" / file, tmp_path / file)
+    raw = {**models.SHAPES["Qwen2.5-Math-1.5B"], **HALF, "rms_norm_eps": 1e-6, "eos_token_id": 330}
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "max_position_embeddings": 9999}))
+    return ["--dry-run", "--model", tmp_path, "--data", few_questions, "--max-new-tokens", "4000"]
+
+
+def test_where_few_rows_fit_the_plan_says_what_offload_would_give(half):
+    printed = program(*half, "--gpus", "1x13").stdout
+    [fewer] = re.findall(r"keys and values of (\d+) rows", printed)
+    more, instead = re.search(
+        r"--offload would give (\d+) rows on each rank instead of (\d+)", printed
+    ).groups()
+    offload = program(*half, "--gpus", "1x13", "--offload").stdout
+    assert instead == fewer and f"keys and values of {more} rows" in offload and int(more) > 5 * int(fewer)
+    for flags in (
+        ["1x13", "--no-offload"],
+        ["1x13", "--offload"],
+        ["1x16"],
+        ["1x13", "--rollout-tokens", "65000"],
+    ):
+        assert "would give" not in program(*half, "--gpus", *flags).stdout
+
+
+def test_the_plan_of_an_evaluation_is_of_an_evaluation(half, tmp_path):
+    """Of the questions that are evaluated: those of --data are not read, nor need they be there."""
+    (tmp_path / "q.json").write_text('[{"prompt": "1+1=?"}]')
+    evaluate = ["--eval-only", "--eval-data", tmp_path / "q.json", "--reward", "gold", "--lr", "1e-3"]
+    lines = program(
+        *half, *evaluate, "--gpus", "1x13", "--data", tmp_path / "nowhere.json"
+    ).stdout.splitlines()
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == [
+        "model", "ranks", "data", "plan", "prompt", "memory", "differs", "out"]  # fmt: skip
+    assert lines[2].startswith(f"data     {tmp_path / 'q.json'}: 1 questions")
+    each = "16 responses to each question at temperature 0.6 and top-p 0.95, 1 for greedy"
+    assert (
+        f"plan     evaluation only: {each}" in lines
+        and "memory   GB on each rank, --sampler-ranks 1" in lines
+    )
+    assert "differs  --max-new-tokens 4000 (paper 3072, given)" in lines
+    printed = program(*half, *evaluate).stdout  # on a CPU
+    assert "micro-batches" not in printed and "sampler up to" in printed
+
+
 def test_a_plan_for_more_ranks_than_there_are(few_questions, monkeypatch):
     """As train.sh makes it, before it starts torchrun."""
     monkeypatch.setenv("WORLD_SIZE", "4")
