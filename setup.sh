@@ -60,15 +60,22 @@ make_venv() {
         || refuse "$python cannot make $checkout/.venv (on Debian and Ubuntu: apt install python3-venv)"
 }
 
+# What pip says is shown only if it fails: it may warn once for each package of an index that is not there.
 pip_install() {
+    local install said
     if "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null 2>&1; then
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"
+        install=("$PYTHON" -m pip install --quiet --no-input --disable-pip-version-check)
     elif command -v uv >/dev/null; then
-        uv pip install --quiet --python "$PYTHON" "$@"
+        install=(uv pip install --quiet --python "$PYTHON")
     else
         refuse "$PYTHON has no pip, and neither ensurepip nor uv is there to install with" \
             "(on Debian and Ubuntu: apt install python3-venv)"
     fi
+    said=$("${install[@]}" "$@" 2>&1) || {
+        echo "$said" >&2
+        refuse "what is missing could not be installed, as the lines above say; where there is no network," \
+            "activate an environment that lacks nothing"
+    }
 }
 
 writable_or_refuse() {

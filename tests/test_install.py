@@ -109,6 +109,9 @@ TOOLS = "bash basename dirname mount".split()
 # Notes its arguments, and leaves the metadata of what it was asked for, in the version of constraints.txt.
 PIP_STUB = f"""import os, pathlib, re, shutil, sys, sysconfig
 open(os.environ["NOTES"], "a").write(" ".join(sys.argv[1:]) + "\\n")
+print("WARNING: Location 'file:///nowhere' is ignored", file=sys.stderr)
+if os.path.exists(os.environ["NOTES"] + ".broken") and sys.argv[1] == "install":
+    sys.exit("ERROR: No matching distribution found")
 packages = pathlib.Path(sysconfig.get_path("purelib"))
 pins = dict(re.findall("(?m)^(.+)==(.+)$", pathlib.Path("constraints.txt").read_text()))
 for name in pins.keys() & {{re.split("[<>=;]", word)[0] for word in sys.argv}}:
@@ -205,7 +208,7 @@ def all_of(*extras):
     return " ".join(sum(map(PROJECT["optional-dependencies"].get, extras), PROJECT["dependencies"]))
 
 
-PIP = "install --quiet --disable-pip-version-check"
+PIP = "install --quiet --no-input --disable-pip-version-check"
 PINNED = "--constraint constraints.txt"
 
 
@@ -251,6 +254,18 @@ def test_without_pip_and_ensurepip_it_says_what_to_do_until_it_is_done(machine):
     machine.ensurepip(ENSUREPIP)
     machine.setup()
     assert machine.installed() == [f"{PIP} {PINNED} {all_of()}"]
+
+
+def test_what_pip_says_is_shown_only_if_it_fails(machine):
+    machine.venv(machine.folder / "env", "2.13.0")
+    broken = machine.folder / "notes.broken"
+    broken.touch()
+    ours, *pips, last = machine.setup(code=2)[1].splitlines()
+    assert ours == f"installing what pyproject.toml names into {machine.folder / 'env'} ..."
+    assert pips == ["WARNING: Location 'file:///nowhere' is ignored", "ERROR: No matching distribution found"]
+    assert last.startswith("setup: what is missing could not be installed, as the lines above say; ")
+    broken.unlink()
+    assert machine.setup()[1] == f"{ours}\n"
 
 
 def test_uv_installs_where_pip_is_not_to_be_had(machine):
@@ -402,6 +417,12 @@ def with_everything(machine):
     (packages,) = venv.glob("lib/python*/site-packages")
     (packages / "these.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
     return venv
+
+
+def test_the_tests_start_without_a_network_where_nothing_is_missing(machine):
+    with_everything(machine)
+    done = machine.bash(machine.checkout / "tests" / "run.sh", "--version", prefix=isolated("--net"))
+    assert done.stdout.startswith("pytest ") and "installing" not in done.stderr
 
 
 def from_elsewhere(machine, ranks, few_questions, prefix=()):
