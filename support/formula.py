@@ -12,7 +12,6 @@ spelling that can be read in two ways (`\sin x/2`, `3 4`) is refused rather than
 
 import re
 from fractions import Fraction
-from functools import cache
 
 MAX_DEPTH = 24  # of nested brackets, exponents and arguments
 
@@ -22,21 +21,19 @@ class NotFormula(ValueError):
 
 
 GREEK = """
-    alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau
-    upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar
+    alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi
+    omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega
 """.split()
+LETTERS = {*GREEK, "varepsilon", "vartheta", "varphi", "ell", "hbar"}
 CIRCULAR = "sin cos tan cot sec csc".split()
-FUNCTIONS = {*CIRCULAR, *(f"arc{name}" for name in CIRCULAR), *"sinh cosh tanh ln lg exp".split()}
+ANGLED = [*CIRCULAR, "cis"]  # functions of an angle
+FUNCTIONS = {*ANGLED, *(f"arc{name}" for name in CIRCULAR), *"sinh cosh tanh ln lg exp".split()}
 FUNCTION = "(?:" + "|".join(sorted(FUNCTIONS)) + "|log)(?![a-z])"
 NEXT_FACTOR = r"[A-Za-z(\[{]|\\\{|\\(?!over|choose|mid|times|cdot|div|rfloor|rceil|circ|in(?![a-z]))[A-Za-z]+"
 DECIMAL = r"\d+\.\d*|\.\d+|\d+"
-DOTTED = r"\\dot\{?(\d)\}?"
+MIXED = r"\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))|(?<=\s)(\d+)\s*/\s*(\d+)(?![\d.])"
+DOTTED = r"\\dot\s?\{?(\d)\}?"
 REPEATING = rf"(\d*)\.(\d*)(?:\\(?:overline|bar)(?:\{{(\d+)\}}|(\d))|\((\d+)\)|{DOTTED}(?:(\d*){DOTTED})?)"
-
-
-@cache
-def _compiled(pattern: str) -> re.Pattern:
-    return re.compile(r"\s*(" + pattern + ")")
 
 
 def parse(text: str):
@@ -58,16 +55,18 @@ class _Parser:
     def __init__(self, text: str):
         self.text, self.at, self.depth, self.bars, self.angle = text, 0, 0, 0, False
 
+    def match(self, pattern: str) -> re.Match | None:
+        """What matches here, behind which we then stand."""
+        match = re.compile(rf"\s*({pattern})").match(self.text, self.at)
+        self.at = match.end() if match else self.at
+        return match
+
     def take(self, pattern: str) -> str | None:
-        """The text that matches here, behind which we then stand; None if nothing does."""
-        match = _compiled(pattern).match(self.text, self.at)
-        if match is None:
-            return None
-        self.at = match.end()
-        return match[1]
+        match = self.match(pattern)
+        return match[1] if match else None
 
     def sees(self, pattern: str) -> bool:
-        return _compiled(pattern).match(self.text, self.at) is not None
+        return re.compile(rf"\s*({pattern})").match(self.text, self.at) is not None
 
     def another_factor(self) -> bool:
         """Whether a factor without a sign comes next; a number only behind a bracket or a factorial."""
@@ -176,34 +175,27 @@ class _Parser:
         return self.command(command[1:])
 
     def number(self):
-        repeating = _compiled(REPEATING).match(self.text, self.at)
-        if repeating and (repeating[6] is None or not repeating[3]):
-            self.at = repeating.end()
-            return self.after_number(_repeating(*repeating.groups()[1:]))
-        text = self.take(DECIMAL)
-        if text is None:
+        r"""A decimal, a repeating one, or a mixed number: `\frac34` or ` 3/4` behind a whole one."""
+        repeating = self.match(REPEATING)
+        text = None if repeating else self.take(DECIMAL)
+        if repeating:
+            whole, fixed, braced, single, bracketed, dot, between, last = repeating.groups()[1:]
+            period = braced or single or bracketed or dot + (between + last if last else "")
+            value = _repeating(whole, fixed, period)
+        elif text is None:
             raise NotFormula("a point alone")
-        value = Fraction(text)
-        mixed = self.mixed() if text.isdigit() else None
-        if mixed is not None:
-            return self.after_number(value + mixed)
-        return self.after_number(value)
-
-    def mixed(self) -> Fraction | None:
-        r"""The proper fraction of a mixed number, `\frac34` or ` 3/4` behind a whole number, or None."""
-        match = _compiled(
-            r"\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))|(?<=\s)(\d+)\s*/\s*(\d+)(?![\d.])"
-        ).match(self.text, self.at)
-        if match is None:
-            return None
-        a, b, c, d, e, f = match.groups()[1:]
-        top, bottom = int(a or b or e), int(c or d or f)
-        if not 0 < top < bottom:
-            return None
-        self.at = match.end()
-        return Fraction(top, bottom)
-
-    def after_number(self, value):
+        elif "." in text and self.take(r"\.\.\."):
+            value = _endless(*text.split("."))
+        else:
+            value, end = Fraction(text), self.at
+            mixed = self.match(MIXED) if text.isdigit() else None
+            if mixed:
+                a, b, c, d, e, f = mixed.groups()[1:]
+                top, bottom = int(a or b or e), int(c or d or f)
+                if 0 < top < bottom:
+                    value += Fraction(top, bottom)
+                else:
+                    self.at = end
         if self.sees(r"[\d.]"):
             raise NotFormula("a number behind a number")
         return ("number", value)
@@ -234,7 +226,7 @@ class _Parser:
     def command(self, name: str):
         if name == "pi":
             return ("constant", "pi")
-        if name in GREEK:
+        if name in LETTERS:
             return self.symbol("\\" + name)
         if name == "frac":
             return ("quotient", self.argument(), self.argument())
@@ -242,6 +234,9 @@ class _Parser:
             return ("binomial", self.argument(), self.argument())
         if name == "sqrt":
             return self.root()
+        if name == "hat":
+            letter = self.take(r"\{?\s*[A-Za-z]\s*\}?")
+            return ("symbol", f"\\hat {(letter or '').strip('{ }')}")
         if name == "log":
             base = self.argument() if self.take("_") else None
             return self.call(lambda tree: ("log", base, tree) if base else ("call", "log", tree))
@@ -258,13 +253,13 @@ class _Parser:
     def call(self, build, name: str = ""):
         r"""A function of what follows: `\sin 2x`, `\sin^2 x`. A bracket is the whole argument: `\sin(x)y`."""
         power = self.inside(self.exponent) if self.take(r"\^") else None
-        inverse = power == ("number", Fraction(-1)) or power == negative(("number", Fraction(1)))
+        inverse = power == ("number", Fraction(-1))
         if inverse and name in CIRCULAR:
             name, power = f"arc{name}", None
             build = lambda tree: ("call", name, tree)  # noqa: E731
         elif inverse:
             raise NotFormula("an inverse or a reciprocal")
-        outer, self.angle = self.angle, name in CIRCULAR
+        outer, self.angle = self.angle, name in ANGLED
         if self.sees(r"[({|]"):
             tree = self.postfix(self.inside(self.base))
         else:
@@ -285,10 +280,24 @@ def _product(factors):
     return factors[0] if len(factors) == 1 else ("product", tuple(factors))
 
 
-def _repeating(whole, fixed, braced, single, bracketed, dot, between, last_dot) -> Fraction:
+def _repeating(whole: str, fixed: str, period: str) -> Fraction:
     r"""0.\overline{45}, 0.1\dot{4}2\dot{3} and 0.(3) as fractions."""
-    period = braced or single or bracketed or dot + (between + last_dot if last_dot else "")
-    if bracketed and fixed:
-        raise NotFormula("0.1(6) may be a product")
     start = Fraction(int(whole + fixed or "0"), 10 ** len(fixed))
     return start + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(fixed))
+
+
+def _endless(whole: str, digits: str) -> Fraction:
+    """0.777... and 0.2727... as fractions. Raises NotFormula where nothing repeats, as in 1.73..."""
+    for start in range(len(digits) - 2):
+        rest = digits[start:]
+        for length in range(1, len(rest) // 2 + 1):
+            if rest == (rest[:length] * len(rest))[: len(rest)]:
+                return _repeating(whole, digits[:start], rest[:length])
+    raise NotFormula("digits that are not known")
+
+
+def substitute(tree, values: dict):
+    """The tree with other trees in place of the symbols that `values` names."""
+    if tree[:1] == ("symbol",):
+        return values.get(tree[1], tree)
+    return tuple(substitute(part, values) if isinstance(part, tuple) else part for part in tree)

@@ -11,14 +11,17 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 
-from support import reading
-from support.extraction import boxed_letter, extract_answer
+from support import extraction, reading
+from support.extraction import LETTERS, boxed_letter
 from support.values import Value
-
-__all__ = ["classes", "common_spelling", "extract_answer", "majority", "same_answer"]
 
 TIME_LIMIT = 5.0  # seconds for reading one answer
 grading_timeouts = 0  # answers that ran into the limit, which the rules of size should make impossible
+
+
+def extract_answer(text: str, kind: str = "math", truncated: bool = False, letters=LETTERS) -> str | None:
+    """The answer that a response gives, or None: see extraction.py."""
+    return _within_time_limit(lambda: extraction.extract_answer(text, kind, truncated, letters), None)
 
 
 def same_answer(a: str, b: str, kind: str = "math") -> bool:
@@ -33,7 +36,9 @@ def same_answer(a: str, b: str, kind: str = "math") -> bool:
     >>> same_answer("50", "0.5"), same_answer("(1,2)", "(2,1)"), same_answer("(B)", "B", kind="choice")
     (False, False, True)
     """
-    return a == b or _value(a, kind).equals(_value(b, kind))
+    if a is None or b is None:
+        return False
+    return a == b or _value(str(a), kind).equals(_value(str(b), kind))
 
 
 def classes(answers: Iterable[str | None], kind: str = "math") -> list[list[int]]:
@@ -52,12 +57,11 @@ def classes(answers: Iterable[str | None], kind: str = "math") -> list[list[int]
             continue
         value = _value(answer, kind)
         equal = [by_key[key] for key in (value.key, *value.also) if key in by_key]
-        if value.key in by_reading:
-            equal.append(by_reading[value.key])
+        equal += [by_reading[key] for key in (value.key, value.second) if key in by_reading]
         if equal:
             groups[min(equal)].append(index)
             continue
-        by_key[value.key] = len(groups)
+        by_key.setdefault(value.second, by_key.setdefault(value.key, len(groups)))
         for key in value.also:
             by_reading.setdefault(key, len(groups))
         groups.append([index])
@@ -81,9 +85,8 @@ def common_spelling(answers: list[str | None], members: list[int]) -> str | None
 
 def _value(answer: str, kind: str) -> Value:
     if kind == "choice":
-        return Value(boxed_letter(answer.upper()) or answer.strip())
-    too_long_for_the_cache = len(answer) > reading.MAX_LENGTH
-    return reading.read(answer) if too_long_for_the_cache else _read(answer)
+        return Value(boxed_letter(answer) or answer.strip())
+    return _read(answer) if len(answer) <= reading.MAX_LENGTH else reading.read(answer)
 
 
 @lru_cache(maxsize=100_000)

@@ -8,6 +8,7 @@ computer algebra would need a limit of time.
 
 import hashlib
 import math
+import re
 from fractions import Fraction
 
 import mpmath
@@ -39,13 +40,12 @@ def values(tree) -> tuple:
     """Its number if it has no letters, else its numbers at the fixed points; None where it is not real."""
     if not letters(tree):
         return (evaluate(tree, lambda name: None, careful=True),)
-    found, imaginary = [], has_constant(tree, "i")
+    found, imaginary = [], bool(re.search("'i'|'cis'", repr(tree)))
     for point in range(POINTS):
         number = evaluate(tree, lambda name, point=point: letter(name, point), careful=point == 0)
         real = not isinstance(number, MP.mpc)
         found.append(number if real or imaginary or point < POSITIVE_POINTS else None)
-    keys = {number if number is None else number_key(number) for number in found}
-    return (found[0],) if len(keys) == 1 else tuple(found)
+    return (found[0],) if len(set(map(number_key, found))) == 1 else tuple(found)
 
 
 def letters(tree) -> set:
@@ -53,10 +53,6 @@ def letters(tree) -> set:
     if tree[0] in ("symbol", "opaque"):
         return {tree[1]}.union(*(letters(part) for part in tree[2:] for part in part))
     return set().union(*(letters(part) for part in parts(tree)))
-
-
-def has_constant(tree, name: str) -> bool:
-    return tree == ("constant", name) or any(has_constant(part, name) for part in parts(tree))
 
 
 def parts(tree) -> list:
@@ -70,7 +66,7 @@ def parts(tree) -> list:
 
 def key(numbers: tuple):
     """What equal formulas have in common, hashable."""
-    return ("value", *(None if number is None else number_key(number) for number in numbers))
+    return ("value", *map(number_key, numbers))
 
 
 def equation_key(numbers: tuple):
@@ -78,28 +74,19 @@ def equation_key(numbers: tuple):
     first = next((number for number in numbers if number), None)
     if first is None or len(numbers) == 1:
         raise NotFormula("an equation that always or never holds")
-    ratios = (None if number is None else number_key(divide(number, first)) for number in numbers)
-    return ("equation", *ratios)
+    return ("equation", *(number_key(number and divide(number, first)) for number in numbers))
 
 
 def number_key(number):
     """A fraction of up to 30 digits and a root or the like that equals it have one key: 90 digits of both."""
-    if isinstance(number, Fraction):
-        if max(abs(number.numerator), number.denominator) >= EXACT_KEY:
-            return number
+    if isinstance(number, Fraction) and max(abs(number.numerator), number.denominator) < EXACT_KEY:
         number = MP.mpf(number.numerator) / number.denominator
+    if number is None or isinstance(number, Fraction):
+        return number
     if isinstance(number, MP.mpc):
-        return _digits(number.real), _digits(number.imag)
-    return _digits(number)
-
-
-def _digits(number) -> tuple:
+        return number_key(number.real), number_key(number.imag)
     rounded = MP.mpf(number, dps=KEY_DIGITS)
     return (int(MP.sign(rounded)), *map(int, rounded.man_exp))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# arithmetic on Fraction, mpf and mpc: exact as long as it can be, and what is 0 is exactly 0
 
 
 def evaluate(tree, letter_value, careful: bool = False):
@@ -119,18 +106,16 @@ def _evaluate(tree, letter_value, careful: bool):
     if kind == "constant":
         return {"pi": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}[tree[1]]
     numbers = [_evaluate(part, letter_value, careful) for part in parts(tree)]
+    if kind in ("quotient", "power", "binomial"):
+        return {"quotient": divide, "power": power, "binomial": binomial}[kind](*numbers)
     if kind == "sum":
-        if careful and _lost(numbers):
-            raise NotFormula("a term that is lost beside the others")
+        sizes = [abs(inexact(number)) for number in numbers if number != 0]
+        exact = all(isinstance(number, Fraction) for number in numbers)
+        if careful and not exact and min(sizes) < LOST * max(sizes):
+            raise NotFormula("a term that the digits of a key do not show beside the others")
         return add(numbers)
     if kind == "product":
         return multiply(numbers)
-    if kind == "quotient":
-        return divide(*numbers)
-    if kind == "power":
-        return power(*numbers)
-    if kind == "binomial":
-        return binomial(*numbers)
     if kind == "log":
         return divide(call("ln", numbers[1]), call("ln", numbers[0]))
     if kind == "opaque":  # f(2) is a letter that is named by its argument's value
@@ -155,23 +140,17 @@ def _checked(number):
     return number
 
 
-def _inexact(number):
+def inexact(number):
+    """An mpf (or mpc, or a float infinity) that can be compared with any other."""
     return MP.mpf(number.numerator) / number.denominator if isinstance(number, Fraction) else number
 
 
 def add(numbers):
     if all(isinstance(number, Fraction) for number in numbers):
         return _checked(sum(numbers, Fraction(0)))
-    terms = [_inexact(number) for number in numbers]
+    terms = [inexact(number) for number in numbers]
     total = sum(terms[1:], terms[0])
     return Fraction(0) if abs(total) <= NOISE * max(map(abs, terms)) else _checked(total)
-
-
-def _lost(numbers) -> bool:
-    """Whether some term is so small beside another one that the digits of a key do not show it."""
-    sizes = [abs(_inexact(number)) for number in numbers if number != 0]
-    exact = all(isinstance(number, Fraction) for number in numbers)
-    return not exact and min(sizes) < LOST * max(sizes)
 
 
 def multiply(numbers):
@@ -179,7 +158,7 @@ def multiply(numbers):
         return _checked(math.prod(numbers, start=Fraction(1)))
     if any(number == 0 for number in numbers):
         return Fraction(0)
-    return _checked(math.prod(map(_inexact, numbers)))
+    return _checked(math.prod(map(inexact, numbers)))
 
 
 def divide(number, divisor):
@@ -187,7 +166,7 @@ def divide(number, divisor):
         raise NotFormula("a division by 0")
     if isinstance(number, Fraction) and isinstance(divisor, Fraction):
         return _checked(number / divisor)
-    return _checked(_inexact(number) / _inexact(divisor))
+    return _checked(inexact(number) / inexact(divisor))
 
 
 def power(base, exponent):
@@ -197,7 +176,7 @@ def power(base, exponent):
             return Fraction(0)
         raise NotFormula("0 to a power that is not positive")
     if not isinstance(exponent, Fraction):
-        return _checked(MP.exp(_small(_inexact(exponent) * MP.log(_inexact(base)))))
+        return _checked(MP.exp(_small(inexact(exponent) * MP.log(inexact(base)))))
     top, index = exponent.numerator, exponent.denominator
     if isinstance(base, Fraction):
         bits = max(base.numerator.bit_length(), base.denominator.bit_length()) * abs(top)
@@ -206,7 +185,7 @@ def power(base, exponent):
             if bits > MAX_BITS * index:
                 raise NotFormula("a huge power")
             return _checked(root**top)
-    base = _inexact(base)
+    base = inexact(base)
     _small(abs(top / index * MP.log(base)))
     if index % 2 and index > 1 and not isinstance(base, MP.mpc) and base < 0:
         return _checked((-1) ** (top % 2) * MP.exp(MP.log(-base) * top / index))
@@ -226,35 +205,25 @@ def _exact_root(number: Fraction, index: int) -> Fraction | None:
         return number
     if index > 64 or (number < 0 and index % 2 == 0):
         return None
-    sign = -1 if number < 0 else 1
-    tops = [_integer_root(part, index) for part in (abs(number.numerator), number.denominator)]
-    return None if None in tops else Fraction(sign * tops[0], tops[1])
-
-
-def _integer_root(number: int, index: int) -> int | None:
-    if index == 2:
-        root = math.isqrt(number)
-    else:
-        if number.bit_length() > 400:  # beyond what 130 digits hold
+    roots = []
+    for part in abs(number.numerator), number.denominator:
+        if index > 2 and part.bit_length() > 400:  # beyond what 130 digits hold
             return None
-        root = int(MP.nint(MP.root(number, index)))
-    return root if root**index == number else None
+        roots.append(math.isqrt(part) if index == 2 else int(MP.nint(MP.root(part, index))))
+        if roots[-1] ** index != part:
+            return None
+    return Fraction(-roots[0] if number < 0 else roots[0], roots[1])
 
 
 def binomial(n, k):
-    largest = 300 if isinstance(n, Fraction) else 40
-    if isinstance(k, Fraction) and k.denominator == 1 and 0 <= k <= largest:
-        if isinstance(n, Fraction) and n.denominator == 1 and n >= 0:
-            if n.numerator.bit_length() * k > MAX_BITS:
-                raise NotFormula("a huge binomial")
-            return Fraction(math.comb(int(n), int(k)))
-        return divide(
-            multiply([add([n, Fraction(-i)]) for i in range(int(k))] or [Fraction(1)]),
-            Fraction(math.factorial(int(k))),
-        )
+    whole = all(isinstance(number, Fraction) and number.denominator == 1 for number in (n, k))
+    if whole and 0 <= k <= 300 and n >= 0:
+        if n.numerator.bit_length() * k > MAX_BITS:
+            raise NotFormula("a huge binomial")
+        return Fraction(math.comb(int(n), int(k)))
     for number in n, k:
-        _small(_inexact(number))
-    return _checked(MP.binomial(_inexact(n), _inexact(k)))
+        _small(inexact(number))
+    return _checked(MP.binomial(inexact(n), inexact(k)))
 
 
 UNKNOWN_BASE = MP.mpf(int.from_bytes(hashlib.sha512(b"log").digest(), "big")) / 2**511 + 7
@@ -276,26 +245,20 @@ def call(name: str, number):
         if number == 1:
             return Fraction(0)
         base = {"ln": 1, "log": UNKNOWN_BASE, "lg": MP.log(10)}[name]
-        return _snapped(MP.log(_inexact(number)) / base)
+        return _snapped(MP.log(inexact(number)) / base)
     if name in ("exp", "sinh", "cosh", "tanh"):
         if number == 0:
             return Fraction(int(name in ("exp", "cosh")))
-        return _checked(getattr(MP, name)(_small(_inexact(number))))
-    angle = _inexact(number)
+        return _checked(getattr(MP, name)(_small(inexact(number))))
+    angle = inexact(number)
     if name.startswith("arc"):
         return _snapped(getattr(MP, "a" + name[3:])(angle))
     _small(angle)
     sin, cos = _snapped(MP.sin(angle)), _snapped(MP.cos(angle))
-    one = Fraction(1)
-    top, bottom = {
-        "sin": (sin, one),
-        "cos": (cos, one),
-        "tan": (sin, cos),
-        "cot": (cos, sin),
-        "sec": (one, cos),
-        "csc": (one, sin),
-    }[name]
-    return divide(top, bottom)
+    if name == "cis":
+        return add([cos, multiply([MP.mpc(0, 1), sin])])
+    pairs = dict(sin=(sin, 1), cos=(cos, 1), tan=(sin, cos), cot=(cos, sin), sec=(1, cos), csc=(1, sin))
+    return divide(*(Fraction(1) if number == 1 else number for number in pairs[name]))
 
 
 def _snapped(number):
@@ -314,8 +277,3 @@ def _whole(name: str, number) -> Fraction:
     if abs(number - nearest) <= NOISE * max(1, abs(number)):
         return Fraction(int(nearest))
     return Fraction(int(MP.floor(number) if name == "floor" else MP.ceil(number)))
-
-
-def comparable(number):
-    """A number that can be compared with any other end of an interval."""
-    return number if number in (math.inf, -math.inf) else _inexact(number)

@@ -1,18 +1,18 @@
 r"""One answer, one value: read(r"x = \pm 2") is the value of "x=2, x=-2".
 
-An answer is a number, a formula, words, a tuple, a set, an interval or a union of them, a matrix, an
-equation or a system. It is taken apart from the outside: first commas, "and" and "or", then relations,
-brackets, formulas.
+An answer is taken apart from the outside: first commas, "and" and "or", then relations, brackets, formulas.
 """
 
 import itertools
 import re
 from collections.abc import Hashable
 from dataclasses import replace
+from fractions import Fraction
 
-from support import formula, intervals, numeric, spelling, values, words
+from support import formula, numeric, spelling, values, words
 from support.formula import NotFormula
-from support.values import Value, named, of_reals, scalar, set_of, tuple_key
+from support.spelling import inside, signs, split, without_label
+from support.values import NONE, Value, interval, named, of_reals, scalar, set_of, tuple_key
 
 MAX_LENGTH = 300  # characters of an answer
 MAX_DEPTH, MAX_ELEMENTS = 6, 64  # of lists and matrices
@@ -33,49 +33,32 @@ def read(answer: str) -> Value:
         return Value(("text", spelling.plain_text(text)))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# lists, sets and systems
-
-BRACKET = re.compile(r"\\\\|\\begin\{|\\end\{|\\langle(?![a-z])|\\rangle(?![a-z])|\\[{}]|[()\[\]{}]")
-
-
-def split(text: str, separator: str) -> list[str]:
-    """The parts of a text between separators outside of all brackets; the pattern's one group is kept."""
-    pieces, depth, start = [], 0, 0
-    for match in re.finditer(rf"{separator}|{BRACKET.pattern}", text):
-        token = match.group()
-        if match[1] is not None:
-            if depth == 0:
-                pieces += [text[start : match.start()].strip(), match[1]]
-                start = match.end()
-        elif token in ("(", "[", "{", r"\{", r"\begin{", r"\langle"):
-            depth += 1 if token != r"\begin{" else 2  # its own brace closes again
-        elif token != r"\\":
-            depth -= 1 if token != r"\end{" else 0
-    return [*pieces, text[start:].strip()]
-
-
 def read_list(text: str, depth: int, bare: bool = True) -> Value:
     r"""Elements between commas, "and" or "or"; one element is itself. `bare`: not in the braces of a set."""
     if depth > MAX_DEPTH:
         raise NotFormula("nested too deep")
-    cases = re.fullmatch(
-        r"(?:\\\{)?\s*\\begin\{(?:cases|aligned|array)\}(?:\{[lcr]+\})?(.*)\\end\{(?:cases|aligned|array)\}",
-        text,
-    )
-    if cases and bare:
-        text = ",".join(part.replace("&", "") for part in cases[1].split(r"\\") if part.strip())
+    compound = words.read_compound(text)
+    if compound is not None:
+        return compound
+    text, label = without_label(text) if bare else (text, None)
+    if label:
+        text = re.sub(r"(?<=[^\s,;])\s*[,;]?\s*(?=\([b-e]\) )", ", ", text)  # (a) 2 (b) 7
     pieces = split(text, r"([,;]\s*(?:\b(?:and|or)\b)?|\b(?:and|or)\b|\\(?:lor|land|vee|wedge)(?![a-z]))")
     parts, joints = [part for part in pieces[::2]], {joint.strip(" ,;") for joint in pieces[1::2]}
     if len(parts) > MAX_ELEMENTS or (len(parts) > 1 and not all(parts)):
         raise NotFormula("a list with a gap")
+    if label and len(parts) > 1 and all(without_label(part)[1] for part in parts[1:]):  # (a) 2, (b) 7
+        labelled = [(text, label) for text, label in [(parts[0], label), *map(without_label, parts[1:])]]
+        return system([named(("symbol", label), read_one(text, depth)) for text, label in labelled])
     expanded = [signs(part) for part in parts]
     elements = [read_one(part, depth) for part in itertools.chain(*expanded)]
     if len(elements) == 1 and bare:
         return elements[0]
+    if joints and joints <= OR and all(element.equals(elements[0]) for element in elements):  # 1/2 or 0.5
+        return elements[0]
     value = joined(elements, joints)
     if value.key[0] == "set" and bare and len(elements) == len(parts):
-        also = {tuple_key(elements)}
+        also = {tuple_key(elements), ("in order", tuple_key(elements))}
         if re.fullmatch(r"-?\d{1,3}(?:, \d{3})+(?:\.\d+)?", text):  # 58, 500 may be 58,500
             also.add(read_one(text.replace(", ", ""), depth).key)
         value = replace(value, also=value.also | also)
@@ -83,34 +66,22 @@ def read_list(text: str, depth: int, bare: bool = True) -> Value:
 
 
 OR, AND = {"or", r"\lor", r"\vee"}, {"and", r"\land", r"\wedge"}
-SIGNS = r"\\(?:pm|mp)(?![a-z])"
-
-
-def signs(text: str) -> list[str]:
-    r"""1 \pm x as its two values; with \mp all signs change together, else each on its own."""
-    places = re.findall(SIGNS, text)
-    if not places or r"\{" in text:
-        return [text]
-    if len(places) > 4:
-        raise NotFormula("many signs")
-    choices = itertools.product("+-", repeat=len(places))
-    if r"\mp" in places:
-        choices = [["+-"[(place == r"\mp") ^ minus] for place in places] for minus in (False, True)]
-    parts = re.split(SIGNS, text)
-    return ["".join(itertools.chain(*zip(parts, [*choice, ""], strict=True))) for choice in choices]
 
 
 def joined(elements: list[Value], joints: set) -> Value:
     """The value of several elements: reals joined by "or" or "and", values of one name, a system, a set."""
     name = elements[0].name
-    if name is not None and all(e.name is None and e.key[0] == "value" for e in elements[1:]):
+    if name is not None and all(e.name is None and e.key[0] in ("value", "tuple") for e in elements[1:]):
         elements = [elements[0], *(named(name, element) for element in elements[1:])]  # x = 2 or -2
     same_name = all(element.name == name for element in elements)
     if same_name and all(e.reals is not None and (name or e.key[0] == "reals") for e in elements):
-        for words_between, join in (OR, intervals.union), (AND, intervals.intersection):
-            if joints and joints <= words_between:
-                reals = of_reals(join(*(element.reals for element in elements)))
-                return named(name, reals) if name else reals
+        pieces = [element.reals for element in elements]
+        both = values.intersection(*pieces)
+        said = joints - {""}
+        is_both = said <= AND and (said or both != NONE)  # 1 < x < 9, x \ne 5
+        if joints and (name or (said and (said <= OR or said <= AND))):
+            reals = of_reals(both if is_both else values.union(*pieces))
+            return named(name, reals) if name else reals
     if same_name and name is not None and len({e.plain.key for e in elements}) == len(elements):
         return named(name, set_of([element.plain for element in elements]))
     if any(element.key[0] in ("named", "equation", "inequality") for element in elements):
@@ -119,122 +90,98 @@ def joined(elements: list[Value], joints: set) -> Value:
 
 
 def system(elements: list[Value]) -> Value:
-    """Equations or inequalities that hold together; x=2, y=3 may be read as (2, 3)."""
-    names = [e.name for e in elements if e.plain and e.plain.key[0] == "value" and e.name[0] == "symbol"]
-    in_order = len(names) == len(elements) and names == sorted(set(names))
-    also = [tuple_key([element.plain for element in elements])] if in_order else []
-    return Value(("system", frozenset(element.key for element in elements)), frozenset(also))
+    """Equations or inequalities that hold together; x=2, y=3 may be read as (2, 3), x_1=2, x_2=3 as a set."""
+    key = ("system", frozenset(element.key for element in elements))
+    if not all(e.plain and e.plain.key[0] == "value" and e.name[0] == "symbol" for e in elements):
+        return Value(key)
+    plain = [element.plain for element in sorted(elements, key=lambda element: element.name)]
+    same_letter = len({element.name[1].split("_")[0] for element in elements}) == 1
+    also = {tuple_key(plain), *([set_of(plain).key] if same_letter else [])}
+    return Value(key, frozenset(also), second=("in order", tuple_key(plain)))
 
-
-# ----------------------------------------------------------------------------------------------------------
-# one element
 
 RELATION = r"(\\(?:le|ge|ne|in|approx|equiv|sim|to|mid|propto|cong|perp|subset\w*)(?![a-z])|[=<>])"
-REALS = {r"\mathbb{R}", r"\text{all real numbers}", "all real numbers", r"\text{all reals}"}
+REALS = re.compile(r"\\mathbb\{R\}|(?:\\text\{)?(?:the set of )?all reals?(?: numbers?| values?)?(?: x)?\}?")
 
 
 def read_one(text: str, depth: int) -> Value:
     """The value of one element of a list. Raises NotFormula."""
     text = text.strip()
-    while text.startswith("{") and text.endswith("}") and _closes(text, "}"):
-        text = text[1:-1].strip()
+    while (content := inside(text, "{", "}")) is not None:
+        text = content
         if split(text, "([,;])")[1:]:
             return read_list(text, depth + 1)
     sides = split(text, RELATION)
     if len(sides) > 1:
         return read_relation(sides[::2], sides[1::2], depth)
-    for rule in words.read_words, read_reals, read_brackets, read_matrix, words.read_number:
+    for rule in read_reals, words.read_words, read_brackets, read_matrix, read_vector, words.read_number:
         value = rule(text, depth)
         if value is not None:
             return value
-    return scalar(formula.parse(text))
-
-
-def _closes(text: str, closing: str) -> bool:
-    """Whether the bracket that opens the text is closed by its end and not before."""
-    inner = text[: -len(closing)]
-    depth = 0
-    for match in BRACKET.finditer(inner):
-        token = match.group()
-        depth += (token in ("(", "[", "{", r"\{", r"\langle")) - (token in (")", "]", "}", r"\}", r"\rangle"))
-        depth += token in (r"\begin{", r"\end{")
-        if depth == 0:
-            return False
-    return depth == 1
-
-
-# ----------------------------------------------------------------------------------------------------------
-# brackets: tuples, intervals, sets, matrices
+    return scalar(words.number_tree(text))
 
 
 def read_brackets(text: str, depth: int) -> Value | None:
     """(1, 2), [1, 2), {1, 2}; None for brackets of a formula such as (a+1)(b+2) or (3)."""
     if text == r"\emptyset":
         return set_of([])
-    braces = text.startswith(r"\{") and text.endswith(r"\}") and _closes(text, r"\}")
-    if braces:
-        inside = text[2:-2].strip()
-        builder = split(inside, r"(\\mid(?![a-z])|:|\|)")
+    braces, angles = inside(text, r"\{", r"\}"), inside(text, r"\langle", r"\rangle")
+    if braces is not None:
+        builder = split(braces, r"(\\mid(?![a-z])|:|\|)")
         if len(builder) == 3:
             condition = read_list(builder[2], depth + 1)
             return condition.plain if condition.plain is not None else Value(("builder", condition.key))
-        return read_list(inside, depth + 1, bare=False) if inside else set_of([])
-    angles = text.startswith(r"\langle") and text.endswith(r"\rangle") and _closes(text, r"\rangle")
-    if not angles and not (text[:1] in ("(", "[") and text[-1:] in (")", "]") and _closes(text, text[-1])):
-        return None
-    inside = text[7:-7] if angles else text[1:-1]
-    parts = split(inside, "([,;])")[::2]
+        return read_list(braces, depth + 1, bare=False) if braces else set_of([])
+    opens, closes = text[:1], text[-1:]
+    brackets = opens in ("(", "[") and closes in (")", "]")
+    content = angles or (inside(text, opens, closes) if brackets else None)
+    parts = split(content or "", "([,;])")[::2]
     if len(parts) < 2:
         return None
-    if not angles and len(parts) == 2 and (text[0] == "[" or text[-1] == "]" or r"\infty" in inside):
-        return read_interval(text)
-    elements = [read_one(part, depth + 1) for part in parts]
-    return Value(tuple_key(elements), reals=None if len(parts) != 2 or angles else _pieces_or_none(text))
-
-
-def read_interval(text: str) -> Value:
-    pieces = _pieces_or_none(text)
-    if pieces is not None:
-        return of_reals(pieces)
-    parts = split(text[1:-1], "([,;])")[::2]
-    return Value(("interval", text[0], text[-1], *(read_one(part, 1).key for part in parts)))
-
-
-def _pieces_or_none(text: str):
-    """The interval that a pair in brackets is, if its ends are real numbers in order."""
-    low, high = split(text[1:-1], "([,;])")[::2]
+    rows = [split(part[1:-1], "(,)")[::2] for part in parts if re.fullmatch(r"\[.*\]", part)]
+    if opens == "[" and len(rows) == len(parts):  # [[1, 2], [3, 4]]
+        lines = r"\\".join(" & ".join(row) for row in rows)
+        return read_matrix(rf"\begin{{pmatrix}}{lines}\end{{pmatrix}}", depth)
+    pair = len(parts) == 2 and not angles
     try:
-        return intervals.interval(end(low), text[0] == "[", end(high), text[-1] == "]")
+        reals = interval(end(parts[0]), opens == "[", end(parts[1]), closes == "]") if pair else None
     except NotFormula:
-        return None
+        reals = None
+    if pair and (opens == "[" or closes == "]" or r"\infty" in content):
+        if reals is not None:
+            return of_reals(reals)
+        return Value(("interval", opens, closes, *(read_one(part, 1).key for part in parts)))
+    return Value(tuple_key([read_one(part, depth + 1) for part in parts]), reals=reals)
 
 
 def end(text: str):
     r"""The number of an end of an interval, a Fraction, mpf or \infty."""
-    match = re.fullmatch(r"([+-]?) ?\\infty", text.strip())
-    if match:
-        return -intervals.INFINITY if match[1] == "-" else intervals.INFINITY
-    return intervals.real(formula.parse(text))
+    if re.fullmatch(r"[+-]? ?\\infty", text.strip()):
+        return -values.INFINITY if "-" in text else values.INFINITY
+    tree = formula.parse(text)
+    number = numeric.values(tree)[0]
+    if numeric.letters(tree) or isinstance(number, numeric.MP.mpc):
+        raise NotFormula("no real number")
+    return number
 
 
 def read_reals(text: str, depth: int) -> Value | None:
     r"""\infty, \mathbb{R}, unions of intervals, and sets that points are taken from."""
-    infinite = re.fullmatch(r"([+-]?) ?\\infty", text)
-    if infinite:
-        return Value(("infinity", infinite[1] == "-"))
-    if text in REALS:
-        return of_reals(intervals.ALL)
+    if re.fullmatch(r"[+-]? ?\\infty", text):
+        return Value(("infinity", text[0] == "-"))
+    if REALS.fullmatch(text.casefold().replace("{r}", "{R}")):
+        return of_reals(values.ALL)
     pieces = split(text, r"(\\(?:cup|cap|setminus|backslash)(?![a-z]))")
     if len(pieces) == 1:
         return None
     result = real_set(pieces[0])
     for operator, part in zip(pieces[1::2], pieces[2::2], strict=True):
+        points, held = real_set(part)
         if operator == r"\cup":
-            result = intervals.union(result, real_set(part))
-        elif operator == r"\cap":
-            result = intervals.intersection(result, real_set(part))
+            result = values.union(result, (points, held))
         else:
-            result = intervals.intersection(result, intervals.complement(real_set(part)))
+            other = held if operator == r"\cap" else tuple(not inside for inside in held)
+            result = values.intersection(result, (points, other))
     return of_reals(result)
 
 
@@ -242,7 +189,7 @@ def real_set(text: str) -> tuple:
     """The intervals of one part of a union."""
     if text.startswith(r"\{") and text.endswith(r"\}"):
         points = [end(part) for part in split(text[2:-2], "([,;])")[::2]]
-        return intervals.union(*(intervals.interval(point, True, point, True) for point in points))
+        return values.union(*(interval(point, True, point, True) for point in points))
     value = read_one(text, 1)
     if value.reals is None:
         raise NotFormula("no set of real numbers")
@@ -269,14 +216,27 @@ def read_matrix(text: str, depth: int) -> Value | None:
     return Value(("matrix", *map(tuple, keys)), frozenset(column))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# relations
+def read_vector(text: str, depth: int) -> Value | None:
+    r"""2\hat{i} - 5\hat{j} is (2, -5); \hat, \vec and \mathbf tell a unit vector from the imaginary unit."""
+    axes = [rf"\hat {axis}" for axis in ("ijk" if r"\hat k" in text else "ij")]
+    found = [axis for axis in axes if axis in text]
+    if not found:
+        return None
+    tree = formula.parse(text)
+    letter = [scalar(formula.parse(text.replace(r"\hat ", ""))).key] if len(found) == 1 else []
+    units = [{axis: ("number", Fraction(axis == one)) for axis in axes} for one in axes]
+    return Value(tuple_key([scalar(formula.substitute(tree, unit)) for unit in units]), frozenset(letter))
 
 
 def read_relation(sides: list[str], signs: list[str], depth: int) -> Value:
     """Equations, memberships and inequalities."""
     if not all(sides):
         raise NotFormula("a relation with one side")
+    if signs[-1] == r"\approx":  # 2\sqrt{2} \approx 2.83 is either
+        if not letters_in(sides[0]) and len(sides) == 2:
+            exact, rounded = (read_one(side, depth) for side in sides)
+            return replace(exact, also=exact.also | {rounded.key})
+        signs = [*signs[:-1], "="]
     if set(signs) == {"="}:
         return read_equation(sides, depth)
     if signs == [r"\in"]:
@@ -300,13 +260,20 @@ def read_equation(sides: list[str], depth: int) -> Value:
     names, entries = (split(side[1:-1], "(,)")[::2] if side[:1] == "(" else [] for side in (left, right))
     if len(names) > 1 and len(names) == len(entries):  # (x, y) = (2, 3)
         pairs = [read_equation([name, value], depth + 1) for name, value in zip(names, entries, strict=True)]
-        return replace(joined(pairs, set()), also=frozenset([read_brackets(right, depth).key]))
+        plain = read_brackets(right, depth)
+        return replace(system(pairs), also=frozenset([plain.key]), name=("names", *names), plain=plain)
     if any(re.fullmatch(r"\\?[A-Za-z]", side) for side in sides[1:-1]):
         raise NotFormula("a chain of names")
     try:
         left_tree = left_side(left)
     except NotFormula:
         return named(name_of(left), read_one(right, depth))
+    arguments = [part[1] for part in left_tree[2] if part[0] == "symbol"] if left_tree[0] == "opaque" else []
+    if letters_in(right) and letters_in(right) & set(arguments):  # f(t) = 3t-1 is f(x) = 3x-1
+        tree = formula.parse(right)
+        numbered = {name: ("symbol", str(number)) for number, name in enumerate(arguments)}
+        key = ("function", left_tree[1], scalar(formula.substitute(tree, numbered)).key)
+        return Value(key, frozenset([scalar(tree).key]))
     if letters_in(right) is not None and not right.endswith("%"):
         return values.equation(left_tree, formula.parse(right))
     value = named(values.label(left_tree), read_one(right, depth))
@@ -319,7 +286,7 @@ def read_equation(sides: list[str], depth: int) -> Value:
 def left_side(text: str):
     """The tree of the left side of an equation; what stands in the bracket of f(5), P(x) is an argument."""
     match = re.fullmatch(r"([A-Za-z](?:_\{?\w+\}?)?'*(?:\^\{-1\})?)(\(.*\))", text)
-    if match is None or not _closes(match[2], ")"):
+    if match is None or inside(match[2], "(", ")") is None:
         return formula.parse(text)
     arguments = split(match[2][1:-1], "(,)")[::2]
     return ("opaque", match[1], tuple(formula.parse(argument) for argument in arguments))

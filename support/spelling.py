@@ -1,85 +1,94 @@
 # ruff: noqa: RUF001
 r"""One spelling for what is written in several ways: clean(r"$\dfrac{1}{2}$.") -> r"\frac{1}{2}"."""
 
+import itertools
 import re
 import unicodedata
 
-from support.formula import FUNCTIONS
+from support.formula import FUNCTIONS, GREEK, NotFormula
 
-SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
-SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-UNICODE = {
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ",
-    "±": r"\pm ", "∓": r"\mp ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∅": r"\emptyset ", "∪": r"\cup ",
-    "∩": r"\cap ", "∈": r"\in ", "ℝ": r"\mathbb{R}", "°": r"^\circ ", "√": r"\sqrt ", "∛": r"\sqrt[3]",
-    "∠": r"\angle ", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}", "⅕": r"\frac{1}{5}", "⅖": r"\frac{2}{5}", "⅗": r"\frac{3}{5}", "⅘": r"\frac{4}{5}",
-    "⅙": r"\frac{1}{6}", "⅚": r"\frac{5}{6}", "⅛": r"\frac{1}{8}", "⅜": r"\frac{3}{8}", "⅝": r"\frac{5}{8}",
-    "⅞": r"\frac{7}{8}", "’": "'", "′": "'", "⟨": r"\langle ", "⟩": r"\rangle ", "€": "", "£": "", "％": "%",
-    "⁄": "/", "∕": "/", "⋅": r"\cdot ", "“": "", "”": "", "≈": r"\approx ",
+COMMAND_OF = dict(zip("αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΠΣΦΨΩ", GREEK, strict=True)) | {
+    "×": "times", "·": "cdot", "⋅": "cdot", "÷": "div", "π": "pi", "∞": "infty", "±": "pm", "∓": "mp",
+    "≤": "le", "≥": "ge", "≠": "ne", "∅": "emptyset", "∪": "cup", "∩": "cap", "∈": "in", "√": "sqrt",
+    "∠": "angle", "⟨": "langle", "⟩": "rangle", "≈": "approx",
 }  # fmt: skip
-GREEK_LETTERS = "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΠΣΦΨΩ"
-GREEK_NAMES = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau
-    upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega""".split()
-UNICODE |= {character: rf"\{name} " for character, name in zip(GREEK_LETTERS, GREEK_NAMES, strict=True)}
-PLAIN_FUNCTIONS = "|".join(sorted(FUNCTIONS | {"sqrt", "log", "pi"}, key=len, reverse=True))
+UNICODE = {character: rf"\{name} " for character, name in COMMAND_OF.items()}
+UNICODE |= {
+    "−": "-", "–": "-", "—": "-", "ℝ": r"\mathbb{R}", "°": r"^\circ ", "∛": r"\sqrt[3]", "’": "'", "′": "'",
+    "″": "''", "％": "%", "⁄": "/", "∕": "/", "“": "", "”": "", "…": "...", "。": ".", "、": ",",
+    "Å": " angstrom", "<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "{:}": ":",
+}  # fmt: skip
+# each command, and the ones that are written for it; those for \relax are dropped
+NAMES = r"""
+    \frac dfrac tfrac cfrac; \binom dbinom tbinom; \le leq leqq leqslant; \ge geq geqq geqslant; \ne neq;
+    \emptyset varnothing; \infty infin; \cup bigcup; \cap bigcap; \{ lbrace; \} rbrace; < lt; > gt; : colon;
+    \approx simeq thickapprox; | vert lvert rvert lVert rVert; ... dots ldots cdots dotsc dotsb; \text emph
+    textbf textit textrm textsf texttt textsc textnormal hbox mbox mathrm mathit mathsf mathtt operatorname;
+    \relax left right middle displaystyle textstyle limits mathbf boldsymbol bm box fbox framebox boxed
+    underline bf rm it sf tt em large Large LARGE huge Huge small normalsize checkmark qed blacksquare
+"""
+RENAMED = {rf"\{old}": new for new, *olds in map(str.split, NAMES.split(";")) for old in olds}
+FUNCTION = "|".join(sorted({*FUNCTIONS, "sqrt", "log", "pi"}, key=len, reverse=True))
+BASES = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
+
+
+def as_ascii(match: re.Match) -> str:
+    return unicodedata.normalize("NFKC", match[0])
+
+
 REWRITES = [  # spelling, not meaning; in this order
-    (
-        re.compile(r"[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]"),
-        "",
-    ),  # zero-width and right-to-left marks
-    (re.compile("[" + "".join(UNICODE) + "]"), lambda m: UNICODE[m[0]]),
-    (re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+"), lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}"),
-    (re.compile("[₀₁₂₃₄₅₆₇₈₉]+"), lambda m: "_{" + m[0].translate(SUBSCRIPTS) + "}"),
-    (
-        re.compile("[^\0-\x7f]+"),
-        lambda m: unicodedata.normalize("NFKC", m[0]),
-    ),  # full-width digits, italic letters
-    (re.compile(r"\\[dtc]frac(?![a-z])"), r"\\frac"),
-    (re.compile(r"\\[dt]binom(?![a-z])"), r"\\binom"),
-    (
-        re.compile(
-            r"\\(?:left|right|[bB]igg?[lrm]?|middle|displaystyle|limits|mathbf|boldsymbol|bm|f?box(?:ed)?)"
-            r"(?![A-Za-z])"
-        ),
-        "",
-    ),
-    (
-        re.compile(r"\\(?:emph|text(?:bf|it|rm|sf|tt|sc|normal)|[mh]box|math(?:rm|it|sf|tt))(?![a-z])"),
-        r"\\text",
-    ),
-    (re.compile(r"\\operatorname\*?(?![a-z])"), r"\\text"),
-    (
-        re.compile(rf"\\text\s*\{{\s*({PLAIN_FUNCTIONS}|[ei])\s*\}}"),
-        lambda m: m[1] if len(m[1]) == 1 else f"\\{m[1]} ",
-    ),
-    (re.compile(r"(?<!\\)\\!\s*|(?<!\\)\\\$|\$|^\s*\\[(\[]|\\[)\]]\s*$"), ""),
-    (re.compile(r"\\\\\s*\[[\d.]+[a-z]+\]"), r"\\\\"),
-    (re.compile(r"(?<!\\)\\(?:[,;:> ]|q?quad(?![a-z])|enspace(?![a-z])|thinspace(?![a-z]))|~|\s+"), " "),
-    (re.compile(r"\s*\{,\}\s*"), ","),
-    (re.compile(r"\\(?:text)?color\s*\{[a-z]+\}"), ""),
-    (re.compile(r"\\(?:[lL]arge|LARGE|[hH]uge|small|normalsize)(?![A-Za-z])"), ""),
-    (re.compile(r"\\big(cup|cap)(?![a-z])"), r"\\\1"),
-    (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"),
-    (re.compile(r"\\lbrace(?![a-z])"), r"\\{"),
-    (re.compile(r"\\rbrace(?![a-z])"), r"\\}"),
-    (re.compile(r"\\l[vV]ert(?![a-z])|\\r[vV]ert(?![a-z])|\\vert(?![a-z])"), "|"),
-    (re.compile(r"\\(?:leqslant|leqq|leq)(?![a-z])|<=|\\le(?![a-z])"), r"\\le "),
-    (re.compile(r"\\(?:geqslant|geqq|geq)(?![a-z])|>=|\\ge(?![a-z])"), r"\\ge "),
-    (re.compile(r"\\neq(?![a-z])|\\not\s*=|!="), r"\\ne "),
-    (re.compile(r"\\lt(?![a-z])"), "<"),
-    (re.compile(r"\\gt(?![a-z])"), ">"),
-    (re.compile(r"\\varnothing(?![a-z])|^\s*\\\{\s*\\\}\s*$"), r"\\emptyset"),
-    (re.compile(r"\\infin(?![a-z])|(?<![A-Za-z\\])infinity(?![A-Za-z])"), r"\\infty "),
-    (re.compile(r"\\%|\s*(?:\\text\s*\{\s*(?:percent|pct|%)\s*\}|\b(?:percent|pct)\b)"), "%"),
-    (re.compile(rf"(?<![A-Za-z\\])({PLAIN_FUNCTIONS})(?![A-Za-z])"), r"\\\1 "),
-    (re.compile(r"\\colon(?![a-z])|\{:\}"), ":"),
-    (re.compile(r"(?<=\d)\s*(?:\\text\{\s*)?x(?:\s*\})?\s*(?=10\s*\^)"), r"\\times "),
-    (re.compile(r"(\\circ\s*\}?)\s*(?:\\text\s*\{\s*)?([CF])(?:\s*\})?\s*$"), r"\1\\text{\2}"),
-    (re.compile(r"\*\*(?=[-\d({a-z])"), "^"),
-]
+    (r"[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]", ""),  # zero-width and right-to-left marks
+    (r"[\U0001f000-\U0001faff\u2600-\u27bf\ufe0f]|[€£¥₩₽₹]", ""),  # emoji, currencies
+    (r"(?i)^\s*(\\text\w*\s*\{)?\s*(?:the )?(?:final )?ans(?:wer)?\s*(?:is\b:?|[:=.])\s*",
+     lambda m: r"\text{ " * bool(m[1])),
+    (r"<su([bp])>(.*?)</su[bp]>", lambda m: f"{'_^'[m[1] == 'p']}{{{m[2]}}}"),
+    (r"<([biup])>(.*?)</\1>", r"\2"),
+    (r"</?(?:em|strong|br|span|div|code|center|font|answer|mark)(?:\s[a-z]+=[^<>]{0,60})?\s?/?>", ""),
+    (r"^\s*([*_`\"]+)((?s:.*?))\1(\.?\s*)$|^\s*\*+|\*\*+\s*$", r"\2\3"),  # **8**, `8`, "8"
+    ("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", lambda m: r"\frac{{{}}}{{{}}}".format(*as_ascii(m).split("⁄"))),
+    ("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: f"^{{{as_ascii(m)}}}" if m[0][1:] else f"^{as_ascii(m)}"),
+    ("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{as_ascii(m)}}}"),
+    ("|".join(map(re.escape, UNICODE)), lambda m: UNICODE[m[0]]),
+    (r"^\s*(?:US|USD|Rs\.?|INR|EUR|GBP|AU|CA)\s*\\?\$?\s*(?=\d)", ""),
+    (r"[^\0-\x7f]+", as_ascii),  # full-width digits, italic letters
+    (r"(?<!\\)\\\\(?=[A-Za-z]{2})(?!.*\\begin|.*\\end)|(?<![A-Za-z\\])(?=[dt]?frac\s*\{)", r"\\"),  # slips
+    (r"\\(?:mathbf|boldsymbol|bm|hat|vec|textbf)\s*\{?\\?([ijk])(?:math)?(?![A-Za-z])\s*\}?", r"\\hat \1"),
+    (r"\\(?:left|right)\s*\.|\\(?:[hv]?phantom|tag|[hv]space)\*?\s*\{[^{}]*\}|\\[bB]igg?[lrm]?(?![a-z])", ""),
+    (r"\\text\s*\{\s*\\AA\s*\}|\\AA(?![A-Za-z])", r"\\text{ angstrom}"),
+    (r"(\\[A-Za-z]+)\*?", lambda m: RENAMED.get(m[1], m[0]).replace(r"\relax", "")),
+    (rf"\\text\s*\{{\s*({FUNCTION}|[ei])\s*\}}", lambda m: m[1] if len(m[1]) == 1 else f"\\{m[1]} "),
+    (r"\\text\s*\{\s*(\^?\s*\\circ|\\?[$°])\s*([CF]?)\s*\}", r"\1\2"),
+    (r"(?<=[0-9A-F])\s*(?:\\text\s*\{)?\s*\(?\s*base\s*\}?\s*(\d{1,2})\s*\)?\s*\}?\s*$", r"_{\1}"),
+    (r"\\text\s*\{\s*(\((?:[A-Za-z]|i{1,3}|iv)\))\s*[.:]?\s*\}", r"\1 "),
+    (r"(?<!\\)\\!\s*|(?<!\\)\\\$|\$|^\s*\\[(\[]|\\[)\]]\s*$|\s*\\\\\s*$|\\(?:text)?color\s*\{[a-z]+\}", ""),
+    (r"\\\\\s*\[[\d.]+[a-z]+\]", r"\\\\"),
+    (r"(?<!\\)\\(?:[,;:> ]|q?quad(?![a-z])|enspace(?![a-z])|thinspace(?![a-z]))|~|\s+", " "),
+    (r"\s*\{,\s*\}\s*", ","),
+    (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+    (r"\\not\s*=", r"\\ne "),
+    (r"^\s*(?:\\\{)?\s*\\begin\{(cases|aligned|array)\}(?:\{[lcr]+\})?(.*)\\end\{\1\}\s*$",
+     lambda m: re.sub(r"\s*\\\\\s*(?=.)", ", ", m[2].replace("&", ""))),
+    (r"^\s*\\\{\s*\\\}\s*$", r"\\emptyset"),
+    (r"(?<![A-Za-z\\])inf(?:inity|ty)?(?![A-Za-z])", r"\\infty "),
+    (r"\+\s*/\s*-", r"\\pm "),
+    (r"([+-])\s+-(?=\s*[\d.A-Za-z\\(])", lambda m: "-" if m[1] == "+" else "+"),
+    (r"\^\s*\{?\s*(?:\*|\\ast|\\star)\s*\}?", "*"),
+    (r"\\%|\s*(?:\\text\s*\{\s*(?:percent|pct|%)\s*\}|\b(?:percent|pct)\b)", "%"),
+    (r"(?<=\d)\s*\^?\s*(?:\{\s*)?(?:\\text\s*\{\s*)?(?:st|nd|rd|th)(?![A-Za-z])\s*(?:\}\s*){0,2}", " "),
+    (r"(?<=\d)\s*(?:''|\")", r"\\text{ inches}"),
+    (r"(?<=\d)(?<!_\d)\s*'", r"\\text{ feet}"),
+    (rf"_\s*\{{?\s*(?:\\text\s*\{{\s*)?({'|'.join(BASES)})(?![a-z])[\s}}]*", lambda m: f"_{{{BASES[m[1]]}}}"),
+    (rf"(?<![A-Za-z\\])({FUNCTION})(?![A-Za-z])", r"\\\1 "),
+    (r"(?<=\d)\s*(?:\\text\{\s*)?x(?:\s*\})?\s*(?=10\s*\^)", r"\\times "),
+    (r"(\\circ\s*\}?)\s*(?:\\text\s*\{\s*)?([CF])(?:\s*\})?\s*$", r"\1\\text{\2}"),
+    (r"\*\*(?=[-\d({a-z])", "^"),
+    (r"(^|=|\\(?:cup|cap|in)(?![a-z]))(\s*)([\[\]])([^\[\]()]*[,;][^\[\]()]*)([\[\]])(?=\s*(?:$|\\))",
+     lambda m: m[1] + m[2] + "[("[m[3] == "]"] + m[4] + "])"[m[5] == "["]),  # ]1, 6[ is (1, 6)
+]  # fmt: skip
 TIME_OF_DAY = re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*([AaPp])\.?\s?[Mm]\.?\s*\}|([AaPp])\.?\s?[Mm]\.?\s*$)")
 THOUSANDS = re.compile(r"(?<![\d.,])(?<!\d )(\d{1,3})((?:,\d{3})+|(?: \d{3})+)(?![\d/]| ?/| \d|,\d)")
+ABOUT = r"\\approx|(?:\\text\s*\{\s*)?(?:approximately|approx\.?|about|roughly)[\s}]+"
+APPROXIMATELY = rf"^\s*(?:[=&]|{ABOUT})|(?:\\approx|\\text\s*\{{\s*\(approx[a-z.]*\)\s*\}})\s*$"
 
 
 def clean(answer: str) -> str:
@@ -89,22 +98,23 @@ def clean(answer: str) -> str:
     ('(\\frac{1}{2}, \\pi)', '17', '62000', '14 25')
     """
     for pattern, replacement in REWRITES:
-        answer = pattern.sub(replacement, answer)
+        answer = re.sub(pattern, replacement, answer)
     answer = re.sub(r"\\text\s*\{([^{}]*)\}", _unwrapped, answer)
     answer = TIME_OF_DAY.sub(lambda m: rf"\text{{{m[1] or m[2]}m}}".lower(), answer)
     answer = THOUSANDS.sub(_joined, answer)
-    return re.sub(r"^\s*=", "", answer.strip('"* ').rstrip(".,; ")).strip()
+    return re.sub(APPROXIMATELY, "", re.sub(r"(?:(?<!\.)\.(?!\.)|[,;:\s])+$", "", answer)).strip()
 
 
 def _unwrapped(match: re.Match) -> str:
     r"""\text{17} is 17, \text{(B)} is B, \text{ or } is a word; other words keep their \text."""
     content = " ".join(match[1].split())
-    single = re.fullmatch(r"\(?([A-Za-z])\)?", content)
-    if single:
+    if re.fullmatch("[A-Za-z]", content):
         unit = re.search(r"(?:[\d)}]|\\circ)\s*$", match.string[: match.start()])  # 3\text{ m}
-        return match[0] if unit and len(content) == 1 else single[1]
+        return match[0] if unit else content
     if not re.search(r"[A-Za-z]", content) or content.casefold() in ("or", "and"):
         return f" {content.casefold()} "
+    if re.fullmatch(r"[A-Za-z]{2,}(?:, [A-Za-z]{2,})*,? (?:and|or) [A-Za-z]{2,}", content):
+        return re.sub(r"\b(?!and\b|or\b)[A-Za-z]+", r"\\text{\g<0>}", content)
     formula = re.match(r"[-$]?\.?\d|.*=|[^ ]+ (?:and|or) [^ ]+$", content)
     if formula and not re.search("[A-Za-z]{2} (?:and|or)", content):
         return f" {content} "
@@ -124,5 +134,59 @@ def plain_text(text: str) -> str:
     if not re.search(r"\\[A-Za-z]", words) and re.search(r"[A-Za-z]{3}|\b[ap]\.? ?m\b", words, re.I):
         words = re.sub(r"\b([ap])\.? ?m\b\.?", r"\1m", words.casefold())
     words = " ".join(re.sub(r"\{([A-Za-z0-9])\}", r" \1 ", words).split())
-    words = re.sub(r"(?<=\d) (?=[ap]m\b)", "", words)
-    return re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", words).rstrip(".")
+    return re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])|(?<=\d) (?=[ap]m\b)", "", words).rstrip(".")
+
+
+BRACKET = r"\\\\|\\(?:begin|end)\{|\\langle(?![a-z])|\\rangle(?![a-z])|\\[{}]|[()\[\]{}]"
+# of the depth; what \\begin{ opens, its own brace closes again
+CHANGE = dict.fromkeys(["(", "[", "{", r"\{", r"\langle"], 1) | {r"\begin{": 2}
+CHANGE |= dict.fromkeys([")", "]", "}", r"\}", r"\rangle"], -1)
+SIGNS = r"\\(?:pm|mp)(?![a-z])"
+LABEL = re.compile(
+    r"(?:\(([A-Ja-j]|i{1,3}|iv)\)|([A-J])\))[.:]?(?: +(?=-\S|\()| *(?=[^\s()^*/+=<>,;_-]))(.+)"
+    r"|([A-J])[.:] +(?=[\d\\(\[-]|[a-z](?![a-z]))(.+)"
+)
+
+
+def split(text: str, separator: str) -> list[str]:
+    """The parts of a text between separators outside of all brackets; the pattern's one group is kept."""
+    pieces, depth, start = [], 0, 0
+    for match in re.finditer(rf"{separator}|{BRACKET}", text):
+        if match[1] is None:
+            depth += CHANGE.get(match.group(), 0)
+        elif depth == 0:
+            pieces += [text[start : match.start()].strip(), match[1]]
+            start = match.end()
+    return [*pieces, text[start:].strip()]
+
+
+def inside(text: str, opening: str, closing: str) -> str | None:
+    """What stands in the brackets that the whole text is in, None if it is not: (1)(2)."""
+    if not (text.startswith(opening) and text.endswith(closing)):
+        return None
+    depth = 0
+    for match in re.finditer(rf"{BRACKET}", text[: -len(closing)]):
+        depth += CHANGE.get(match.group(), 0)
+        if depth == 0:
+            return None
+    return text[len(opening) : -len(closing)].strip() if depth == 1 else None
+
+
+def without_label(text: str) -> tuple[str, str | None]:
+    r"""The value behind the letter of a choice or a part, and the letter: \textbf{(C)} 42 is ("42", "C")."""
+    match = LABEL.fullmatch(text.strip())
+    return (match[match.lastindex], match[1] or match[2] or match[4]) if match else (text, None)
+
+
+def signs(text: str) -> list[str]:
+    r"""1 \pm x as its two values; with \mp all signs change together, else each on its own."""
+    places = re.findall(SIGNS, text)
+    if not places or r"\{" in text:
+        return [text]
+    if len(places) > 4:
+        raise NotFormula("many signs")
+    choices = itertools.product("+-", repeat=len(places))
+    if r"\mp" in places:
+        choices = [["+-"[(place == r"\mp") ^ minus] for place in places] for minus in (False, True)]
+    parts = re.split(SIGNS, text)
+    return ["".join(itertools.chain(*zip(parts, [*choice, ""], strict=True))) for choice in choices]

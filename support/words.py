@@ -5,10 +5,15 @@ from dataclasses import replace
 from fractions import Fraction
 
 from support import formula, numeric, spelling
-from support.formula import NotFormula
+from support.formula import GREEK, NotFormula
 from support.values import Value, scalar
 
-MULTIPLIERS = dict(hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12, dozen=12)
+FACTORS = """
+    half 1/2, halve 1/2, third 1/3, fourth 1/4, fifth 1/5, sixth 1/6, seventh 1/7, eighth 1/8, ninth 1/9,
+    tenth 1/10, hundredth 1/100, thousandth 1/1000, dozen 12, score 20, hundred 100, gross 144,
+    thousand 1000, million 1000000, billion 1000000000, trillion 1000000000000
+"""
+MULTIPLIERS = {word: Fraction(factor) for word, factor in map(str.split, FACTORS.split(","))}
 # dropped without a trace, like the signs for dollars and degrees
 NO_UNIT = set("dollar usd degree deg unit".split())
 SYMBOLS = set("m g s h l L N J W V A K C F Hz Pa eV kJ kW kPa MPa mL mA mV".split())  # case counts
@@ -20,23 +25,22 @@ UNITS = """
     tonne, Hz hertz, N newton, J joule, kJ kilojoule, W watt, kW kilowatt, V volt, A amp ampere, Pa pascal,
     kPa, K kelvin, C celsius, F fahrenheit, mol mole, eV, ohm, calorie
 """
-COUNTED = """
-    people person student point coin way apple orange ball marble book boy girl child children man men woman
-    women card game question problem page step time hand handshake side edge face vertex vertices triangle
-    square rectangle circle solution root integer number digit term value element subset arrangement
-    permutation combination outcome possibility possibilities choice path route color colour ticket stamp
-    bean candy candies cookie sticker pencil pen flower tree rose chair table seat team player member vote
-    car bus buses trip lap sock shirt tile cube block brick piece slice pizza pie egg penny pennies nickel
-    dime bill animal dog cat cow horse chicken pig bird fish duck rabbit goat sheep house room floor box
-    boxes bag bottle jar glass glasses serving word letter sheet row column dot line region plane zero zeros
-    factor divisor kid guest worker friend family families toy truck shell muffin cake
-    teacher meal possible distinct different total
-"""
+# behind a number they say something else than what is counted
+NO_UNITS = set(
+    """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety lakh crore quadrillion
+    quintillion up down above below before after past ago more less fewer least most am pm noon bc ad and or
+    mod modulo squared cubed doubled tripled base factorial root power point dot cross choose negative plus
+    minus over remainder quarter quarters tens to in is are""".split()
+    + [name.casefold() for name in GREEK]
+)
+# each with the next smaller one, of which it has so many
+SMALLER = dict(week=("day", 7), day=("h", 24), h=("min", 60), min=("s", 60), yd=("ft", 3), ft=("in", 12))
+SMALLER |= dict(lb=("oz", 16), yr=("month", 12), km=("m", 1000), m=("cm", 100), kg=("g", 1000))
 UNIT_OF = {word: words.split()[0] for words in UNITS.split(",") for word in words.split()}
-COUNTED_WORDS = {word: word for word in (*COUNTED.split(), *NO_UNIT)}
 EXPONENT = r"(?:\s*\^\s*\{?\s*(-?[1-9])\s*\}?)?"
 WORDS_IN_TEXT = re.compile(r"(.*?\S)\s*\\text\{([^{}]*)\}" + EXPONENT)
-BARE_WORDS = re.compile(r"(.*?(?:[\d})!]|\\pi))( *)([A-Za-z]+(?:[ ./]+[A-Za-z]+)*\.?)" + EXPONENT)
+BARE_WORDS = re.compile(r"(.*?(?:[\d})!%]|\\pi))( *)([^\W\d_]+(?:[ ./]+[^\W\d_]+)*\.?)" + EXPONENT)
 
 
 def words_behind(text: str) -> tuple[str, str]:
@@ -57,68 +61,95 @@ def words_behind(text: str) -> tuple[str, str]:
 def known_words(words: str) -> tuple[int, str] | None:
     """(factor, unit) of words behind a number, None if a word is unknown: north and the like are no units.
 
-    >>> known_words("million dollars"), known_words("square cm"), known_words("km/h"), known_words("north")
-    ((1000000, ''), (1, 'cm^2'), (1, 'h^-1 km'), None)
+    >>> known_words("square centimeters"), known_words("kilometers per hour")[1], known_words("north")
+    ((Fraction(1, 1), 'cm^2'), 'km/h', None)
     """
-    factor, units, sign, power = 1, [], 1, 1
-    words = re.sub(r"(?<=[A-Za-z]{2})\.", " ", words.replace(r"\cdot", " ")).replace("mph", "mi/h")
-    tokens = re.findall(r"[A-Za-z]+|\^-?\d|\S", words)
-    for token, following in zip(tokens, [*tokens[1:], ""], strict=True):
-        word = token.casefold()
-        if (word if word in MULTIPLIERS else word[:-1]) in MULTIPLIERS and not units:
-            factor *= MULTIPLIERS[word if word in MULTIPLIERS else word[:-1]]
-        elif word in ("/", "per"):
-            sign = -1
-        elif word in ("square", "sq", "cubic", "cu") and following.isalpha():
-            power = 2 if word[0] == "s" else 3
-        elif (word in ("squared", "cubed") or word[0] == "^") and units:
-            exponent = int(word[1:]) if word[0] == "^" else 2 if word[0] == "s" else 3
-            units[-1] = (units[-1][0], units[-1][1] * exponent)
-        elif _unit(token) is None:
-            return None
-        else:
-            units.append((_unit(token), sign * power))
-            power = 1
-    kept = sorted(unit for unit in units if unit[0] not in NO_UNIT)
-    return factor, " ".join(unit if exponent == 1 else f"{unit}^{exponent}" for unit, exponent in kept)
+    rest = re.search(
+        r"(?:^|(?<=\w\w) )(?:of|(?<= )(?:left|remaining|in total|altogether))\b(.*)", words
+    )  # cups of flour
+    if rest and NO_UNITS & set(rest[1].casefold().split()):  # groups of four
+        return None
+    words = words[: rest.start()] if rest else words
+    words = re.sub(r"(?<=[A-Za-z]{2})\.", "", words).replace("mph", "mi/h").replace(r"\cdot", " ")
+    words = re.sub(r"\s*(?:/|\bper\b)\s*", "/", words)
+    for power, before, behind in ("2", "(?:square|sq)", "squared"), ("3", "(?:cubic|cu)", "cubed"):
+        words = re.sub(rf"\b{before} ([a-z]+)|([a-z]+) {behind}\b", rf"\1\2^{power}", words)
+    factor, tokens = Fraction(1), re.findall(r"[^\W\d_]+|[\d^/-]+|\S", words)
+    while tokens and (factors := {tokens[0].casefold(), tokens[0].casefold()[:-1]} & set(MULTIPLIERS)):
+        factor, tokens = factor * MULTIPLIERS[factors.pop()], tokens[1:]
+    units = [_unit(token) if token.isalpha() else token for token in tokens]
+    if None in units or (units and factor < 1):  # five third graders
+        return None
+    return factor, re.sub(" ?([/^]) ?", r"\1", " ".join(unit for unit in units if unit not in NO_UNIT))
 
 
 def _unit(word: str) -> str | None:
-    """The unit or the counted thing that a word names, one name for all its forms."""
+    """The unit or the counted thing that a word names, one name for all its forms; None if it names none."""
     if len(word) == 1 or word in SYMBOLS:
         return UNIT_OF.get(word) if word in SYMBOLS else None
     forms = (word, word.casefold(), word.casefold().removesuffix("s"))
-    found = [table[form] for table in (UNIT_OF, COUNTED_WORDS) for form in forms[::-1] if form in table]
-    return found[0] if found else None
+    known = [UNIT_OF[form] for form in forms[::-1] if form in UNIT_OF]
+    direction = re.match("north|south|east|west|left|right", forms[1])
+    is_none = not word.isalpha() or forms[1] in NO_UNITS or direction
+    return known[0] if known else None if is_none else forms[2]
 
-
-# ----------------------------------------------------------------------------------------------------------
-# values
 
 SHORT_WORDS = set("yes no odd even all none true red sun one two six ten al bo ed jo ty".split())
 
 
+def text_value(words: str) -> Value:
+    """Words alone, without case, and in one form where two are common: DNE, "no solutions"."""
+    words = re.sub(r"^(?:there (?:is|are) )?(no .*)s$", r"\1", spelling.plain_text(words).casefold())
+    return Value(("text", "does not exist" if words == "dne" else words))
+
+
 def read_words(text: str, depth: int) -> Value | None:
     r"""Words: \text{No}, No, Monday. Two or three letters that do not look like a name are a product too."""
-    match = re.fullmatch(r"\\text\{([^{}\\]*)\}", text)
+    named = r"DNE|(?=.{4})[A-Za-z]{2,}(?:[ -]+[A-Za-z']+|'[A-Za-z]+)*"
+    match = re.fullmatch(rf"\\text\{{([^{{}}\\]*)\}}|({named})", text)
     if match:
-        return Value(("text", spelling.plain_text(match[1]).casefold()))
-    if re.fullmatch(r"(?=.{4})[A-Za-z]{2,}(?:[ '-]+[A-Za-z']+)*", text):
-        return Value(("text", spelling.plain_text(text)))
+        return text_value(match[1] or match[2] or "")
     if not re.fullmatch(r"[A-Za-z]{2,3}", text):
         return None
-    word = Value(("text", text.casefold()))
-    if text.casefold() in SHORT_WORDS and not text[1:].isupper():
-        return word
-    if re.fullmatch(r"[A-Z][a-z]{2}", text) and re.search("[aeiouy]", text.casefold()):
+    word = text_value(text)
+    is_short = text.casefold() in SHORT_WORDS and not text[1:].isupper()
+    if is_short or (re.fullmatch(r"[A-Z][a-z]{2}", text) and re.search("[aeiouyAEIOUY]", text)):
         return word
     return replace(scalar(formula.parse(text)), also=frozenset([word.key]))
 
 
-RATIO = re.compile(r"\d+(?:\.\d+)?(?: ?: ?\d+(?:\.\d+)?)+")
-BASED = re.compile(r"(-?)\(?(\d[0-9A-Z]*)\)? ?_ ?\{? ?(\d{1,2}) ?\}?")
+DECIMAL = r"\d+(?:\.\d+)?"
+RATIO = re.compile(rf"{DECIMAL}(?: ?: ?{DECIMAL})+")
+RANGE_OR_DATE = re.compile(rf"({DECIMAL}) ?- ?({DECIMAL})|\d+ ?- ?\d+ ?- ?\d+|\d\d?/\d\d?/\d{{4}}")
+BASED = re.compile(r"(-?)\(?(?:\\text\{)?(\d[0-9A-Z]*|[0-9A-Z]{2,})[)}]? ?_ ?\{? ?\(?(\d{1,2})\)? ?\}?")
 SCIENTIFIC = re.compile(r"([+-]?)((?:\d+\.?\d*|\.\d+))[eE]([+-]?\d{1,4})")
 DEGREE = r"\s*\^?\s*(?:\\circ|\{\s*\\circ\s*\}|\\degree)\s*"
+PART = rf"({DECIMAL}) ?(?:\\text\{{)? ?([A-Za-z]+)\.? ?\}}?"
+AND = r",? ?(?:(?:\\text\{ ?)?and ?\}?)? ?"
+COMPOUND = re.compile(rf"{PART}{AND}{PART}(?:{AND}{PART})?")
+
+
+def number_tree(text: str):
+    """formula.parse, but 20-35 is a range and 2023-10-14 a date and no difference. Raises NotFormula."""
+    match = RANGE_OR_DATE.fullmatch(text.strip())
+    if match and not (match[1] and float(match[1]) >= float(match[2])):
+        raise NotFormula("a range or a date")
+    return formula.parse(text)
+
+
+def read_compound(text: str) -> Value | None:
+    """3 hours 20 minutes are 200 minutes, 5 feet 8 inches are 68 inches."""
+    match = COMPOUND.fullmatch(text)
+    if match is None:
+        return None
+    counts, units = match.groups()[::2], [_unit(word) for word in match.groups()[1::2] if word]
+    total, unit = Fraction(counts[0]), units[0]
+    for count, smaller in zip(counts[1:], units[1:], strict=False):
+        if unit not in SMALLER or SMALLER[unit][0] != smaller:
+            return None
+        total, unit = total * SMALLER[unit][1] + Fraction(count), smaller
+    key = scalar(("number", total)).key
+    return Value(("unit", key, unit), frozenset([key]))
 
 
 def read_number(text: str, depth: int) -> Value | None:
@@ -126,8 +157,15 @@ def read_number(text: str, depth: int) -> Value | None:
     if re.fullmatch(RATIO, text):
         return Value(("ratio", *(Fraction(part) for part in text.replace(" ", "").split(":"))))
     based = BASED.fullmatch(text)
-    if based:
-        return in_base(*based.groups())
+    if based and (based[2][0].isdigit() or int(based[3]) > 10):
+        sign, digits, base = based.groups()
+        try:
+            readings = [int(sign + digits, int(base)), *([int(sign + digits)] if digits.isdigit() else [])]
+        except ValueError:
+            raise NotFormula("no digits of this base") from None
+        # Where the question names the base, answers come with it and without: 52_8 is 42, and may be 52.
+        also = frozenset(scalar(("number", Fraction(reading))).key for reading in readings)
+        return Value(("base", sign + digits, int(base)), also)
     scientific = SCIENTIFIC.fullmatch(text)
     if scientific:
         sign, digits, exponent = scientific.groups()
@@ -137,41 +175,31 @@ def read_number(text: str, depth: int) -> Value | None:
         product = scalar(formula.parse(text))  # 3e-4 may be three times e, less four
         return replace(product, also=frozenset([value.key]))
     if text.endswith("%"):
-        number = formula.parse(text[:-1])
+        number = number_tree(text[:-1])
         hundredth = ("quotient", number, ("number", Fraction(100)))
         return Value(("percent", scalar(number).key), frozenset([scalar(number).key, scalar(hundredth).key]))
     head, words = words_behind(text)
     return with_words(head, words, text) if words else None
 
 
-def in_base(sign: str, digits: str, base: str) -> Value:
-    """52_8 is 42, and may stand for 52 where everything is in base 8."""
-    try:
-        readings = [int(sign + digits, int(base)), *([int(sign + digits)] if digits.isdigit() else [])]
-    except ValueError:
-        raise NotFormula("no digits of this base") from None
-    also = frozenset(scalar(("number", Fraction(reading))).key for reading in readings)
-    return Value(("base", sign + digits, int(base)), also)
-
-
 def with_words(head: str, words: str, text: str) -> Value | None:
-    """A number and words: a factor multiplies, a unit may be left out, other words may not."""
-    known, bare = known_words(words), r"\text" not in text
-    if known is None:
-        if bare and not re.search(r"^[^A-Za-z]* .*[A-Za-z]{4}", text):
-            return None
-        return Value(("words", scalar(formula.parse(head)).key, spelling.plain_text(words)))
+    """A number and words: a factor multiplies, a unit may be left out, words like north may not."""
+    bare, known = r"\text" not in text, known_words(words)
+    strange = known is None or not set(re.findall(r"[^\W\d_]+", known[1])) <= set(UNIT_OF)
+    if bare and strange and not re.match(r" .*[^\W\d_]{4}| *[^\0-\x7f]", text[len(head) :]):
+        return None  # 6 abc is a product
+    degrees = re.search(DEGREE + "$", head) and known and known[1] not in ("", "C", "F")
+    if known is None or degrees:  # 30 degrees N is a place
+        return Value(("words", scalar(number_tree(head)).key, spelling.plain_text(words)))
     factor, unit = known
-    if re.search(DEGREE + "$", head) and unit not in ("", "C", "F"):  # 30 degrees N is a place
-        return Value(("words", scalar(formula.parse(head)).key, spelling.plain_text(words)))
-    special = head.endswith("%") or BASED.fullmatch(head)
-    tree = None if special else formula.parse(re.sub(DEGREE + "$", "", head))
+    special = head.endswith("%") or BASED.fullmatch(head) or SCIENTIFIC.fullmatch(head)
+    tree = None if special else number_tree(re.sub(DEGREE + "$", "", head))
     if bare and tree is not None and numeric.letters(tree):
         return None
     number = read_number(head, 0) if tree is None else scalar(tree)
     if factor != 1:
-        number = scalar(("product", (("number", Fraction(factor)), tree or formula.parse(head))))
+        number = scalar(("product", (("number", factor), tree or formula.parse(head))))
     if not unit:
         return number
-    product = {scalar(formula.parse(text)).key} if bare and len(words) < 3 else set()  # 12 m may be one
+    product = {scalar(formula.parse(text)).key} if bare and len(words) < 3 and tree else set()  # 12 m
     return Value(("unit", number.key, unit), frozenset({number.key, *number.also, *product}))
