@@ -233,8 +233,8 @@ def extract(run, rollout, asked, samples):
     for row in range(len(rollout) if rollout else 0):
         ids, finished = rollout.response(row), bool(rollout.finished[row])
         text = decode_response(run.tokenizer, ids)
-        kind = asked[int(rollout.question[row])].kind
-        answer = grading.extract_answer(text, kind, truncated=not finished)
+        question = asked[int(rollout.question[row])]
+        answer = grading.extract_answer(text, question.kind, not finished, question.letters)
         mine.append(Response(answer, text, array("i", ids), finished))
     flat = ranks.gather(mine)
     if flat is None:

@@ -1,14 +1,18 @@
 """What is asked: load("aime") -> list[Question]; a benchmark is downloaded once, checked and cached."""
 
+import functools
 import hashlib
 import http.client
 import json
 import math
 import os
+import re
 import tempfile
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+
+from support.extraction import LETTERS, boxed_letter
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,18 @@ class Question:
     answer: str | None = None
     id: str = ""
     kind: str = "math"
+
+    @functools.cached_property
+    def letters(self) -> str:
+        """Letters that may name a choice: the capitals that the prompt lists, or A to J if it lists none.
+
+        Small ones do so too, unless the prompt has statements of its own, a), b).
+
+        >>> Question("Which star? A) the Sun B) Vega C) Rigel", kind="choice").letters
+        'ABCabc'
+        """
+        capitals = _listed(self.prompt, LETTERS[:10]) or LETTERS[:10]
+        return capitals if _listed(self.prompt, LETTERS[10:]) else capitals + capitals.lower()
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,14 @@ BENCHMARKS = {
 USER_FILE_EPOCHS = 10
 PROMPT_KEYS = ("prompt", "question", "problem")  # the first that a row has
 SOURCE = "https://raw.githubusercontent.com/PRIME-RL/TTRL/3e2cc9376dc7486256f6021b37c4353d0e1abe2b/verl/data"
+
+
+def _listed(prompt: str, letters: str) -> str:
+    """The first of these letters as far as a prompt lists them, A) B) C); "" if it does not."""
+    count = 0
+    for match in re.finditer(r"(?:^|[\s(])([A-Ja-j])[).:]", prompt):
+        count += match[1] == letters[count : count + 1]
+    return letters[:count] if count > 1 else ""
 
 
 def load(name_or_file: str) -> list[Question]:
@@ -182,7 +206,11 @@ def _question(row, place: str, index: int, kind: str) -> Question:
     for key, value in ("prompt", prompt), ("answer", answer or ""), ("id", identity):
         if lone := lone_surrogate(value):
             raise ValueError(f"{place}: the {key} holds {lone!r}, half of a character; write the whole one")
-    return Question(prompt, answer, identity, kind)
+    question = Question(prompt, answer, identity, kind)
+    if kind == "choice" and answer is not None and boxed_letter(answer, question.letters) is None:
+        last = max(filter(str.isupper, question.letters))
+        raise ValueError(f'{place}: "answer" of a choice must be a letter from A to {last}, not {answer!r}')
+    return question
 
 
 def _prompt(row: dict, place: str) -> str:

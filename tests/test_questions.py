@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import questions
+from support.extraction import LETTERS
 from support.questions import BENCHMARKS, Question, benchmark_of, load
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -64,6 +65,25 @@ def test_load_the_forms_of_other_data_sets(tmp_path):
         Question("2+2?", "1,004", "0"), Question("1+1?", "2", "m/1"), Question("3+3?", None, "2"),
         Question("\U0001f600\0", None, "3")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "prompt,letters",
+    [
+        ("Which?\nA. one\nB. two\nC. three\nD. four\nE. five", "ABCDEabcde"),
+        ("Which? (A) 1 (B) 2 (C) 3", "ABCabc"),
+        ("Densest?\na) the first\nb) the second\n\nA. b\nB. a", "AB"),
+        ("Which star of type A. Vega?", LETTERS),
+    ],
+)
+def test_letters_of_choices(tmp_path, prompt, letters):
+    """And a truth that none of them can match is refused."""
+    assert Question(prompt, kind="choice").letters == letters
+    row = {"prompt": prompt, "kind": "choice", "answer": letters[0]}
+    assert load(write(tmp_path, json.dumps([row])))[0].answer == "A"
+    for answer in ("K", "7", chr(ord(max(filter(str.isupper, letters))) + 1)):
+        with pytest.raises(ValueError, match=f"row 1: .*must be a letter from A to .*, not '{answer}'"):
+            load(write(tmp_path, json.dumps([{**row, "answer": answer}])))
 
 
 def test_load_a_prompt_of_a_million_characters(tmp_path):
