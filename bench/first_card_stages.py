@@ -53,7 +53,7 @@ COPY, PRODUCT = 3.0, 798.0  # TB/s, bytes read and written; TFLOP/s of bf16
 DECODE_SHARE = 0.64  # of the rate at which weights, keys and values could be read
 LEARNING, MFU = 32.0, 39.0  # us a token without checkpointing; % of PRODUCT
 TOP_P_COST = 1.15  # times a decode step without
-PASS_AT_1 = {0: 0.405, 16: 0.676, 32: 0.812, 48: 0.848, 64: 0.859, 80: 0.861}  # by step, on a CPU
+PASS_AT_1 = {0: 0.405, 16: 0.716, 32: 0.849, 48: 0.887, 64: 0.901, 80: 0.904}  # by step, on a CPU
 
 # ----------------------------------------------------------------------------------------------------------
 # clocks
