@@ -35,6 +35,7 @@ from memory import Split
 from model import Transformer
 from support import checkpoint, pretrained
 from support.config import configure
+from support.questions import Question
 from support.slices import local, whole
 
 CPU = torch.device("cpu")
@@ -145,7 +146,7 @@ def open_case(case, models):
         kl=case.kl, lr=1e-2, warmup=0.0, checkpointing=case.checkpointing, grad_clip=case.grad_clip,
     ))  # fmt: skip
     c = dataclasses.replace(c, samples=case.samples)
-    asked = [SimpleNamespace(id=str(index), kind="math") for index in range(3)]
+    asked = [Question("", id=str(index)) for index in range(3)]
     data = (asked, PROMPTS, asked, PROMPTS)
     # five rows at a time: finished ones are replaced
     budgets = (5 * 21, case.micro_batch_tokens, case.checkpointing)
