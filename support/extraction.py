@@ -165,7 +165,7 @@ def _phrase(text: str, truncated: bool) -> str | None:
     last = None
     for match in reversed(deque(STATED.finditer(text), maxlen=5)):
         statement = _statement(text[match.end() : match.end() + 300], truncated)
-        if statement and re.search(r"\d|\\", statement):
+        if statement and re.search(r"[\d\\+*/^=]| - ", statement):
             return statement
         if last is None and not match["be"]:  # "the answer should be positive" is none
             last = statement
