@@ -218,8 +218,8 @@ def offload_lines(run, model_config, machine, layout):
     c, most = run.config, most_rows(run.config, len(run.eval_set))
     if c.eval_only or c.offload is not None or layout.rows_of_a_rank() >= enough_rows(machine, most):
         return []
-    other = dataclasses.replace(c, offload=True)
-    other = smallest_that_fits(other, model_config, machine, run.longest, most)
+    offloaded = dataclasses.replace(c, offload=True)
+    other = smallest_that_fits(offloaded, model_config, machine, run.longest, most)
     if other is None or other.rows_of_a_rank() <= layout.rows_of_a_rank():
         return []
     return [

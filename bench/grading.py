@@ -16,8 +16,8 @@ from common import ROOT, last_line, peer, say, table
 
 from support import grading
 
-PAIRS = list(map(json.loads, (ROOT / "tests" / "answer_pairs.jsonl").read_text("utf-8").splitlines()))
-PAIRS = [pair for pair in PAIRS if not pair.get("choice")]
+LINES = (ROOT / "tests" / "answer_pairs.jsonl").read_text("utf-8").splitlines()
+PAIRS = [pair for pair in map(json.loads, LINES) if not pair.get("choice")]
 RESULTS = ("right", "wrongly equal", "wrongly different")
 
 

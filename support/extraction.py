@@ -22,6 +22,7 @@ BETWEEN_BOXES = re.compile(
     r"|\\text\s*\{[\s,]*(?:and|or)\s*\}|[A-Za-z](?:_\{?\w{1,3}\}?)?\s*=)*"
 )
 TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*)</answer>", re.DOTALL)
+LABEL = r"(?i)^\s*(\\text\w*\s*\{\s*)?(?:the )?(?:final )?ans(?:wer)?\s*(?:is\b:?|[:=.])\s*"  # of a box
 NAME = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\{?\w{1,3}\}?)?)\s*=[\s$]*$")
 
 ANSWER_IS = (
@@ -151,7 +152,8 @@ def _joined(text: str, boxes: list) -> str:
             break
         first -= 1
         joints.insert(0, " or " if re.search(r"\bor\b", gap) else ", ")
-    parts = [text[start:end].strip() for _, start, end, _ in boxes[first:]]
+    parts = [re.sub(LABEL, lambda m: r"\text{" * bool(m[1]), text[box[1] : box[2]]) for box in boxes[first:]]
+    parts = [part.removeprefix(r"\text{}").strip() for part in parts]
     names = [NAME.search(text[max(0, box[0] - 20) : box[0]]) for box in boxes[first:]]
     if all(names) and joints:
         parts = [f"{name[1]}={part}" for name, part in zip(names, parts, strict=True)]
@@ -252,10 +254,8 @@ CHOICE_IS = re.compile(
     rf"[\s*$({{\[]{{0,9}}(?P<letter>{CAPITAL}|(?<=\()[a-j](?=\)))"
     rf"(?P<another>{OR_ANOTHER}(?![)\]}}*]{{0,2}}\s(?:is|are|can|do|does|has|have|would|was|were)\b))?"
 )
-OPTION = re.compile(rf"(?i:option|choice)\s[(*$]{{0,3}}{LETTER}(?P<another>)")
-IS_CORRECT = re.compile(
-    rf"{LETTER}[)}}\]*$]{{0,4}}\sis\s(?:the\s)?(?i:correct|right|best|answer)(?P<another>)"
-)
+OPTION = re.compile(rf"(?i:option|choice)\s[(*$]{{0,3}}{LETTER}")
+IS_CORRECT = re.compile(rf"{LETTER}[)}}\]*$]{{0,4}}\sis\s(?:the\s)?(?i:correct|right|best|answer)")
 # "A planet ..." begins with the article, "I think" with a pronoun; "A is correct" with a choice.
 ALONE = re.compile(
     rf"{LETTER}(?!(?<=[AI])\s+(?!is\b|and\b|or\b|because\b|since\b)[a-z])(?P<another>{OR_ANOTHER})?"
@@ -273,12 +273,14 @@ def _choice(text: str, truncated: bool, letters: str) -> str | None:
     letter = boxed_letter(_joined(text, boxes) if boxes else "".join(tagged[-1:]), letters)
     if letter or tagged:
         return letter
-    guesses = [OPTION] if boxes else [] if truncated else [IS_CORRECT, ALONE]
-    behind = text[boxes[-1][2] :] if boxes else text
-    for pattern, where in (CHOICE_IS, behind), *((guess, behind) for guess in guesses), (CHOICE_IS, text):
+    tries = [(CHOICE_IS, text), *([] if truncated else [(IS_CORRECT, text), (ALONE, text)])]
+    if boxes:  # of a value: the letter is named behind it, or else before
+        behind = text[boxes[-1][2] :]
+        tries = [(CHOICE_IS, behind), (OPTION, behind), (CHOICE_IS, text)]
+    for pattern, where in tries:
         matches = pattern.finditer(where)
         for last in deque((match for match in matches if match["letter"] in letters), maxlen=1):
-            another = (last["another"] or " ")[-1] in letters
+            another = (last.groupdict().get("another") or " ")[-1] in letters
             return None if another else last["letter"].upper()
     return None
 

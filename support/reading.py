@@ -269,12 +269,13 @@ def read_equation(sides: list[str], depth: int) -> Value:
     except NotFormula:
         return named(name_of(left), read_one(right, depth))
     arguments = [part[1] for part in left_tree[2] if part[0] == "symbol"] if left_tree[0] == "opaque" else []
-    if letters_in(right) and letters_in(right) & set(arguments):  # f(t) = 3t-1 is f(x) = 3x-1
+    in_right = letters_in(right)
+    if in_right and in_right & set(arguments):  # f(t) = 3t-1 is f(x) = 3x-1
         tree = formula.parse(right)
         numbered = {name: ("symbol", str(number)) for number, name in enumerate(arguments)}
         key = ("function", left_tree[1], scalar(formula.substitute(tree, numbered)).key)
         return Value(key, frozenset([scalar(tree).key]))
-    if letters_in(right) is not None and not right.endswith("%"):
+    if in_right is not None and not right.endswith("%"):
         return values.equation(left_tree, formula.parse(right))
     value = named(values.label(left_tree), read_one(right, depth))
     if value.plain.key[0] == "unit":  # AB = 5 cm is AB = 5

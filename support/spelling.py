@@ -39,8 +39,6 @@ def as_ascii(match: re.Match) -> str:
 REWRITES = [  # spelling, not meaning; in this order
     (r"[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]", ""),  # zero-width and right-to-left marks
     (r"[\U0001f000-\U0001faff\u2600-\u27bf\ufe0f]|[€£¥₩₽₹]", ""),  # emoji, currencies
-    (r"(?i)^\s*(\\text\w*\s*\{)?\s*(?:the )?(?:final )?ans(?:wer)?\s*(?:is\b:?|[:=.])\s*",
-     lambda m: r"\text{ " * bool(m[1])),
     (r"<su([bp])>(.*?)</su[bp]>", lambda m: f"{'_^'[m[1] == 'p']}{{{m[2]}}}"),
     (r"<([biup])>(.*?)</\1>", r"\2"),
     (r"</?(?:em|strong|br|span|div|code|center|font|answer|mark)(?:\s[a-z]+=[^<>]{0,60})?\s?/?>", ""),
@@ -165,7 +163,7 @@ def inside(text: str, opening: str, closing: str) -> str | None:
     if not (text.startswith(opening) and text.endswith(closing)):
         return None
     depth = 0
-    for match in re.finditer(rf"{BRACKET}", text[: -len(closing)]):
+    for match in re.finditer(BRACKET, text[: -len(closing)]):
         depth += CHANGE.get(match.group(), 0)
         if depth == 0:
             return None

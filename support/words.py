@@ -26,7 +26,7 @@ UNITS = """
     kPa, K kelvin, C celsius, F fahrenheit, mol mole, eV, ohm, calorie
 """
 # behind a number they say something else than what is counted
-NO_UNITS = set(
+OTHER_WORDS = set(
     """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
     seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety lakh crore quadrillion
     quintillion up down above below before after past ago more less fewer least most am pm noon bc ad and or
@@ -58,16 +58,15 @@ def words_behind(text: str) -> tuple[str, str]:
     return head, words.strip() + (f"^{exponent}" if exponent else "")
 
 
-def known_words(words: str) -> tuple[int, str] | None:
+def known_words(words: str) -> tuple[Fraction, str] | None:
     """(factor, unit) of words behind a number, None if a word is unknown: north and the like are no units.
 
     >>> known_words("square centimeters"), known_words("kilometers per hour")[1], known_words("north")
     ((Fraction(1, 1), 'cm^2'), 'km/h', None)
     """
-    rest = re.search(
-        r"(?:^|(?<=\w\w) )(?:of|(?<= )(?:left|remaining|in total|altogether))\b(.*)", words
-    )  # cups of flour
-    if rest and NO_UNITS & set(rest[1].casefold().split()):  # groups of four
+    cups_of_flour = r"(?:^|(?<=\w\w) )(?:of|(?<= )(?:left|remaining|in total|altogether))\b(.*)"
+    rest = re.search(cups_of_flour, words)
+    if rest and OTHER_WORDS & set(rest[1].casefold().split()):  # groups of four
         return None
     words = words[: rest.start()] if rest else words
     words = re.sub(r"(?<=[A-Za-z]{2})\.", "", words).replace("mph", "mi/h").replace(r"\cdot", " ")
@@ -90,7 +89,7 @@ def _unit(word: str) -> str | None:
     forms = (word, word.casefold(), word.casefold().removesuffix("s"))
     known = [UNIT_OF[form] for form in forms[::-1] if form in UNIT_OF]
     direction = re.match("north|south|east|west|left|right", forms[1])
-    is_none = not word.isalpha() or forms[1] in NO_UNITS or direction
+    is_none = not word.isalpha() or forms[1] in OTHER_WORDS or direction
     return known[0] if known else None if is_none else forms[2]
 
 

@@ -188,9 +188,8 @@ def check_logits(folder, several, heads):
     for name, logits in several[0][f"logits {heads}"].items():
         whole = several_ranks.next_logits(folder / "models", name, None)
         assert whole.std() > 1
-        rounding = (
-            LOGITS * whole.abs().max().item()
-        )  # a small logit is a sum of terms as large as the others'
+        # Of all logits: a small one is a sum of terms as large as the others'.
+        rounding = LOGITS * whole.abs().max().item()
         for seen in several:
             torch.testing.assert_close(seen[f"logits {heads}"][name], whole, rtol=0, atol=rounding)
             assert seen[f"logits {heads}"][name].equal(logits), "two ranks of a sampler compute apart"
