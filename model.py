@@ -2,9 +2,9 @@
 
 Token ids go in as one flat list, the tokens of all rows one after another, so embeddings, norms and linear
 layers never see padding. Only attention knows which token belongs to which row, and the caller passes it in
-as a function `attend(layer, q, k, v)`: over packed rows for learning and prefill (packing.py), over a KV
-cache for decoding (engine.py). That is the whole difference between sampling and learning; everything else
-is the same code.
+as a function `attend(layer, q, k, v)`: over packed rows for learning and prefill (kernels/packing.py),
+over a KV cache for decoding (rollout.py). That is the whole difference between sampling and learning;
+everything else is the same code.
 
 Letters in shape comments: B rows, T tokens, R response tokens, N response tokens of all rows, D width, I
 width of the MLP, H heads, K key/value heads, E head width, V vocabulary.
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import parallel
+from distributed import parallel
+from distributed.shards import local, rows_of_shard, shard_of, unshard
 from kernels.fused import rotate, swiglu
 from kernels.linear import Linear, TiedWeight
 from kernels.logprob import linear_logprob, product
-from packing import gather_rows, pack_responses, pack_rows
+from kernels.packing import gather_rows, pack_responses, pack_rows
 from support.pretrained import read_config, read_weights, write_model
-from support.slices import local, rows_of_slice, slice_of, whole
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Transformer(nn.Module):
     def __init__(self, config, source=None, group=None):
         super().__init__()
         self.whole_config = config
-        self.config = config = parallel.narrow(config, group)  # of this rank's part
+        self.config = config = parallel.rank_config(config, group)  # of this rank's part
         self.group = group  # the ranks that hold the other heads of a sampler
         self.source = source  # the folder of config.json, which save_pretrained writes again
         self.checkpointing = False  # recompute each layer in the backward pass instead of keeping activations
@@ -212,8 +212,8 @@ class Transformer(nn.Module):
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu", shard=None, group=None):
         """A model from a folder in Hugging Face format (config.json and safetensors, in one file or sharded).
 
-        shard(model) cuts its parameters into slices and returns the device of these; a group of ranks holds a
-        part each (parallel.py). Either way a rank keeps what is its own of one tensor after another, so host
+        shard(model) cuts its parameters into shards and returns the device of these; a group of ranks holds a
+        part each (distributed/parallel.py). A rank keeps its part of one tensor after another, so host
         memory never holds a whole model besides. Raises FileNotFoundError or ValueError, naming the file and
         the tensor or field.
         """
@@ -234,19 +234,19 @@ class Transformer(nn.Module):
     def fill(self, name, tensor):
         """Write what this rank holds of a parameter, given all of it."""
         parameter = self.get_parameter(name)
-        tensor = parallel.part(self.whole_config, name, tensor, self.group)
-        rows = rows_of_slice(len(tensor), *slice_of(parameter))
+        tensor = parallel.rank_weight(self.whole_config, name, tensor, self.group)
+        rows = rows_of_shard(len(tensor), *shard_of(parameter))
         local(parameter).copy_(tensor[rows])
 
     def copy_from(self, other):
         """Refresh these weights from another model's *in place*, cast to this one's dtype."""
         for (name, mine), theirs in zip(self.named_parameters(), other.parameters(), strict=True):
-            self.fill(name, whole(theirs.detach(), mine.device, mine.dtype))
+            self.fill(name, unshard(theirs.detach(), mine.device, mine.dtype))
 
     def whole_parameters(self):
-        """Yield (name, tensor) of every parameter. Of slices: all ranks have to go through it together."""
+        """Yield (name, tensor) of every parameter. Of shards: all ranks have to go through it together."""
         for name, parameter in self.named_parameters():
-            yield name, whole(parameter.detach())
+            yield name, unshard(parameter.detach())
 
     def save_pretrained(self, folder):
         """Write config.json and fp32 safetensors to `folder`; transformers and vLLM load them."""

@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import torch
 
+from grading import majority
 from kernels.sampler import uniform
+from report.metrics import is_right, mean
 from rollout import row_keys
-from support.grading import majority
-from support.metrics import is_right, mean
 from support.questions import Question
 
 # The thresholds of SCRL's code, as shares of the N votes; the script of its example lowers them.

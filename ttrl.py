@@ -7,7 +7,7 @@ One step (`train_step`), with P questions, N votes and M trained samples:
 
     1  draw        P questions                                     draw_questions
     2  sample      N responses to each                             sample, rollout.generate
-    3  extract     the answer in each response, or None            extract, support/grading.py
+    3  extract     the answer in each response, or None            extract, grading/__init__.py
     4  vote        the most frequent answer is the pseudo-label    vote
        reward      1 for each response that agrees with it         rewards.vote_reward
     5  advantage   (r - mean) / std over the first M of the N      advantages
@@ -45,16 +45,15 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from packing import micro_batches, upload
-from parallel import exchange_gradients
-from plan import peak_memory_gb, planned_updates, steps_per_epoch
-from rewards import REWARDS, Group, toss, vote_reward  # noqa: F401  vote_reward is step 4 of README
-from rollout import generate, row_keys
-from run import finish, log, open_out, open_run, refresh_sampler, save_checkpoint, save_evaluation
-from support import grading, ranks
-from support.config import LOWER_TEMPERATURES, configure, parse
-from support.ledger import better
-from support.metrics import (
+import grading
+from distributed import ranks
+from distributed.parallel import exchange_gradients
+from distributed.plan import peak_memory_gb, planned_updates, steps_per_epoch
+from distributed.ranks import is_rank0, print0
+from distributed.shards import unshard
+from kernels.packing import micro_batches, upload
+from report.ledger import better
+from report.metrics import (
     Stopwatch,
     Tally,
     compared_with_last,
@@ -65,10 +64,12 @@ from support.metrics import (
     to_host,
     training_metrics,
 )
+from report.screen import counted_votes, progress, shown_responses, taught_nothing
+from rewards import REWARDS, Group, toss, vote_reward  # noqa: F401  vote_reward is step 4 of README
+from rollout import generate, row_keys
+from support.config import LOWER_TEMPERATURES, configure, parse
 from support.prompts import decode_response
-from support.ranks import is_rank0, print0
-from support.report import counted_votes, progress, shown_responses, taught_nothing
-from support.slices import whole
+from support.run import finish, log, open_out, open_run, refresh_sampler, save_checkpoint, save_evaluation
 
 # -----------------------------------------------------------------------------------------------------------
 # the algorithm: vote, advantage, loss (the reward is in rewards.py)
@@ -198,7 +199,7 @@ def sample(run, prompts, samples, *, stream, step, temperature, top_p=1.0):
     c = run.config
     rows = [(question, sample) for question in range(len(prompts)) for sample in range(samples)]
     # Ranks that share a sampler decode their rows together.
-    rows, own = ranks.shard(rows, run.split.sampler_ranks)
+    rows, own = ranks.split_rows(rows, run.split.sampler_ranks)
     if not rows:  # an evaluation may have fewer rows than there are ranks
         return None
     rollout = generate(
@@ -286,7 +287,7 @@ def learn(run, rollout, advantage, step):
         in_mini_batch = (rollout.question >= start) & (rollout.question < stop) & (rollout.sample < c.samples)
         rows = in_mini_batch.nonzero()[:, 0]
         accumulate_gradients(run, rollout, rows, advantage, tally)
-        (norm,) = to_host(whole(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), c.grad_clip)))
+        (norm,) = to_host(unshard(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), c.grad_clip)))
         if math.isfinite(norm):
             run.optimizer.param_groups[0]["lr"] = learning_rate(c, update + number, total)
             run.optimizer.step()
@@ -329,8 +330,8 @@ def micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally):
     old_logprob = upload(micro_batch.logprob[:, : mask.shape[1]], device)  # [B, R]
     trained = micro_batch.sample.clamp(max=c.samples - 1)  # a masked row may be any of the N samples
     row_advantage = upload(advantage[micro_batch.question, trained][:, None], device)  # [B, 1]
-    # Slices are cast when they are gathered. No weight cache: it would keep bf16 copies of all weights.
-    mixed = device.type == "cuda" and not run.split.in_slices
+    # Shards are cast when they are gathered. No weight cache: it would keep bf16 copies of all weights.
+    mixed = device.type == "cuda" and not run.split.sharded
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):
         logprob, entropy = run.learner(micro_batch, c.temperature)
         ref_logprob = None

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 
 import rollout
-from engine import Engine, prefill
 from kernels import attention, logprob, sampler
 from kernels.linear import TiedWeight
+from kernels.packing import pack_responses
 from model import ModelConfig, Transformer
-from packing import pack_responses
+from rollout import Engine, prefill
 
 DRY = "--dry" in sys.argv
 DEVICE = torch.device("cpu" if DRY else "cuda")

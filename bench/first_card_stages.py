@@ -44,9 +44,9 @@ from first_card_checks import (
 )
 
 import rollout
-from engine import Engine, prefill
 from kernels import logprob, sampler
 from kernels.cuda_graph import capture
+from rollout import Engine, prefill
 
 # Expected of an H100: the ceilings were seen on one, the others are counts of kernels and bytes (NOTES.md)
 COPY, PRODUCT = 3.0, 798.0  # TB/s, bytes read and written; TFLOP/s of bf16
@@ -346,9 +346,9 @@ def generate_of_transformers(card):
 @functools.cache
 def opened():
     """A Run of a random model in a folder of its own, with the embedded tokenizer; and the plan's Layout."""
-    import run as run_module
+    from distributed.ranks import start_processes
+    from support import run as run_module
     from support.config import configure
-    from support.ranks import start_processes
 
     folder, plans, choose = Path(tempfile.mkdtemp()), [], run_module.choose_layout
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -423,7 +423,7 @@ def learning_the_other_way(card):
 
 
 def optimizer_and_refresh(card):
-    from run import refresh_sampler
+    from support.run import refresh_sampler
 
     run, _ = opened()
     parameters = [*run.policy.parameters()]

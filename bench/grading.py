@@ -14,7 +14,7 @@ import time
 
 from common import ROOT, last_line, peer, say, table
 
-from support import grading
+import grading
 
 LINES = (ROOT / "tests" / "answer_pairs.jsonl").read_text("utf-8").splitlines()
 PAIRS = [pair for pair in map(json.loads, LINES) if not pair.get("choice")]

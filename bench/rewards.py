@@ -27,10 +27,10 @@ from pathlib import Path
 
 from common import ROOT, last_line, say, table
 
+from report.metrics import mean, standard_error
+from report.screen import read_metrics
 from rewards import REWARDS
 from support.config import TINY, flag_name
-from support.metrics import mean, standard_error
-from support.report import read_metrics
 
 BUDGET = """--votes 32 --samples 16 --eval-samples 32 --eval-data tiny --eval-every 1000
     --save-every 1000""".split()
@@ -152,11 +152,11 @@ def plain_voting(seed, samples=320):
 
     For each N the mean over the disjoint groups of N among the samples.
     """
+    from grading import classes, extract_answer, majority
     from model import Transformer
+    from report.metrics import is_right
     from rollout import generate
     from support import questions
-    from support.grading import classes, extract_answer, majority
-    from support.metrics import is_right
     from support.prompts import decode_response, encode_prompt, load_tokenizer
 
     folder = ROOT / "tiny/model"

@@ -14,11 +14,12 @@ Beside each number stands the exponent between it and the one above, log(cost ra
 linear. Beside the axis stands what the arithmetic says: the exponent of the floating-point operations of
 sampling, attention included.
 
-The axis `ranks` is a table of its own: two processes that hold a model as DDP does, in slices, or in slices
+The axis `ranks` is a table of its own: two processes that hold a model as DDP does, in shards, or in shards
 in host memory (here the same memory: it shows the mechanism, and no gain). A step samples 8 responses of 16
 tokens to two questions and learns from them in two updates. Bytes are a rank's own memory: pages of the file
 that is read are not counted, those that gloo exchanges are. Seconds are by the clock, CPU-seconds those of a
-rank. Weights and moments are saved and loaded by support/checkpoint.py, and by torch.distributed.checkpoint.
+rank. Weights and moments are saved and loaded by distributed/checkpoint.py, and by torch's own
+distributed.checkpoint.
 """
 
 import argparse
@@ -41,11 +42,11 @@ import torch.distributed as dist  # isort: skip
 import torch.distributed.checkpoint as dcp  # isort: skip
 
 import ttrl  # isort: skip
-from memory import Split  # isort: skip
+from distributed.memory import Split  # isort: skip
 from model import ModelConfig, Transformer  # isort: skip
 from rollout import generate  # isort: skip
-from run import Run, build_models  # isort: skip
-from support import checkpoint, ranks  # isort: skip
+from support.run import Run, build_models  # isort: skip
+from distributed import checkpoint, ranks  # isort: skip
 from support.config import configure  # isort: skip
 
 PROMPT = 16  # tokens
@@ -133,7 +134,7 @@ def learn(model, rollout):
 # ----------------------------------------------------------------------------------------------------------
 # the axis `ranks`
 
-SPLITS = {"DDP": Split(), "slices": Split(2), "slices in host memory": Split(2, 1, True)}
+SPLITS = {"DDP": Split(), "shards": Split(2), "shards in host memory": Split(2, 1, True)}
 
 
 class OwnMemory:

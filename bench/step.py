@@ -69,9 +69,9 @@ def our_step(folder, samples, flags):
     import torch
 
     import ttrl
-    from run import open_run
+    from distributed.ranks import start_processes
     from support.config import configure
-    from support.ranks import start_processes
+    from support.run import open_run
 
     torch.use_deterministic_algorithms(True)  # as ttrl.py does
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -157,8 +157,8 @@ def trl_config(out, samples, setting):
 
 def voting_reward(samples, seconds, lengths):
     """The vote of ttrl.py as a reward of TRL, which passes a question's completions one after another."""
+    import grading
     import ttrl
-    from support import grading
 
     def reward(prompts, completions, completion_ids, **_):
         began, rewards = time.perf_counter(), []

@@ -12,7 +12,7 @@ import random
 
 from common import clocked, last_line, say, table
 
-from support import grading
+import grading
 
 TEXT = "Let us think step by step. " * 60
 FORMULAS = {  # of a number from 2 to 65

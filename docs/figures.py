@@ -21,10 +21,11 @@ from matplotlib.patches import Rectangle
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import grading  # noqa: E402
 import rollout  # noqa: E402
+from kernels.packing import pack_responses  # noqa: E402
 from model import Transformer  # noqa: E402
-from packing import pack_responses  # noqa: E402
-from support import grading, questions  # noqa: E402
+from support import questions  # noqa: E402
 from support.prompts import decode_response, encode_prompt, load_tokenizer  # noqa: E402
 from ttrl import advantages, vote  # noqa: E402
 

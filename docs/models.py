@@ -13,13 +13,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from memory import choose_layout, find_machine, split_flags  # noqa: E402
+from distributed.memory import choose_layout, find_machine, split_flags  # noqa: E402
 from model import ModelConfig  # noqa: E402
 from support.config import configure  # noqa: E402
 
 SHAPES = json.loads((HERE / "models.json").read_text())
 LONGEST = 4096  # tokens: a prompt of 1,024 and a response of 3,072
-COLUMNS = ("state", "reference", "sampler", "gathered", "activations", "graphs")
+COLUMNS = ("state", "reference", "sampler", "unsharded", "activations", "graphs")
 
 
 def model_config(name):

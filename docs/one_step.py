@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import grading  # noqa: E402
 from model import Transformer  # noqa: E402
 from rewards import Group, vote_reward  # noqa: E402
 from rollout import generate  # noqa: E402
-from support import grading, questions  # noqa: E402
+from support import questions  # noqa: E402
 from support.config import configure  # noqa: E402
 from support.prompts import decode_response, encode_prompt, load_tokenizer  # noqa: E402
 from ttrl import advantages, draw_questions, vote  # noqa: E402

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from support.grading import extract_answer  # noqa: E402
+from grading import extract_answer  # noqa: E402
 from support.prompts import decode_response, encode_prompt, load_tokenizer  # noqa: E402
 
 LAYERS, HEADS, E, THETA, EPS = 4, 4, 32, 10000.0, 1e-6  # of tiny/model/config.json

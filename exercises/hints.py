@@ -212,7 +212,7 @@ def exponent_overflows():
 
 def cache(windows=(None,)):
     """A cache of two slots and six places with one head of width 2; what is not filled yet is 100."""
-    from engine import KVCache
+    from rollout import KVCache
 
     config = SimpleNamespace(windows=windows, head_dim=2, kv_heads=1, layers=len(windows))
     made = KVCache(SimpleNamespace(config=config, embed_tokens=SimpleNamespace(weight=torch.zeros(1))), 2, 6)
@@ -261,7 +261,7 @@ def nothing_is_stored():
 
 def learner_mask(window=None):
     """The mask of a row with two queries behind three keys of a prompt, [2, 5] of 0 and 1."""
-    from packing import AttentionGroup
+    from kernels.packing import AttentionGroup
 
     group = AttentionGroup(
         torch.tensor([[3, 4]]), torch.tensor([2]), torch.arange(5)[None], torch.tensor([3])
@@ -513,7 +513,7 @@ def only_the_first_slice_of_the_width():
 
 def accuracy():
     """Of answers 4 4 4 7 7 9 none 5 with truth 7: 3/8."""
-    from support.metrics import reward_accuracy
+    from report.metrics import reward_accuracy
 
     return reward_accuracy([0.0, 0, 0, 1, 1, 0, 0, 0], [0, 1, 2])
 
@@ -531,7 +531,7 @@ def is_the_share_of_agreement():
 
 
 def reward_is_of_the_majority():
-    from support.metrics import reward_accuracy
+    from report.metrics import reward_accuracy
 
     return close(reward_accuracy([1.0, 1, 0, 0], [0]), [1 / 4])
 

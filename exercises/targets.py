@@ -65,7 +65,11 @@ EXERCISES = {
         Exercise(
             4,
             "attention",
-            ("engine:KVCache.open_step", "engine:KVCache.attend_cached", "packing:AttentionGroup.mask"),
+            (
+                "rollout:KVCache.open_step",
+                "rollout:KVCache.attend_cached",
+                "kernels.packing:AttentionGroup.mask",
+            ),
             (
                 *nodes(
                     "test_packing.py",
@@ -123,7 +127,7 @@ EXERCISES = {
         Exercise(
             8,
             "lucky",
-            ("support.metrics:reward_accuracy",),
+            ("report.metrics:reward_accuracy",),
             nodes("test_algorithm.py", "reward_accuracy_by_hand"),
         ),
     )
@@ -141,7 +145,7 @@ def student_file(exercise, folder):
 
 
 def short_name(function):
-    """The name that the student's file gives a function: "engine:KVCache.open_step" -> "open_step"."""
+    """The name that the student's file gives a function: "rollout:KVCache.open_step" -> "open_step"."""
     return function.split(":")[1].split(".")[-1]
 
 

@@ -12,7 +12,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.extraction import LETTERS, boxed_letter
+from grading.extraction import LETTERS, boxed_letter
 
 
 @dataclass(frozen=True)

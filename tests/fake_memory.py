@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_module
-import parallel
+from distributed import parallel
 from kernels.logprob import TILE
 from model import Transformer
 from rollout import empty_rollout
@@ -100,13 +100,13 @@ def peak_of_learning(config, rows, ranks, checkpointing):
 
 
 def fake_learner(config, ranks, held):
-    """The model without numbers, in slices of `ranks` ranks or with gradients as DDP's buckets hold them."""
+    """The model without numbers, in shards of `ranks` ranks or with gradients as DDP's buckets hold them."""
     with torch.device("meta" if ranks > 1 else "cpu"):
         learner = Transformer(config)
     if ranks > 1:
         with unset_fake_temporarily():  # the mesh is read, and the parameters are on the meta device
             cpu = torch.device("cpu")
-            parallel.shard(learner, parallel.slice_mesh(cpu, ranks), device=cpu, compute_dtype=torch.bfloat16)
+            parallel.shard(learner, parallel.shard_mesh(cpu, ranks), device=cpu, compute_dtype=torch.bfloat16)
         frequency = learner.rope_frequency
         learner.to_empty(device="cpu")
         learner.rope_frequency = torch.empty(frequency.shape)

@@ -15,7 +15,7 @@ from test_sampler import check_sampled, nucleus_by_sort, some_logits
 from triton import language as tl
 from triton.runtime import interpreter
 
-import engine
+import rollout as engine
 from kernels import attention_triton, fused, logprob, logprob_triton, sampler, sampler_triton
 from rollout import generate
 

@@ -10,8 +10,8 @@ import torch
 
 import ttrl
 from kernels import logprob
+from kernels.packing import AttentionGroup, padded_tokens
 from kernels.sampler import inverse_cdf, uniform
-from packing import AttentionGroup, padded_tokens
 from rollout import Rollout
 
 

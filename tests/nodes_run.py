@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import ranks
+from distributed import ranks
 
 
 def fetch(cache):
@@ -72,7 +72,7 @@ def note(folder):
 
 def run_impatiently(flags):
     import ttrl
-    from support import checkpoint
+    from distributed import checkpoint
 
     ranks.SECONDS_TO_SEE = 0.5
     if os.environ["RANK"] != "0":

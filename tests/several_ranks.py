@@ -3,8 +3,8 @@
     python tests/several_ranks.py FOLDER RANK COUNT     one of the COUNT processes of test_parallel.py
 
 Models are built by run.build_models, sampled by ttrl.sample, learned from by ttrl.learn, refreshed by
-run.refresh_sampler, saved and resumed by support/checkpoint.py. A process takes longer to start than all of
-its cases take, so it runs one after another and leaves rank-K.pt in FOLDER: {name of the case: what it saw}.
+run.refresh_sampler, saved and resumed by distributed/checkpoint.py. A process takes longer to start than all
+of its cases take, so it runs one after another and leaves rank-K.pt in FOLDER: {case: what it saw}.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import fake_cuda
 import parity
 
-import parallel
-import run as run_module
 import ttrl
-from memory import Split
+from distributed import checkpoint, parallel
+from distributed.memory import Split
+from distributed.shards import local, unshard
 from model import Transformer
-from support import checkpoint, pretrained
+from support import pretrained
+from support import run as run_module
 from support.config import configure
 from support.questions import Question
-from support.slices import local, whole
 
 CPU = torch.device("cpu")
 TIMEOUT = datetime.timedelta(minutes=5)  # of a case that hangs
@@ -65,9 +65,9 @@ MODELS = {  # with the names that say what is particular
 
 
 class InSlices(Split):
-    """Slices even where a rank holds all of them: fully_shard on a mesh (ranks, 1)."""
+    """Shards even where a rank holds all of them: fully_shard on a mesh (ranks, 1)."""
 
-    in_slices = True
+    sharded = True
 
 
 class Case(NamedTuple):
@@ -91,26 +91,26 @@ TWO = {  # cases of two ranks
     "DDP": Case(TIED),
     "DDP, without KL, two questions": Case(NORMS, kl=0.0, questions_per_update=2),
     "DDP, a rank without rows": Case(UNTIED, samples=1),
-    "slices": Case(TIED, Split(2)),
-    "slices, untied, checkpointing": Case(UNTIED, Split(2), checkpointing=True),
-    "slices, two questions": Case(NORMS, Split(2), questions_per_update=2),
-    "slices, all biases, without KL": Case(BIASES, Split(2), kl=0.0),
-    "slices, a rank without rows": Case(UNTIED, Split(2), samples=1),
-    "slices in host memory": Case(NORMS, Split(2, offload=True)),
-    "slices in host memory, two copies, without KL": Case(BIASES, Split(1, offload=True), kl=0.0),
-    "slices, one micro-batch": Case(TIED, Split(2), micro_batch_tokens=5000, grad_clip=1e9),
+    "shards": Case(TIED, Split(2)),
+    "shards, untied, checkpointing": Case(UNTIED, Split(2), checkpointing=True),
+    "shards, two questions": Case(NORMS, Split(2), questions_per_update=2),
+    "shards, all biases, without KL": Case(BIASES, Split(2), kl=0.0),
+    "shards, a rank without rows": Case(UNTIED, Split(2), samples=1),
+    "shards in host memory": Case(NORMS, Split(2, offload=True)),
+    "shards in host memory, two copies, without KL": Case(BIASES, Split(1, offload=True), kl=0.0),
+    "shards, one micro-batch": Case(TIED, Split(2), micro_batch_tokens=5000, grad_clip=1e9),
     "DDP, one micro-batch": Case(TIED, micro_batch_tokens=5000, grad_clip=1e9),
-    "whole slices": Case(TIED, InSlices()),
+    "whole shards": Case(TIED, InSlices()),
     "a sampler on two ranks": Case(TIED, Split(1, 2)),
     "a sampler on two ranks, untied": Case(UNTIED, Split(1, 2), samples=1),
-    "slices and a sampler on two ranks": Case(NORMS, Split(2, 2)),
-    "slices in host memory, a sampler on two ranks": Case(BIASES, Split(2, 2, True), questions_per_update=2),
+    "shards and a sampler on two ranks": Case(NORMS, Split(2, 2)),
+    "shards in host memory, a sampler on two ranks": Case(BIASES, Split(2, 2, True), questions_per_update=2),
 }
 FOUR = {
     "DDP": Case(TIED),
-    "slices on four ranks": Case(NORMS, Split(4)),
-    "slices on two ranks, two copies": Case(TIED, Split(2)),
-    "slices on two ranks, two ranks without rows": Case(BIASES, Split(2), samples=2),
+    "shards on four ranks": Case(NORMS, Split(4)),
+    "shards on two ranks, two copies": Case(TIED, Split(2)),
+    "shards on two ranks, two ranks without rows": Case(BIASES, Split(2), samples=2),
     "a sampler on four ranks": Case(UNTIED, Split(1, 4)),
     "two samplers on two ranks": Case(TIED, Split(4, 2)),
     "all of it": Case(BIASES, Split(2, 4, True), questions_per_update=2),
@@ -118,7 +118,7 @@ FOUR = {
 FAULTS = {  # two ranks again: which part of the result a planted mistake has to change
     "gradients are averaged": (Case(TIED, Split(2)), "norms"),
     "gradients of copies are averaged": (Case(TIED), "norms"),
-    "the norm of a rank's own slice clips": (Case(UNTIED, Split(2)), "norms"),
+    "the norm of a rank's own shard clips": (Case(UNTIED, Split(2)), "norms"),
     "the tied head moves on one rank only": (Case(TIED, Split(2)), "weights"),
     "the tied head of one copy moves": (Case(TIED), "copies"),
     "one rank's sampler is stale": (Case(TIED, Split(2, 2)), "sampler"),
@@ -201,7 +201,7 @@ def stale(sampler, weights):
     return [
         name
         for name, held in sampler.named_parameters()
-        if not held.equal(parallel.part(config, name, weights[name], group))
+        if not held.equal(parallel.rank_weight(config, name, weights[name], group))
     ]
 
 
@@ -210,7 +210,7 @@ def record_norms(monkeypatch):
 
     def recording(*arguments):
         norm = clip(*arguments)
-        norms.append(whole(norm).clone())
+        norms.append(unshard(norm).clone())
         return norm
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recording)
@@ -219,7 +219,7 @@ def record_norms(monkeypatch):
 
 @contextlib.contextmanager
 def exchange_as_ddp(learner, is_last_pass):
-    """Slices that a rank holds whole may wait for the last pass, as DDP does."""
+    """Shards that a rank holds whole may wait for the last pass, as DDP does."""
     learner.set_requires_gradient_sync(is_last_pass)
     yield
 
@@ -269,17 +269,17 @@ ACCUMULATE = (ttrl, "accumulate_gradients", "(loss * ranks.world_size()).backwar
 PLANTED = {
     "gradients are averaged": plant(*ACCUMULATE),
     "gradients of copies are averaged": plant(*ACCUMULATE),
-    "the norm of a rank's own slice clips": clip_by_own_norm,
+    "the norm of a rank's own shard clips": clip_by_own_norm,
     "the tied head moves on one rank only": tied_head_stays_on_rank_1,
     "the tied head of one copy moves": tied_head_stays_on_rank_1,
     "one rank's sampler is stale": no_refresh_on_rank_1,
     "gate and up are mixed": plant(
-        parallel, "part", "[config.intermediate_size] * 2", "[2 * config.intermediate_size]"
+        parallel, "rank_weight", "[config.intermediate_size] * 2", "[2 * config.intermediate_size]"
     ),
     "query heads are cut as one with keys": plant(
-        parallel, "part", "[q_rows, kv_rows, kv_rows]", "[q_rows + kv_rows, kv_rows]"
+        parallel, "rank_weight", "[q_rows, kv_rows, kv_rows]", "[q_rows + kv_rows, kv_rows]"
     ),
-    "each rank adds the bias": plant(parallel, "part", "tensor * (rank == 0)", "tensor"),
+    "each rank adds the bias": plant(parallel, "rank_weight", "tensor * (rank == 0)", "tensor"),
 }
 
 
@@ -302,13 +302,13 @@ def evaluate_few(models, split):
     run.tokenizer = SimpleNamespace(
         bos_token_id=None, eos_token_id=None, pad_token_id=None, decode=lambda ids, **_: str(ids)
     )
-    return {"gathered": ttrl.extract(run, rollout, run.eval_set, 1), "rows": len(rollout) if rollout else 0}
+    return {"unsharded": ttrl.extract(run, rollout, run.eval_set, 1), "rows": len(rollout) if rollout else 0}
 
 
 # ----------------------------------------------------------------------------------------------------------
 # saved and resumed
 
-SPLITS = {"DDP": Split(1), "slices": Split(2), "host": Split(2, 1, True)}
+SPLITS = {"DDP": Split(1), "shards": Split(2), "host": Split(2, 1, True)}
 
 
 def whole_state(run):
@@ -316,7 +316,7 @@ def whole_state(run):
     state = {f"weight {name}": tensor.clone() for name, tensor in run.policy.whole_parameters()}
     for name, parameter in run.policy.named_parameters():
         for key, value in run.optimizer.state[parameter].items():
-            state[f"{key} {name}"] = whole(value).clone()
+            state[f"{key} {name}"] = unshard(value).clone()
     return state
 
 
@@ -341,12 +341,12 @@ def resume(models, root, split):
 
 
 def resume_swapped(models, root):
-    """The moments of each slice go to the other one."""
-    opened = 'Slices(folder, "optimizer")'
+    """The moments of each shard go to the other one."""
+    opened = 'ShardFiles(folder, "optimizer")'
     with pytest.MonkeyPatch.context() as monkeypatch:
         swapped = f"{opened}; moments.files = moments.files[::-1]"
         fake_cuda.plant(monkeypatch, checkpoint, "restore", opened, swapped)
-        return resume(models, root, SPLITS["slices"])
+        return resume(models, root, SPLITS["shards"])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -382,9 +382,9 @@ class Held(TorchDispatchMode):
 def load_and_export(models, out, split):
     """Load the policy, write out/model in small files: the bytes held meanwhile, and what is whole."""
     run = open_case(Case("deep", split), models)  # mesh and groups exist from here on
-    grid = parallel.slice_mesh(CPU, split.shard)
+    grid = parallel.shard_mesh(CPU, split.shard)
     cut = partial(parallel.shard, grid=grid, device=CPU, compute_dtype=torch.float32)
-    shard = cut if split.in_slices else None
+    shard = cut if split.sharded else None
     with Held() as loading:
         policy = Transformer.from_pretrained(run.folder, torch.float32, CPU, shard)
     sizes = [p.numel() * 4 for p in Transformer.from_pretrained(run.folder).parameters()]
@@ -421,14 +421,14 @@ def run_all(folder, count):
         results["few 1"] = evaluate_few(models, Split())
         for name, (case, _) in FAULTS.items():
             results[f"planted: {name}"] = train(case._replace(planted=name), models)
-        for name in ("DDP", "slices"):
+        for name in ("DDP", "shards"):
             results[f"export {name}"] = load_and_export(models, folder / f"export {name}", SPLITS[name])
     for name, split in SPLITS.items():
         results[f"saved by {name}"] = save_after_a_step(models, folder / f"saved by {name}", split)
     for source in ("one rank", *SPLITS):
         for name, split in SPLITS.items():
             results[f"{source} to {name}"] = resume(models, folder / f"saved by {source}", split)
-    results["moments in the wrong slice"] = resume_swapped(models, folder / "saved by slices")
+    results["moments in the wrong shard"] = resume_swapped(models, folder / "saved by shards")
     return results
 
 

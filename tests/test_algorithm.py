@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import packing
 import ttrl
+from kernels import packing
 from model import Transformer
+from report import metrics
 from rollout import Rollout
-from support import config, metrics
+from support import config
 from support.prompts import load_tokenizer
 from support.questions import Question
 from tiny import make

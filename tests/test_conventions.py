@@ -13,9 +13,9 @@ import pytest
 from conftest import ROOT
 
 # Each imports only later ones.
-ROOMS = "ttrl rewards run plan memory rollout engine model packing parallel kernels support".split()
+ROOMS = "ttrl rewards support.run rollout model report distributed support kernels grading".split()
 LONGEST_LINE, LONGEST_FUNCTION = 110, 40
-LONGEST_FILES = {"ttrl.py": 510, "model.py": 310, "support/*.py": 345, "README.md": 150}  # in lines
+LONGEST_FILES = {"ttrl.py": 510, "model.py": 310, "support/*.py": 430, "README.md": 150}  # in lines
 
 
 def imports(path):
@@ -32,11 +32,18 @@ def imports(path):
 def upward_imports(root):
     """Imports of a room that stands earlier in ROOMS."""
     found = []
-    for position, room in enumerate(ROOMS):
-        for path in [*root.glob(f"{room}.py"), *sorted(root.glob(f"{room}/*.py"))]:
-            above = [name for name in sorted(imports(path)) if name.split(".")[0] in ROOMS[:position]]
-            found += [f"{path.relative_to(root)} imports {name}" for name in above]
+    for path in sorted(root.glob("*.py")) + sorted(root.glob("*/*.py")):
+        position = floor(".".join(path.relative_to(root).with_suffix("").parts))
+        if position is not None:
+            named = [name for name in sorted(imports(path)) if floor(name) is not None]
+            found += [f"{path.relative_to(root)} imports {name}" for name in named if floor(name) < position]
     return found
+
+
+def floor(module):
+    """The place in ROOMS of a module, or of a name in it, by the longest room that it belongs to; or None."""
+    rooms = [room for room in ROOMS if f"{module}.".startswith(f"{room}.")]
+    return ROOMS.index(max(rooms, key=len)) if rooms else None
 
 
 def import_cycle(folder):
@@ -113,11 +120,11 @@ def test_the_tree_in_the_readme_is_complete():
     assert tree_differences((ROOT / "README.md").read_text(encoding="utf-8"), tracked()) == []
 
 
-@pytest.mark.parametrize("line", ["import ttrl", "from model import Block", "def f():\n    import run.x"])
+@pytest.mark.parametrize("line", ["import ttrl", "from model import Block", "def f():\n    import rewards"])
 def test_an_upward_import_is_found(tmp_path, line):
     (tmp_path / "support").mkdir()
     (tmp_path / "support" / "words.py").write_text(f"import math\n{line}\n")
-    (tmp_path / "packing.py").write_text("from support import words  # downward, and no violation\n")
+    (tmp_path / "model.py").write_text("from support import words  # downward, and no violation\n")
     assert len(upward_imports(tmp_path)) == 1
 
 
@@ -139,9 +146,9 @@ def test_what_is_too_long_is_found(tmp_path):
         == long_lines("|" * 111 + "\n" + "x" * 111, tables=True)
     )
     (tmp_path / "support").mkdir()
-    (tmp_path / "support" / "words.py").write_text("\n" * 346)
+    (tmp_path / "support" / "words.py").write_text("\n" * 431)
     (tmp_path / "model.py").write_text("\n" * 310)
-    assert long_files(tmp_path) == ["support/words.py: 346 lines, at most 345"]
+    assert long_files(tmp_path) == ["support/words.py: 431 lines, at most 430"]
 
 
 def test_a_wrong_tree_is_found():

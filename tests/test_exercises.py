@@ -243,7 +243,7 @@ def test_no_long_line_of_a_blanked_body_is_left_anywhere(copy, tmp_path, monkeyp
 
 def test_only_some_exercises_are_blanked_on_request(tmp_path):
     make.main([str(tmp_path / "copy"), "vote"])
-    assert (tmp_path / "copy/engine.py").read_text() == (ROOT / "engine.py").read_text()
+    assert (tmp_path / "copy/rollout.py").read_text() == (ROOT / "rollout.py").read_text()
     assert 'raise NotImplementedError("exercise 1: ' in (tmp_path / "copy/ttrl.py").read_text()
 
 

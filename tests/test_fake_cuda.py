@@ -24,24 +24,23 @@ from test_logprob import LiveBytes
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
-import engine
 import kernels.fused
 import kernels.logprob
 import kernels.sampler
 import model
-import packing
-import parallel
 import rollout
-import run as run_module
+import rollout as engine
 import ttrl
-from kernels import attention, cuda_graph
-from memory import Split
+from distributed import parallel, ranks
+from distributed.memory import Split
+from distributed.shards import local
+from kernels import attention, cuda_graph, packing
 from model import Transformer
-from support import metrics, ranks
+from report import metrics
+from support import run as run_module
 from support.config import configure
 from support.prompts import load_tokenizer
 from support.questions import load
-from support.slices import local
 
 attention_triton, fused_triton, logprob_triton, sampler_triton = fake.triton_halves()
 
@@ -583,7 +582,7 @@ def fake_a_step_of_the_loop(gpu, tmp_path, monkeypatch):
 # since pinning it asks the CUDA driver: test_gpu.py has that
 
 
-SPLITS = {"slices": Split(2), "heads": Split(1, 2), "slices and heads": Split(2, 2)}
+SPLITS = {"shards": Split(2), "heads": Split(1, 2), "shards and heads": Split(2, 2)}
 
 
 @pytest.mark.parametrize("gpu", PACKAGES[:1], indirect=True)
@@ -594,7 +593,7 @@ def fake_slices_have_the_right_dtypes(two_gpus, tmp_path, config, split):
     for built, dtype in ((run.policy, torch.float32), (run.reference, torch.bfloat16)):
         held = list(built.parameters())
         assert {(p.dtype, p.device.type) for p in held} == {(dtype, "cuda")}
-        assert all(isinstance(p, DTensor) == split.in_slices for p in held)
+        assert all(isinstance(p, DTensor) == split.sharded for p in held)
         assert all(len(local(p)) == len(p) // split.shard for p in held)
         assert (built.lm_head.weight is built.embed_tokens.weight) == config["tie_word_embeddings"]
     heads = config["num_key_value_heads"] // split.sampler_ranks
@@ -610,7 +609,7 @@ def fake_sampling_on_two_ranks(two_gpus, tmp_path):
 
 @pytest.mark.parametrize(
     "gpu, config, split",
-    [(PACKAGES[0], QWEN3, SPLITS["slices and heads"]), (PACKAGES[1], QWEN2, SPLITS["slices"])],
+    [(PACKAGES[0], QWEN3, SPLITS["shards and heads"]), (PACKAGES[1], QWEN2, SPLITS["shards"])],
     indirect=["gpu"],
     ids=["qwen3", "qwen2"],
 )
@@ -748,10 +747,10 @@ IN_LEARNING = {
     "shared heads under a mask": (packing, "sdpa", "if q.is_cuda:", "if False:", "a mask and shared heads"),
 }  # fmt: skip
 ON_TWO = {
-    "slices compute in fp32":
+    "shards compute in fp32":
         (parallel, "shard", "param_dtype=compute_dtype", "param_dtype=torch.float32", "torch.float32"),
-    "slices round cos and sin": (parallel, "shard", "cast_forward_inputs=False,", "", "in fp32"),
-    "slices on the CPU":
+    "shards round cos and sin": (parallel, "shard", "cast_forward_inputs=False,", "", "in fp32"),
+    "shards on the CPU":
         (parallel, "shard", 'torch.device("cpu") if offload else device', 'torch.device("cpu")', "cuda|cpu"),
     "heads are summed on the host":
         (parallel, "sum_over", "x = x.contiguous()", "x = x.cpu()", "from the device to the host"),
@@ -793,6 +792,6 @@ def fake_mistake_on_two_ranks(two_gpus, tmp_path, monkeypatch, mistake):
     *change, says = ON_TWO[mistake]
     fake.plant(monkeypatch, *change)
     with pytest.raises((AssertionError, RuntimeError), match=says):
-        run = make_run(tmp_path, SMALL, SPLITS["slices and heads"])
+        run = make_run(tmp_path, SMALL, SPLITS["shards and heads"])
         check_sampling(run)
         check_learning(run, two_gpus, monkeypatch)

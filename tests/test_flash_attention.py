@@ -16,13 +16,12 @@ import torch
 from conftest import ROOT, environment
 from fake_cuda import plant
 
-import engine
-import packing
 import rollout
-from engine import Engine, KVCache, decode, prefill
-from kernels import attention
+import rollout as engine
+from kernels import attention, packing
+from kernels.packing import AttentionGroup, pack_responses
 from model import ModelConfig, Transformer
-from packing import AttentionGroup, pack_responses
+from rollout import Engine, KVCache, decode, prefill
 
 EOS = [1, 2, 3]
 PROMPTS = [[5, 17, 3, 88, 41], [7, 7, 9], [60, 2, 2, 31, 14, 55, 90, 8], [12]]

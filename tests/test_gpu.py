@@ -30,16 +30,15 @@ from test_sampler import check_sampled, nucleus_by_sort
 
 import rollout
 import ttrl
-from engine import Engine, prefill
+from distributed.ranks import start_processes
 from kernels import attention, cuda_graph, fused, logprob, sampler
 from kernels.attention import attend_cached_triton, sdpa_one_query
 from kernels.cuda_graph import GraphCache
 from model import ModelConfig, Transformer, rope_cos_sin
-from rollout import generate
-from run import open_run
-from support import metrics
+from report import metrics
+from rollout import Engine, generate, prefill
 from support.config import configure
-from support.ranks import start_processes
+from support.run import open_run
 
 flash_attn = attention.flash_attn_varlen_func and importlib.import_module("flash_attn")
 HAS_GPU = torch.cuda.is_available()

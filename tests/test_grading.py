@@ -1,4 +1,4 @@
-"""support/grading.py: extraction, equality, classes; hostile text in a process that is killed after 10 s."""
+"""grading/__init__.py: extraction, equality, classes; hostile text in a process that is killed after 10 s."""
 # ruff: noqa: RUF001
 
 import itertools
@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import formula, grading, reading, spelling
-from support.extraction import LETTERS
-from support.grading import classes, extract_answer, same_answer
+import grading
+from grading import classes, extract_answer, formula, reading, same_answer, spelling
+from grading.extraction import LETTERS
 from support.questions import load
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +91,7 @@ def test_true_sums_do_not_elect_one_another():
 def test_classes_are_the_same_in_every_process():
     """Hashes of texts differ from one process to the next; the classes of a vote must not."""
     answers = json.dumps([pair[side] for pair in ANSWER_PAIRS for side in "ab"])
-    code = "import json, sys; from support.grading import classes; print(classes(json.load(sys.stdin)))"
+    code = "import json, sys; from grading import classes; print(classes(json.load(sys.stdin)))"
     found = set()
     for hash_seed in "1", "2":
         env = {**os.environ, "PYTHONHASHSEED": hash_seed}
@@ -392,7 +392,7 @@ def test_20000_random_strings():
 def test_no_text_reaches_a_parser_that_could_evaluate_it():
     """Neither sympy nor a LaTeX parser that ends in it is even imported, whatever is graded."""
     code = (
-        "import json, sys; from support.grading import same_answer\n"
+        "import json, sys; from grading import same_answer\n"
         "for text in json.load(sys.stdin): same_answer(text, '5')\n"
         "assert not {'sympy', 'latex2sympy2_extended', 'math_verify'} & set(sys.modules)"
     )

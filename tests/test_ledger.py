@@ -6,7 +6,7 @@ import random
 import pytest
 from conftest import SMALL, program
 
-from support import ledger, metrics
+from report import ledger, metrics
 
 
 def record(answers, truth="7", **fields):

@@ -23,9 +23,9 @@ from parity import (
     examples,
 )
 
-from engine import KVCache, decode, prefill
 from kernels.fused import rotate
 from model import rope_frequencies
+from rollout import KVCache, decode, prefill
 from support.pretrained import FAMILIES, hf_tensors
 
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, SMALL, environment, lines_of, program
 from safetensors.torch import load_file
 
-from support import ranks
+from distributed import ranks
 
 NODES = {"a": "127.0.0.1", "b": "127.0.0.2"}  # sorted by address, so ranks begin on a
 

@@ -11,10 +11,9 @@ from parity import FIXED, NOTICED, TOLERANCE, both, configs, draw_tokens, exampl
 from test_flash_attention import PACKAGES, use_flash
 
 import model
-from engine import KVCache
 from kernels import attention
-from packing import AttentionGroup, pack_responses
-from rollout import Rollout
+from kernels.packing import AttentionGroup, pack_responses
+from rollout import KVCache, Rollout
 from support.pretrained import hf_tensors
 
 SHAPE = ([5, 9], [(1, 6), (0, 1), (1, 3), (0, 8)])  # prompt lengths; (question, response length) of each row
@@ -247,8 +246,8 @@ def test_learner_with_flash_attention_equals_transformers(monkeypatch, window, p
     calls, made = [], attention.flash_packed
     use_flash(monkeypatch, package)
     monkeypatch.setattr(flash_attention, "DTYPES", [torch.float32])
-    monkeypatch.setattr("packing.packed_available", lambda q: True)
-    monkeypatch.setattr("packing.flash_packed", lambda *args: calls.append(1) or made(*args))
+    monkeypatch.setattr("kernels.packing.packed_available", lambda q: True)
+    monkeypatch.setattr("kernels.packing.flash_packed", lambda *args: calls.append(1) or made(*args))
     mistral = {"model_type": "mistral", "sliding_window": window} if window else {}
     check_learner(FIXED | mistral, SHAPE, 1.0, False, seed=0)
     assert calls

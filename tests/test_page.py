@@ -10,7 +10,7 @@ import time
 import browser
 import pytest
 
-from support import drawing, page
+from report import drawing, page
 from support.config import configure
 from support.questions import Question
 

@@ -19,9 +19,9 @@ from several_ranks import FAULTS, FOUR, MODELS, SPLITS, TIED, TWO, Case, InSlice
 from test_nodes import lose
 
 import model
-from memory import Split
+from distributed import checkpoint, ranks
+from distributed.memory import Split
 from model import Transformer
-from support import checkpoint, ranks
 
 SCRIPT = ROOT / "tests" / "several_ranks.py"
 # Two ranks sum in another order than one: gradients, and the outputs of a sampler's heads.
@@ -142,17 +142,17 @@ def test_four_ranks_learn_what_one_learns(folder, alone, four, name):
 
 
 @pytest.mark.parametrize("one, other", [
-    ("DDP", "whole slices"),  # DDP is slices that are whole
-    ("DDP, one micro-batch", "slices, one micro-batch"),  # and two numbers have one sum
+    ("DDP", "whole shards"),  # DDP is shards that are whole
+    ("DDP, one micro-batch", "shards, one micro-batch"),  # and two numbers have one sum
 ])  # fmt: skip
 def test_they_are_the_same_bitwise(two, one, other):
     for seen in two:
-        # The norm of slices is summed slice by slice. It clips nothing here, or weights would follow it.
+        # The norm of shards is summed shard by shard. It clips nothing here, or weights would follow it.
         torch.testing.assert_close(seen[one]["norms"], seen[other]["norms"], rtol=1e-6, atol=0)
         assert largest_difference(seen[one]["weights"], seen[other]["weights"]) == 0
 
 
-@pytest.mark.parametrize("split", [InSlices(), Split(offload=True)], ids=["one slice", "in host memory"])
+@pytest.mark.parametrize("split", [InSlices(), Split(offload=True)], ids=["one shard", "in host memory"])
 def test_one_rank_in_slices_is_one_rank_bitwise(folder, alone, split):
     case = Case(TIED, split)
     seen = several_ranks.train(case, folder / "models")
@@ -162,7 +162,7 @@ def test_one_rank_in_slices_is_one_rank_bitwise(folder, alone, split):
 
 def test_metrics_are_of_all_ranks(alone, two):
     """Entropy, KL and the gap are means over the tokens of all ranks, and each rank knows them."""
-    for name in ("DDP", "slices", "slices and a sampler on two ranks"):
+    for name in ("DDP", "shards", "shards and a sampler on two ranks"):
         for seen in two:
             mine, theirs = seen[name]["metrics"][0], alone(TWO[name])["metrics"][0]
             assert mine.keys() == theirs.keys()
@@ -207,8 +207,8 @@ def test_a_sampler_on_four_ranks_has_the_logits_of_one(folder, four):
 
 
 def check_few(folder, several, heads):
-    alone = several_ranks.evaluate_few(folder / "models", Split())["gathered"]
-    assert several[0][f"few {heads}"]["gathered"] == alone
+    alone = several_ranks.evaluate_few(folder / "models", Split())["unsharded"]
+    assert several[0][f"few {heads}"]["unsharded"] == alone
     assert [seen[f"few {heads}"]["rows"] for seen in several] == [1] + [0] * (len(several) - 1)
 
 
@@ -252,8 +252,8 @@ def check_read_by_one(folder, several):
     for source in SPLITS:
         files = {path.name for path in (folder / f"saved by {source}" / "step-000001").iterdir()}
         count = SPLITS[source].shard
-        slices = [f"{number}-of-{count}.safetensors" for number in range(1, count + 1)]
-        names = [f"{kind}-{part}" for kind in ("weights", "optimizer") for part in slices]
+        shards = [f"{number}-of-{count}.safetensors" for number in range(1, count + 1)]
+        names = [f"{kind}-{part}" for kind in ("weights", "optimizer") for part in shards]
         assert files == {*names, "state.json"}
         resumed = several_ranks.resume(folder / "models", folder / f"saved by {source}", Split())
         assert same(several[0][f"saved by {source}"]["saved"], resumed["saved"])
@@ -270,7 +270,7 @@ def test_one_rank_resumes_what_two_saved(folder, two):
 
 
 def test_a_missing_slice_is_one_sentence(folder, two, tmp_path):
-    saved = shutil.copytree(folder / "saved by slices", tmp_path / "saved")
+    saved = shutil.copytree(folder / "saved by shards", tmp_path / "saved")
     (saved / "step-000001" / "optimizer-2-of-2.safetensors").unlink()
     with pytest.raises(ValueError, match="missing or damaged") as error:
         several_ranks.resume(folder / "models", saved, Split())
@@ -284,7 +284,7 @@ def test_four_ranks_resume_what_one_and_four_saved(folder, four):
 
 def test_moments_of_another_slice_are_noticed(two):
     for seen in two:
-        saved, resumed = seen["saved by slices"], seen["moments in the wrong slice"]
+        saved, resumed = seen["saved by shards"], seen["moments in the wrong shard"]
         assert not same(saved["saved"], resumed["saved"])
         assert largest_difference(saved["end"], resumed["end"]) > 0.01 * largest_difference(
             saved["saved"], saved["end"]
@@ -310,13 +310,13 @@ def test_no_group_is_made_while_weights_are_read(folder, monkeypatch):
 
 
 def held_little(held):
-    """A rank's own slices, and one tensor besides, which may be there twice while it is joined."""
+    """A rank's own shards, and one tensor besides, which may be there twice while it is joined."""
     return held["own"] + held["largest"] <= held["loading"] <= held["own"] + 2.2 * held["largest"]
 
 
 def test_loading_holds_one_tensor_besides_its_slice(two):
     for seen in two:
-        for name, share in (("export slices", 2), ("export DDP", 1)):
+        for name, share in (("export shards", 2), ("export DDP", 1)):
             held = seen[name]
             assert held["own"] * share == pytest.approx(held["whole"], rel=0.02)
             assert held_little(held) and held["whole"] > 4 * held["largest"]
@@ -330,8 +330,8 @@ def test_loading_all_tensors_first_would_be_noticed(folder, tmp_path, monkeypatc
 
 
 def test_export_is_the_same_and_holds_one_file(folder, two):
-    """Several files, the same bytes under slices as under DDP; no rank holds more than one of them."""
-    here, there = (folder / f"export {name}" / "model" for name in ("DDP", "slices"))
+    """Several files, the same bytes under shards as under DDP; no rank holds more than one of them."""
+    here, there = (folder / f"export {name}" / "model" for name in ("DDP", "shards"))
     names = sorted(path.name for path in here.iterdir())
     assert sum(name.endswith(".safetensors") for name in names) > 2
     assert names == sorted(path.name for path in there.iterdir())
@@ -340,7 +340,7 @@ def test_export_is_the_same_and_holds_one_file(folder, two):
     base = dict(Transformer.from_pretrained(folder / "models" / "deep").named_parameters())
     assert same(trained, base)
     for seen in two:
-        held = seen["export slices"]
+        held = seen["export shards"]
         assert held["exporting"] <= several_ranks.FILE_SIZE + 3 * held["largest"] < held["whole"]
 
 
@@ -380,49 +380,49 @@ def check_it_went_on(out, printed, undisturbed):
 
 
 @pytest.fixture(scope="module")
-def in_slices(few_questions, tmp_path_factory):
+def sharded(few_questions, tmp_path_factory):
     """(a run of two ranks with --shard 2, the same killed on its way)."""
-    out = tmp_path_factory.mktemp("in slices")
+    out = tmp_path_factory.mktemp("in shards")
     program(*arguments(few_questions, out / "run", "--shard", "2"), ranks=2)
     killed = arguments(few_questions, out / "killed", "--shard", "2")
     leave_in_the_middle(command(*killed, ranks=2), out / "killed")
     return out / "run", out / "killed"
 
 
-def test_a_killed_run_in_slices_goes_on_bitwise(few_questions, in_slices, tmp_path):
-    out = shutil.copytree(in_slices[1], tmp_path / "run")
+def test_a_killed_run_in_slices_goes_on_bitwise(few_questions, sharded, tmp_path):
+    out = shutil.copytree(sharded[1], tmp_path / "run")
     printed = program(*arguments(few_questions, out, "--shard", "2"), ranks=2).stdout
-    check_it_went_on(out, printed, in_slices[0])
-    assert same(weights(out), weights(in_slices[0]))
+    check_it_went_on(out, printed, sharded[0])
+    assert same(weights(out), weights(sharded[0]))
 
 
-def test_one_rank_goes_on_with_what_two_left(few_questions, in_slices, tmp_path):
+def test_one_rank_goes_on_with_what_two_left(few_questions, sharded, tmp_path):
     """How a model is spread is no setting of the run: no flag is complained about."""
-    out = shutil.copytree(in_slices[1], tmp_path / "run")
+    out = shutil.copytree(sharded[1], tmp_path / "run")
     printed = program(*arguments(few_questions, out)).stdout
-    check_it_went_on(out, printed, in_slices[0])
+    check_it_went_on(out, printed, sharded[0])
     assert "ranks was 2 and is 1: the run goes on, but not bitwise the same" in printed
 
 
-SPREAD = {"copies": [], "slices": ["--shard", "2"], "heads": ["--sampler-ranks", "2"],
+SPREAD = {"copies": [], "shards": ["--shard", "2"], "heads": ["--sampler-ranks", "2"],
           "host": ["--shard", "2", "--offload"]}  # fmt: skip
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("then", SPREAD)
-def test_two_ranks_go_on_with_what_two_left(few_questions, in_slices, tmp_path, then):
-    out = shutil.copytree(in_slices[1], tmp_path / "run")
+def test_two_ranks_go_on_with_what_two_left(few_questions, sharded, tmp_path, then):
+    out = shutil.copytree(sharded[1], tmp_path / "run")
     printed = program(*arguments(few_questions, out, *SPREAD[then]), ranks=2).stdout
-    check_it_went_on(out, printed, in_slices[0])
+    check_it_went_on(out, printed, sharded[0])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("before, then", [(1, 2), (4, 2)])
-def test_another_number_of_ranks_goes_on_in_slices(few_questions, in_slices, tmp_path, before, then):
+def test_another_number_of_ranks_goes_on_in_slices(few_questions, sharded, tmp_path, before, then):
     out = tmp_path / "run"
     first = [] if before == 1 else ["--shard", before]
     leave_in_the_middle(
         command(*arguments(few_questions, out, *first), ranks=None if before == 1 else before), out
     )
     printed = program(*arguments(few_questions, out, "--shard", then), ranks=then).stdout
-    check_it_went_on(out, printed, in_slices[0])
+    check_it_went_on(out, printed, sharded[0])

@@ -16,12 +16,11 @@ from conftest import ROOT, SMALL, program
 from fake_memory import made_up_rollout, peak_of_learning
 from torch.profiler import ProfilerActivity, profile
 
-import memory
-import plan
-import run as run_module
 import ttrl
+from distributed import memory, plan, ranks
 from model import ModelConfig, Transformer
-from support import config, questions, ranks
+from support import config, questions
+from support import run as run_module
 
 sys.path.append(str(ROOT / "docs"))
 import models
@@ -83,10 +82,10 @@ def test_parameters_are_counted_as_the_model_has_them():
 
 
 def simulated_and_planned(model, ranks, checkpointing, **changed):
-    """Bytes of learning from 4,252 tokens; 1 rank is DDP, more hold slices."""
+    """Bytes of learning from 4,252 tokens; 1 rank is DDP, more hold shards."""
     if torch.__version__ < (2, 11):
         pytest.skip(
-            "torch before 2.11 cannot simulate what slices exchange, and its DDP simulates other sizes"
+            "torch before 2.11 cannot simulate what shards exchange, and its DDP simulates other sizes"
         )
     model_config = dataclasses.replace(models.model_config(MODELS[model]), **changed)
     model_config = dataclasses.replace(model_config, windows=(None,) * model_config.layers)
@@ -106,7 +105,7 @@ def test_the_memory_of_learning_is_that_of_a_simulation(model, ranks, checkpoint
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_what_more_layers_take_is_that_of_a_simulation(ranks, checkpointing):
-    """With checkpointing one width, fp32 under autocast, bf16 in slices; without, autocast's weights too."""
+    """With checkpointing one width, fp32 under autocast, bf16 in shards; without, autocast's weights too."""
     few = simulated_and_planned("1.5B", ranks, checkpointing, layers=3, vocab_size=1024)
     many = simulated_and_planned("1.5B", ranks, checkpointing, layers=6, vocab_size=1024)
     simulated, planned = (after - before for before, after in zip(few, many, strict=True))
@@ -207,7 +206,7 @@ def test_what_is_kept_without_checkpointing_by_hand():
     layout = models.layout(MODELS["1.5B"], "1xH100", micro_batch_tokens=4096)
     kept, at_work = 2 * (4 * 8960 + 10 * 1536), 2 * (6 * 8960 + 14 * 1536)
     assert layout.parts["activations"] == 4096 * (27 * kept + at_work)
-    assert layout.parts["gathered"] / 1e9 == pytest.approx(0.93 + 2.62, abs=0.1)
+    assert layout.parts["unsharded"] / 1e9 == pytest.approx(0.93 + 2.62, abs=0.1)
     assert not layout.checkpointing
     longer = models.layout(MODELS["1.5B"], "1xH100", micro_batch_tokens=5000)
     assert longer.checkpointing  # 14.6 GB are more than a third
@@ -323,7 +322,7 @@ def test_a_model_that_does_not_fit_a_cpu_is_refused_with_the_bytes():
     """7B parameters on 72 GB: 16 bytes each and 4 for the reference do not fit, the 4 of evaluation do."""
     c = config.configure({"model": "Qwen2.5-Math-7B", "data": "aime", "device": "cpu"})
     machine = memory.Machine(1, 1, memory=72 * 10**9, host=72 * 10**9, cuda=False)
-    needs = r"needs \d+\.\d GB \(state 121\.85, reference 30\.46, gathered 2\.18, .* and has 72\.0 GB"
+    needs = r"needs \d+\.\d GB \(state 121\.85, reference 30\.46, unsharded 2\.18, .* and has 72\.0 GB"
     with pytest.raises(ValueError, match=needs):
         on(c, machine)
     layout = on(dataclasses.replace(c, eval_only=True), machine)
@@ -523,7 +522,7 @@ def test_the_plan_counts_what_is_held(measured):
 def test_the_plan_knows_the_peak_of_learning(measured):
     """Moments, the head's gradient and a micro-batch of activations, to 10 %."""
     _, parts, sizes, _ = measured
-    planned = parts["state"] / 2 + parts["gathered"] + parts["activations"]
+    planned = parts["state"] / 2 + parts["unsharded"] + parts["activations"]
     assert sizes["peak of learning"] == pytest.approx(planned, rel=0.1)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from grading.extraction import LETTERS
 from support import questions
-from support.extraction import LETTERS
 from support.questions import BENCHMARKS, Question, benchmark_of, load
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -8,8 +8,9 @@ import torch
 
 import rewards
 import ttrl
+from report import metrics, screen
 from rollout import row_keys
-from support import config, metrics, report
+from support import config
 from support.questions import Question
 
 A = ["4", "4", "4", "7", "7", "9", None, "5"]
@@ -245,4 +246,4 @@ def test_many_different_answers_are_summed_up():
 
 def counted(answers):
     group = [ttrl.Response(answer, "", [7], True) for answer in answers]
-    return report.counted_votes(9, [Question("?", None, "q")], [group], [ttrl.vote(answers)])
+    return screen.counted_votes(9, [Question("?", None, "q")], [group], [ttrl.vote(answers)])

@@ -7,10 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine import Engine, KVCache
 from kernels.cuda_graph import GraphCache
 from kernels.sampler import inverse_cdf, sample_inverse_cdf, uniform
-from rollout import Rollout, fill_gaps, generate, row_keys
+from rollout import Engine, KVCache, Rollout, fill_gaps, generate, row_keys
 
 PROMPTS = [[5, 17, 3, 88, 41], [7, 7, 9], [60, 2, 2, 31, 14, 55, 90, 8], [12]]
 EOS = [1, 2, 3, 4]

@@ -17,10 +17,10 @@ from conftest import ROOT, SMALL, command, environment, lines_of, program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import memory
-import run
 import ttrl
-from support import config, questions, report
+from distributed import memory
+from report import screen
+from support import config, questions, run
 
 TINY = ROOT / "tiny" / "model"
 
@@ -422,7 +422,7 @@ def test_stray_files_do_not_end_training(few_questions, tmp_path):
 
 
 def test_separators_inside_a_line_survive_a_resume(tmp_path):
-    from support import checkpoint
+    from distributed import checkpoint
 
     path = tmp_path / "rollouts.jsonl"
     lines = [{"step": 1, "response": "one\u2028two\u0085three"}, {"step": 2, "response": "gone"}]
@@ -477,9 +477,9 @@ def test_why_a_step_taught_nothing(no_answer, truncated, why):
     line = {"step": 7, "train/no_answer": no_answer, "train/truncated": truncated}
     taught, nothing = ({**line, "train/zero_variance_groups": share} for share in (0.9, 1.0))
     c = config.Config()
-    assert f"step 7 taught nothing: {why}" in report.taught_nothing([nothing], c)
-    assert f"2 of 3 steps taught nothing: {why}" in report.taught_nothing([nothing, taught, nothing], c)
-    assert report.taught_nothing([taught, nothing], c) is report.taught_nothing([taught], c) is None
+    assert f"step 7 taught nothing: {why}" in screen.taught_nothing([nothing], c)
+    assert f"2 of 3 steps taught nothing: {why}" in screen.taught_nothing([nothing, taught, nothing], c)
+    assert screen.taught_nothing([taught, nothing], c) is screen.taught_nothing([taught], c) is None
 
 
 def moved_nowhere(out):
@@ -570,7 +570,7 @@ def test_answers_and_ids_are_texts_or_finite_numbers(tmp_path, key, value):
 
 ENDING = """
 import gc, time, weakref
-from support import ranks
+from distributed import ranks
 
 class Graph:
     def __init__(self):

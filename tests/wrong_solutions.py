@@ -6,7 +6,7 @@ a wrong one is the project's own with one piece of text in the place of another.
 
 VOTE = """
 from collections import Counter
-from support import grading
+import grading
 
 
 def vote(answers, kind="math"):

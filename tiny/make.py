@@ -36,10 +36,10 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from grading import extract_answer  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
+from report.metrics import is_right, mean  # noqa: E402
 from rollout import Rollout, generate  # noqa: E402
-from support.grading import extract_answer  # noqa: E402
-from support.metrics import is_right, mean  # noqa: E402
 from support.prompts import decode_response, encode_prompt  # noqa: E402
 from support.questions import Question  # noqa: E402
 from ttrl import vote  # noqa: E402

@@ -10,8 +10,8 @@ from collections import Counter
 import torch
 import torch.distributed as dist
 
-from support import grading
-from support.ranks import all_reduce
+import grading
+from distributed.ranks import all_reduce
 
 # -----------------------------------------------------------------------------------------------------------
 # responses and votes

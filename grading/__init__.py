@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 
-from support import extraction, reading
-from support.extraction import LETTERS, boxed_letter
-from support.values import Value
+from grading import extraction, reading
+from grading.extraction import LETTERS, boxed_letter
+from grading.values import Value
 
 TIME_LIMIT = 5.0  # seconds for reading one answer
 grading_timeouts = 0  # answers that ran into the limit, which the rules of size should make impossible

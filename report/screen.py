@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from support import grading
-from support.ledger import FATES, fate
-from support.metrics import mean
+import grading
+from report.ledger import FATES, fate
+from report.metrics import mean
 
 MOST_CLASSES = 20  # of a question in votes.jsonl
 

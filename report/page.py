@@ -13,12 +13,12 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
-from support import drawing
-from support.checkpoint import write_whole
+from distributed.checkpoint import write_whole
+from report import drawing
+from report.drawing import LONGEST_TEXT, chart, code, marked, text
+from report.ledger import FATES, summarize
+from report.screen import CHANCE, cells_of, read_lines, read_metrics
 from support.config import flag_name, papers_values
-from support.drawing import LONGEST_TEXT, chart, code, marked, text
-from support.ledger import FATES, summarize
-from support.report import CHANCE, cells_of, read_lines, read_metrics
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_QUESTIONS = 500  # on a page; of more, those whose majority changed come first

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import mpmath
 
-from support.formula import NotFormula
+from grading.formula import NotFormula
 
 MP = mpmath.mp.clone()  # a context of our own: the precision of other users of mpmath stays as it is
 MP.dps = 130

@@ -1,8 +1,8 @@
 """Files of a run that survive a crash: lines are synced, files and folders appear whole or not at all.
 
 A checkpoint is a folder out/checkpoint/step-000010 with weights-1-of-1.safetensors, the moments beside it in
-optimizer-1-of-1.safetensors (both fp32), and state.json. Where N ranks hold a slice of each parameter, each
-writes its own: 1-of-N to N-of-N. What was written in N slices is read in any other number, or whole. The
+optimizer-1-of-1.safetensors (both fp32), and state.json. Where N ranks hold a shard of each parameter, each
+writes its own: 1-of-N to N-of-N. What was written in N shards is read in any other number, or whole. The
 folder is written beside its place, brought to disk and then renamed, so the newest one that bears a final
 name is complete.
 """
@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support.ranks import on_every_rank, on_rank0
-from support.slices import is_first_copy, local, rows_of_slice, slice_of
+from distributed.ranks import on_every_rank, on_rank0
+from distributed.shards import is_first_copy, local, rows_of_shard, shard_of
 
 
 def append(path, lines):
@@ -89,7 +89,7 @@ def save(root, policy, optimizer, state):
     """
     target = root / f"step-{state['step']:06d}"
     temporary = on_rank0(lambda: make_temporary(target))
-    on_every_rank(lambda: save_slices(temporary, policy, optimizer))
+    on_every_rank(lambda: save_shards(temporary, policy, optimizer))
 
     def complete():
         (temporary / "state.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
@@ -101,12 +101,12 @@ def save(root, policy, optimizer, state):
     on_rank0(complete)
 
 
-def save_slices(folder, policy, optimizer):
+def save_shards(folder, policy, optimizer):
     """Write what this rank holds of the weights and moments, unless another rank holds the same."""
     parameters = dict(policy.named_parameters())
     if not is_first_copy(next(iter(parameters.values()))):
         return
-    number, count = slice_of(next(iter(parameters.values())))
+    number, count = shard_of(next(iter(parameters.values())))
     weights = {name: local(p.detach()).cpu() for name, p in parameters.items()}
     moments = {
         f"{key} {name}": local(value).cpu()
@@ -145,7 +145,7 @@ def restore(folder, policy, optimizer):
     Raises ValueError if they are another model's, or a file is missing or damaged.
     """
     parameters = dict(policy.named_parameters())
-    weights, moments = Slices(folder, "weights"), Slices(folder, "optimizer")
+    weights, moments = ShardFiles(folder, "weights"), ShardFiles(folder, "optimizer")
     if weights.names != parameters.keys():
         raise ValueError(f"{folder}: holds the parameters of another model; choose another --out")
     for name, parameter in parameters.items():
@@ -158,8 +158,8 @@ def restore(folder, policy, optimizer):
                 moments.read(f"{key} {name}", state[key])
 
 
-class Slices:
-    """The files of a kind ("weights" or "optimizer") in a checkpoint: tensors cut by rows into N slices."""
+class ShardFiles:
+    """The files of a kind ("weights" or "optimizer") in a checkpoint: tensors cut by rows into N shards."""
 
     def __init__(self, folder, kind):
         self.folder = folder
@@ -177,9 +177,9 @@ class Slices:
 
     def read(self, name, tensor):
         """Copy the rows that this rank holds of `tensor` out of the files, as many as they overlap with."""
-        wanted, target = rows_of_slice(len(tensor), *slice_of(tensor)), local(tensor)
+        wanted, target = rows_of_shard(len(tensor), *shard_of(tensor)), local(tensor)
         for index, file in enumerate(self.files):
-            held = rows_of_slice(len(tensor), index, len(self.files))
+            held = rows_of_shard(len(tensor), index, len(self.files))
             start, stop = max(wanted.start, held.start), min(wanted.stop, held.stop)
             if start < stop:
                 rows = file.get_slice(name)[start - held.start : stop - held.start]

@@ -5,7 +5,7 @@ import itertools
 import re
 import unicodedata
 
-from support.formula import FUNCTIONS, GREEK, NotFormula
+from grading.formula import FUNCTIONS, GREEK, NotFormula
 
 COMMAND_OF = dict(zip("αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΠΣΦΨΩ", GREEK, strict=True)) | {
     "×": "times", "·": "cdot", "⋅": "cdot", "÷": "div", "π": "pi", "∞": "infty", "±": "pm", "∓": "mp",

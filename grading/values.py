@@ -12,8 +12,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from support import formula, numeric
-from support.formula import NotFormula
+from grading import formula, numeric
+from grading.formula import NotFormula
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from collections.abc import Hashable
 from dataclasses import replace
 from fractions import Fraction
 
-from support import formula, numeric, spelling, values, words
-from support.formula import NotFormula
-from support.spelling import inside, signs, split, without_label
-from support.values import NONE, Value, interval, named, of_reals, scalar, set_of, tuple_key
+from grading import formula, numeric, spelling, values, words
+from grading.formula import NotFormula
+from grading.spelling import inside, signs, split, without_label
+from grading.values import NONE, Value, interval, named, of_reals, scalar, set_of, tuple_key
 
 MAX_LENGTH = 300  # characters of an answer
 MAX_DEPTH, MAX_ELEMENTS = 6, 64  # of lists and matrices

@@ -4,9 +4,9 @@ import re
 from dataclasses import replace
 from fractions import Fraction
 
-from support import formula, numeric, spelling
-from support.formula import GREEK, NotFormula
-from support.values import Value, scalar
+from grading import formula, numeric, spelling
+from grading.formula import GREEK, NotFormula
+from grading.values import Value, scalar
 
 FACTORS = """
     half 1/2, halve 1/2, third 1/3, fourth 1/4, fifth 1/5, sixth 1/6, seventh 1/7, eighth 1/8, ninth 1/9,

@@ -1,12 +1,12 @@
 """A run: what its steps share, how it is opened from the flags, resumed from a checkpoint, and saved.
 
     policy      fp32 master weights, the ones that learn
-    learner     the policy as DDP wraps it: its gradients are averaged over the ranks; or in slices
-    sampler     the policy itself on a CPU; on a GPU, or beside slices, a copy, refreshed after every step
+    learner     the policy as DDP wraps it: its gradients are averaged over the ranks; or in shards
+    sampler     the policy itself on a CPU; on a GPU, or beside shards, a copy, refreshed after every step
     reference   the initial policy, frozen, where --kl is above 0
 
 What the ranks share out is the rows: responses to sample and to learn from. Where a model does not fit, also
-the learner's state and the sampler: parallel.py.
+the learner's state and the sampler: distributed/parallel.py.
 """
 
 import dataclasses
@@ -25,20 +25,10 @@ from pathlib import Path
 import torch
 import transformers
 
-import parallel
-from engine import Engine
-from memory import Split, choose_layout, find_machine
-from model import ModelConfig, Transformer
-from plan import most_rows, print_plan, steps_per_epoch
-from support import checkpoint, questions, report
-from support.config import RESUME_MAY_CHANGE, Config, flag_name
-from support.curves import draw_curves
-from support.hub import TOKENIZER_FILES, fetch_config, fetch_weights
-from support.ledger import summarize
-from support.page import write_page
-from support.pretrained import check_vocabulary
-from support.prompts import encode_prompt, load_tokenizer, show_prompt
-from support.ranks import (
+from distributed import checkpoint, parallel
+from distributed.memory import Split, choose_layout, find_machine
+from distributed.plan import most_rows, print_plan, steps_per_epoch
+from distributed.ranks import (
     check_same,
     check_shared,
     first_on_node,
@@ -48,8 +38,20 @@ from support.ranks import (
     print0,
     world_size,
 )
+from model import ModelConfig, Transformer
+from report import screen
+from report.curves import draw_curves
+from report.ledger import summarize
+from report.page import write_page
+from rollout import Engine
+from support import questions
+from support.config import RESUME_MAY_CHANGE, Config, flag_name
+from support.hub import TOKENIZER_FILES, fetch_config, fetch_weights
+from support.pretrained import check_vocabulary
+from support.prompts import encode_prompt, load_tokenizer, show_prompt
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
+PACKAGES = "distributed grading kernels report support".split()  # with the files beside ttrl.py, the program
 
 
 @dataclass
@@ -161,7 +163,7 @@ def build_models(run, device):
     c = run.config
     # Before any weight is read: a rank whose files are damaged would leave the others waiting for a group.
     group = parallel.sampler_group(device, run.split.sampler_ranks)
-    grid = parallel.slice_mesh(device, run.split.shard) if run.split.in_slices and not c.eval_only else None
+    grid = parallel.shard_mesh(device, run.split.shard) if run.split.sharded and not c.eval_only else None
     on_every_rank(lambda: load_models(run, device, group, grid))
     if device.type == "cuda":
         # Of the fullest group: the ranks that have a row more than others may all be in one.
@@ -171,16 +173,16 @@ def build_models(run, device):
     if c.eval_only:
         return
     run.policy.checkpointing = run.checkpointing
-    run.learner = run.policy if run.split.in_slices else parallel.data_parallel(run.policy)
+    run.learner = run.policy if run.split.sharded else parallel.data_parallel(run.policy)
     run.optimizer = torch.optim.AdamW(
         run.policy.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True
     )
 
 
 def load_models(run, device, group, grid):
-    """Read the weights of the sampler, and for training of policy and reference, each once or in slices.
+    """Read the weights of the sampler, and for training of policy and reference, each once or in shards.
 
-    group: the ranks of this sampler, or None. grid: the mesh of the slices, or None. Exchanges nothing.
+    group: the ranks of this sampler, or None. grid: the mesh of the shards, or None. Exchanges nothing.
     """
     c, split = run.config, run.split
     compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -195,7 +197,7 @@ def load_models(run, device, group, grid):
         )
     if not c.eval_only:
         run.policy = Transformer.from_pretrained(run.folder, torch.float32, device, shard)
-    shared = device.type == "cpu" and group is None and not split.in_slices
+    shared = device.type == "cpu" and group is None and not split.sharded
     if shared and run.policy:
         run.sampler = run.policy
     else:
@@ -281,7 +283,7 @@ def fingerprint(run):
 
 def source_hashes():
     """{file of this program: SHA-256 of its content}."""
-    files = [*HERE.glob("*.py"), *HERE.glob("kernels/*.py"), *HERE.glob("support/*.py")]
+    files = [*HERE.glob("*.py"), *(path for folder in PACKAGES for path in HERE.glob(f"{folder}/*.py"))]
     return {
         path.relative_to(HERE).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(files)
@@ -357,7 +359,7 @@ def save_checkpoint(run, state):
 def save_model(run):
     """On all ranks: write out/model in Hugging Face format, with the tokenizer, for transformers or vLLM."""
     if not is_rank0():
-        deque(run.policy.whole_parameters(), maxlen=0)  # rank 0 may need this rank's slices
+        deque(run.policy.whole_parameters(), maxlen=0)  # rank 0 may need this rank's shards
         return
 
     def fill(folder):
@@ -403,12 +405,12 @@ def finish(run, state):
     if not is_rank0():
         return
     c = run.config
-    summary = {**summarize(state), "seconds": state["seconds"], **report.speeds(Path(c.out))}
+    summary = {**summarize(state), "seconds": state["seconds"], **screen.speeds(Path(c.out))}
     summary.update(environment=environment(c), config=dataclasses.asdict(c))
     checkpoint.write_whole(Path(c.out) / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
     draw_page(run, state)
-    print(report.render(summary, state))
-    nothing = report.taught_nothing(report.read_metrics(c.out)[1:], c)  # step 0 is an evaluation
+    print(screen.render(summary, state))
+    nothing = screen.taught_nothing(screen.read_metrics(c.out)[1:], c)  # step 0 is an evaluation
     if nothing:
         print(f"\n{nothing}")
     minutes = f"{state['seconds'] / 60:.1f} minutes"
@@ -421,7 +423,7 @@ def save_evaluation(run, metrics):
     c = run.config
     whole = {"evaluation": metrics, "environment": environment(c), "config": dataclasses.asdict(c)}
     checkpoint.write_whole(Path(c.out) / "evaluation.json", json.dumps(whole, indent=1))
-    print(report.table({"evaluation": metrics}))
-    unanswered = report.unanswered(metrics["no_answer"], metrics["truncated"], c)
+    print(screen.table({"evaluation": metrics}))
+    unanswered = screen.unanswered(metrics["no_answer"], metrics["truncated"], c)
     if unanswered:
         print(f"\n{unanswered}")

@@ -26,6 +26,8 @@ import torch.nn.functional as F
 
 from kernels.attention import flash_packed, packed_available, sdpa
 
+PREFILL_TOKENS = 8192  # of the prompts that sampling packs into one batch
+
 
 @dataclass
 class PackedBatch:

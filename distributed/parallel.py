@@ -1,12 +1,12 @@
 """How one model is spread over ranks. Each rank samples and learns from rows of its own; what else is shared?
 
     nothing      DDP: each rank holds all weights, gradients and moments             data_parallel
-    the learner  FSDP2: a rank holds slices of all three, and gathers layers         shard
-    the sampler  tensor parallelism: a rank holds some heads and a part of the MLP   narrow, part, sum_over
+    the learner  FSDP2: a rank holds shards of all three, and gathers layers         shard
+    the sampler  tensor parallelism: a rank holds some heads and a part of the MLP   rank_config, ...
 
-A model that fits gets DDP. `shard` keeps the same numbers in slices (ZeRO stage 3, arXiv 1910.02054): a
+A model that fits gets DDP. `shard` keeps the same numbers in shards (ZeRO stage 3, arXiv 1910.02054): a
 parameter is a DTensor, cut by the rows of its matrix, and whole again only while its layer computes. With
-fewer slices than ranks there are several sets of slices, as DDP has several copies. A sampler over several
+fewer shards than ranks there are several sets of shards, as DDP has several copies. A sampler over several
 ranks is the same Transformer with fewer heads and a narrower MLP (Megatron-LM, arXiv 1909.08053): the ranks
 of a group decode the same responses, and add up what their heads and their parts of the MLP found. Embedding
 and head stay whole.
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from support.ranks import mesh
+from distributed.ranks import mesh
 
 # -----------------------------------------------------------------------------------------------------------
 # the learner
@@ -34,18 +34,18 @@ def data_parallel(policy):
     return learner
 
 
-def slice_mesh(device, ranks):
-    """The mesh over which `shard` cuts models, each into `ranks` slices. Every rank has to ask."""
-    grid = mesh(device, ("copy", "slice"), ranks)
-    return grid if grid.size(0) > 1 else grid["slice"]
+def shard_mesh(device, ranks):
+    """The mesh over which `shard` cuts models, each into `ranks` shards. Every rank has to ask."""
+    grid = mesh(device, ("replicate", "shard"), ranks)
+    return grid if grid.size(0) > 1 else grid["shard"]
 
 
 def shard(model, grid, *, device, compute_dtype, offload=False):
-    """Cut each parameter of a model into slices of rows, over `grid`, a `slice_mesh`. Exchanges nothing.
+    """Cut each parameter of a model into shards of rows, over `grid`, a `shard_mesh`. Exchanges nothing.
 
     The model may still be on the meta device. It computes in compute_dtype; gradients are averaged in fp32.
-    With `offload`, slices, gradients and moments lie in host memory, and the optimizer works there. Returns
-    the device on which the slices have to be.
+    With `offload`, shards, gradients and moments lie in host memory, and the optimizer works there. Returns
+    the device on which the shards have to be.
     """
     options = dict(
         mesh=grid,
@@ -69,7 +69,7 @@ def shard(model, grid, *, device, compute_dtype, offload=False):
 def exchange_gradients(learner, is_last_pass):
     """The context of a forward and backward pass: does it exchange gradients between the ranks?
 
-    Slices do in every pass, as no rank has room for a whole gradient. DDP does in the last pass of an update.
+    Shards do in every pass, as no rank has room for a whole gradient. DDP does in the last pass of an update.
     It also does in the very first of a run: that makes gradients views of DDP's buckets, where autograd would
     otherwise hold them a second time.
     """
@@ -88,7 +88,7 @@ def sampler_group(device, ranks):
     return mesh(device, ("group", "heads"), ranks)["heads"].get_group() if ranks > 1 else None
 
 
-def narrow(config, group):
+def rank_config(config, group):
     """The config of one rank's part of a sampler: its heads, and its share of the MLP's width."""
     ranks = 1 if group is None else group.size()
     return replace(
@@ -99,8 +99,8 @@ def narrow(config, group):
     )
 
 
-def part(config, name, tensor, group):
-    """A parameter of the whole model with `config` -> this rank's part of it, as `narrow`'s model has it.
+def rank_weight(config, name, tensor, group):
+    """This rank's part of a parameter of the whole model with `config`, as the model of `rank_config` has it.
 
     q, k and v lie in one matrix, gate and up in another: each of them is cut, and its part stacked again.
     """

@@ -4,7 +4,7 @@
                 --offload in host memory
     sampler     bf16 copy of the weights, over --sampler-ranks ranks
     reference   bf16 copy, split as the state is
-    gathered    what learning makes whole for a moment: weights, the head's gradient, tiles of logits
+    unsharded   what learning makes whole for a moment: weights, the head's gradient, tiles of logits
     activations of a micro-batch
     rows        keys, values, logits and CUDA graphs of the rows that are sampled at once: the rest
 
@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from distributed.ranks import all_reduce
 from kernels.logprob import TILE
-from rollout import PREFILL_TOKENS
+from kernels.packing import PREFILL_TOKENS
 from support.config import LOWER_TEMPERATURES
 from support.gpus import NODE, Card, card_called, parse_gpus
-from support.ranks import all_reduce
 
 USABLE = 0.9  # of a GPU or of the host's memory; the rest is for CUDA, NCCL, fragments and other programs
 FEWEST_ROWS = 8  # sampled at once; with fewer a run does not start
@@ -101,7 +101,7 @@ class Split(NamedTuple):
     offload: bool = False  # the set lies in host memory
 
     @property
-    def in_slices(self):
+    def sharded(self):
         return self.shard > 1 or self.offload
 
 
@@ -149,7 +149,7 @@ def memory_parts(c, model_config, split, cuda, tokens):
 
 
 def learning_bytes(model_config, split, checkpointing, cuda, tokens):
-    """{"gathered", "activations"}: the peak of a forward and backward pass.
+    """{"unsharded", "activations"}: the peak of a forward and backward pass.
 
     Autograd keeps `layer_bytes` of each layer, or with checkpointing one width, and of one layer what it
     takes at work. With autocast the residual stream is fp32, and the weights that each layer has cast are
@@ -161,7 +161,7 @@ def learning_bytes(model_config, split, checkpointing, cuda, tokens):
     whole, the gradient in fp32 too, and wait in half precision at each layer, where the weights and gradients
     of two layers are whole. Fitted to a simulation of learning (tests/test_plan.py).
     """
-    half, sharded = 2 if cuda else 4, split.in_slices
+    half, sharded = 2 if cuda else 4, split.sharded
     kept, layer = (tokens * size for size in layer_bytes(model_config, half))
     block, vocabulary, _ = count_parameters(model_config)
     matrices = 1 if model_config.tie_word_embeddings else 2
@@ -173,15 +173,15 @@ def learning_bytes(model_config, split, checkpointing, cuda, tokens):
         at_head = at_layer = 4 * vocabulary + half * model_config.layers * block
     if checkpointing:
         kept = (half if sharded else 4) * tokens * model_config.hidden_size
-    if split.offload:  # fp32 slices on their way from the host and back
+    if split.offload:  # fp32 shards on their way from the host and back
         at_head += 4 * vocabulary // split.shard
         at_layer += 8 * block // split.shard
     if cuda:  # the tiles of a CPU are small
         rows, columns = min(tokens, TILE["cuda"][0]), TILE["cuda"][1]
         # logits in fp32 and their gradient in bf16; its products with weight and hidden states in fp32
         at_head += kept + rows * columns * 6 + 4 * (rows + columns) * model_config.hidden_size
-    gathered = max(at_layer, at_head - layer)
-    return {"gathered": gathered, "activations": (model_config.layers - 1) * kept + layer}
+    unsharded = max(at_layer, at_head - layer)
+    return {"unsharded": unsharded, "activations": (model_config.layers - 1) * kept + layer}
 
 
 def layer_bytes(model_config, half):

@@ -1,13 +1,13 @@
-"""What a rank holds of a tensor: all of it, or a slice of its rows (a DTensor; parallel.shard makes them)."""
+"""What a rank holds of a tensor: all of it, or a shard of its rows (a DTensor; parallel.shard makes them)."""
 
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 
-def whole(tensor, device=None, dtype=None):
-    """All of a tensor of which this rank may hold a slice only: every rank has to ask.
+def unshard(tensor, device=None, dtype=None):
+    """All of a tensor of which this rank may hold a shard only: every rank has to ask.
 
-    Slices travel on `device` (they may lie in host memory) and in `dtype`.
+    Shards travel on `device` (they may lie in host memory) and in `dtype`.
     """
     if not isinstance(tensor, DTensor):
         return tensor
@@ -19,12 +19,12 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def slice_of(tensor):
-    """(number, count): which of how many slices this rank holds; (0, 1) of a whole tensor."""
+def shard_of(tensor):
+    """(number, count): which of how many shards this rank holds; (0, 1) of a whole tensor."""
     if not isinstance(tensor, DTensor):
         return 0, 1
-    slices = tensor.device_mesh["slice"]
-    return slices.get_local_rank(), slices.size()
+    shards = tensor.device_mesh["shard"]
+    return shards.get_local_rank(), shards.size()
 
 
 def is_first_copy(tensor):
@@ -32,13 +32,13 @@ def is_first_copy(tensor):
     if not isinstance(tensor, DTensor):
         return dist.get_rank() == 0
     mesh = tensor.device_mesh
-    return mesh.ndim == 1 or mesh["copy"].get_local_rank() == 0
+    return mesh.ndim == 1 or mesh["replicate"].get_local_rank() == 0
 
 
-def rows_of_slice(rows, number, count):
-    """The rows of a slice, cut as torch.chunk does: the last slices may be shorter, or empty.
+def rows_of_shard(rows, number, count):
+    """The rows of a shard, cut as torch.chunk does: the last shards may be shorter, or empty.
 
-    >>> [list(range(7))[rows_of_slice(7, number, 4)] for number in range(4)]
+    >>> [list(range(7))[rows_of_shard(7, number, 4)] for number in range(4)]
     [[0, 1], [2, 3], [4, 5], [6]]
     """
     size = -(-rows // count)

@@ -1,6 +1,6 @@
 """Processes and what they exchange. A single process is a group of one, so one and many share one path.
 
-shard(rows)     this rank's rows        gather(items)       rank 0 gets the items of all ranks
+split_rows(rows) this rank's rows        gather(items)       rank 0 gets the items of all ranks
 print0(text)    on rank 0 only          broadcast(value)    all ranks get rank 0's value
 mesh(...)       ranks in a grid
 """
@@ -143,7 +143,7 @@ def print0(*lines):
         print(*lines, sep="\n", flush=True)
 
 
-def shard(rows, group_size=1):
+def split_rows(rows, group_size=1):
     """This rank's rows: every world-size-th one, so that long and short questions fall to all ranks alike.
 
     Returns the rows of the `group_size` neighbouring ranks that sample together, and the indices of its own
@@ -156,7 +156,7 @@ def shard(rows, group_size=1):
 
 
 def gather(items):
-    """On rank 0 the items of all ranks, in the order that `shard` split them from; None on the others."""
+    """On rank 0 the items of all ranks, in the order before `split_rows`; None on the others."""
     parts = [None] * world_size() if is_rank0() else None
     dist.gather_object(items, parts)
     if parts is None:

@@ -10,7 +10,7 @@ import resource
 
 import torch
 
-from memory import (
+from distributed.memory import (
     USABLE,
     count_parameters,
     enough_rows,
@@ -19,8 +19,8 @@ from memory import (
     smallest_that_fits,
     split_flags,
 )
+from distributed.ranks import print0
 from support.config import LOWER_TEMPERATURES, differences
-from support.ranks import print0
 
 # -----------------------------------------------------------------------------------------------------------
 # work
@@ -175,7 +175,7 @@ def memory_lines(run, model_config, machine, layout):
         "state": "weights, gradients and two moments in fp32",
         "reference": "the initial weights in bf16",
         "sampler": "the weights in bf16",
-        "gathered": "weights, gradients and tiles of logits that are whole for a moment",
+        "unsharded": "weights, gradients and tiles of logits that are whole for a moment",
         "activations": f"of a micro-batch of {layout.micro_batch_tokens:,} tokens, {kept_line(c, layout)}",
         "prefill": "activations of the prompts that are read at once",
         "rows": f"keys and values of {layout.rows} rows of {longest:,} tokens",

@@ -3,8 +3,8 @@
 import math
 from collections import Counter
 
-from support import grading
-from support.metrics import mean, standard_error
+import grading
+from report.metrics import mean, standard_error
 
 # What became of a question, by whether its majority was right before and after. Sharpening is the cheap part
 # of TTRL, learning the real one, corruption its price (TTRL-Guard, arXiv 2605.19444, asks for this).

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from itertools import groupby
 
-from support import grading
+import grading
 
 MOST_BARS, MOST_POINTS = 100, 200  # of a question's votes and of a curve; more are thinned out evenly
 LONGEST_TEXT, LONGEST_ANSWER = 2000, 60  # characters; a longer text loses its middle

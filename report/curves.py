@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from support.report import read_metrics
+from report.screen import read_metrics
 
 
 def draw_curves(out, eval_samples):
