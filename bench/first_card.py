@@ -5,12 +5,11 @@
     python bench/first_card.py --out card --seconds 300 --from learn --retry-failed
     python bench/first_card.py --out card --dry                    # the same stages on a CPU, with toy widths
 
-A stage is a process with a time limit, and consists of parts (bench/first_card_stages.py). Whatever fails,
-hangs or kills its process costs its own part: the stage goes on in a new process with the next part, and
-after it the next stage runs. --out gets
+A stage consists of parts (bench/first_card_parts.py). A part is a process with a time limit: if it fails,
+hangs or crashes, the next part still runs. --out gets
 
     results.jsonl   a line per number, written to disk at once
-    log.txt         everything that the stages print, tracebacks too
+    log.txt         everything that the parts print, tracebacks too
     summary.txt     what was seen beside what was expected; also printed at the end
     *.json.gz       traces of the profiler, for https://ui.perfetto.dev
 
@@ -20,7 +19,6 @@ read the summary. This file needs nothing but Python, so it reports even where t
 
 import argparse
 import contextlib
-import faulthandler
 import json
 import math
 import os
@@ -33,47 +31,38 @@ import time
 import traceback
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-LOG_BYTES = 1 << 20  # of one process; what is above loses its middle, so that the log stays small
-MORE_IS_BETTER = ("TB/s", "TFLOP/s", "tokens/s", "% of the floor's rate", "% MFU")
+LOG_BYTES = 1 << 20  # of one part; a longer log loses its middle
+MORE_IS_BETTER = ("TB/s", "TFLOP/s", "tokens/s", "% MFU")
 SLOW = 1.25  # times the expected number: marked with ~
 SLACK = 4  # times the limits with --dry, whose machine may be busy
+SETTINGS = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+WRONG = 3  # exit code of a part that ran to its end, but recorded something that is not ok
 
-
-class Stage(NamedTuple):
-    """A name, known to the program of the stages, and two times in seconds."""
-
-    name: str
-    limit: float
-    least: float  # with less time left it is skipped
-
-
-STAGES = [
-    Stage("env", 40, 5),  # it takes 10, but a fresh machine first reads torch from a cold disk
-    Stage("smoke", 60, 15),
-    Stage("correct", 130, 40),
-    Stage("decode", 110, 25),
-    Stage("learn", 90, 30),
-    Stage("profile", 40, 20),
-    Stage("kernels", 40, 15),
-    Stage("speed", 60, 15),
-]
+STAGES = {  # {stage: {part: limit in seconds}}
+    "env": {"the machine": 40},  # a fresh machine first reads torch from a cold disk
+    "smoke": {"tests of the kernels": 60, "a small model": 30, "nan probe": 20, "tied gradient": 20},
+    "correct": {"tests": 100, "the embedded pair": 130},
+    "decode": {"steps of decoding": 80, "a rollout": 50, "generate of transformers": 50},
+    "learn": {"learning": 60, "learning with checkpointing": 50},
+    "profile": {"kernels of decoding and learning": 50},
+    "kernels": {"kernels beside their bounds": 50},
+    "speed": {"speeds of the tests": 60},
+}
 
 # ----------------------------------------------------------------------------------------------------------
 # results.jsonl. A line is one of
 #     {"stage", "part", "begun": limit in seconds}
 #     {"stage", "part", "name", "seen", "expected", "unit", "ok", "note"}    a number
-#     {"stage", "part", "state": "ok" or "failed", "seconds", "note"}        the part has ended
-#     {"stage", "state": "ok", "failed", "cut off" or "skipped", "seconds", "note"}
+#     {"stage", "part", "state", "seconds", "note"}    the end: "ok", "failed", "cut off" or "skipped"
 
 
-def append_line(path, line):
+def append_line(path, **line):
     """Add a line that is on disk when this returns. JSON has no NaN: it becomes a string."""
     seen = line.get("seen")
     if isinstance(seen, float) and not math.isfinite(seen):
-        line = {**line, "seen": str(seen)}
+        line["seen"] = str(seen)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
@@ -90,254 +79,153 @@ def read_lines(path):
     return lines
 
 
-def parts_of(lines, stage):
-    """{part: its lines since it last began}, in the order of their first beginnings."""
-    parts = {}
-    for line in lines:
-        if line["stage"] == stage and "part" in line:
-            if "begun" in line:
-                parts[line["part"]] = []
-            parts.setdefault(line["part"], []).append(line)
-    return parts
+def last_run(lines, stage, part):
+    """The lines of a part since it last began."""
+    found = [line for line in lines if line["stage"] == stage and line["part"] == part]
+    begins = [index for index, line in enumerate(found) if "begun" in line]
+    return found[begins[-1] :] if begins else found
 
 
-def end_of(part):
-    """The line that ends a part, or None; `part` as parts_of gives it."""
-    return next((line for line in part if "state" in line), None)
-
-
-def passed(lines, stage):
-    """The parts whose last run was good."""
-    ends = {name: end_of(part) for name, part in parts_of(lines, stage).items()}
-    return [name for name, end in ends.items() if end and end["state"] == "ok"]
-
-
-def last_state(lines, stage):
-    """The last line about the stage as a whole, or None."""
-    return next((line for line in reversed(lines) if line["stage"] == stage and "part" not in line), None)
+def state_of(lines, stage, part):
+    """How the last run of a part ended, "" if it never began."""
+    run = last_run(lines, stage, part)
+    return next((line["state"] for line in run if "state" in line), "failed" if run else "")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# inside the process of a stage
-
-# Its exit codes. A process that ends in a part has any of the others, or AGAIN.
-ALL_RUN, AGAIN, NO_TIME = 0, 1, 3
+# the process of a part
 
 
 class Recorder:
-    """What the parts of a stage record into. `dry`: on the CPU with toy widths."""
+    """What a part records into. `dry`: on the CPU with toy widths."""
 
-    def __init__(self, argv, stages):
-        parser = argparse.ArgumentParser()
-        parser.add_argument("stage", choices=stages)
-        parser.add_argument("--out", type=Path, required=True)
-        parser.add_argument("--deadline", type=float, required=True, help="by time.monotonic()")
-        parser.add_argument("--done", type=json.loads, default=[], help="parts that are left out")
-        parser.add_argument("--dry", action="store_true")
-        args = parser.parse_args(argv)
-        self.stage, self.out, self.dry = args.stage, args.out, args.dry
-        self.path, self.done, self.deadline = args.out / "results.jsonl", args.done, args.deadline
-        self.part, self.ok = None, True
-
-    def left(self):
-        """Seconds that this stage still has."""
-        return self.deadline - time.monotonic()
-
-    def append(self, **line):
-        append_line(self.path, {"stage": self.stage, "part": self.part, **line})
+    def __init__(self, out, stage, part, dry):
+        self.out, self.stage, self.part, self.dry = out, stage, part, dry
+        self.path, self.ok = out / "results.jsonl", True
 
     def record(self, name, seen, expected=None, unit="", ok=True, note=""):
         """Write down a number (or a text) that was seen. `ok` False fails the part, which goes on."""
         self.ok = self.ok and bool(ok)
         expected = expected if isinstance(expected, str) or not self.dry else None  # estimates are for a GPU
-        self.append(name=name, seen=seen, expected=expected, unit=unit, ok=bool(ok), note=note)
+        append_line(self.path, stage=self.stage, part=self.part, name=name, seen=seen, expected=expected,
+                    unit=unit, ok=bool(ok), note=note)  # fmt: skip
 
     def check(self, name, error, allowed, note=""):
         """Record an error that has to be below `allowed`. NaN is not."""
         self.record(name, float(error), f"< {allowed:g}", ok=error < allowed, note=note)
 
-    def earlier(self, stage, name):
-        """The last number of this name that a stage has recorded, or None."""
-        lines = (line for line in reversed(read_lines(self.path)) if line["stage"] == stage)
+    def earlier(self, name):
+        """The last number of this name that any part has recorded, or None."""
+        lines = reversed(read_lines(self.path))
         return next((line["seen"] for line in lines if line.get("name") == name), None)
 
-    def run(self, parts, healthy=lambda: True):
-        """Call the parts {function: limit in seconds}, each with this recorder. Never returns.
+    def run_pytest(self, *arguments):
+        """Run tests in this process; a failure is recorded when it happens, in case pytest does not end."""
+        import pytest
 
-        A part that raises is recorded as failed. One that exceeds its limit ends the process, with a
-        traceback, and so does one after which the device is not healthy(): a CUDA error stays with its
-        process. The driver then starts another process, for the parts behind it.
-        """
-        for function, limit in parts.items():
-            self.part, self.ok = function.__name__.replace("_", " "), True
-            if self.part in self.done:
-                continue
-            limit = min(limit * (SLACK if self.dry else 1), self.left() - 1)
-            if limit < 2:
-                leave(NO_TIME)
-            self.append(begun=round(limit, 1))
-            print(f"\n--- {self.stage}: {self.part}", flush=True)
-            self.run_part(function, limit)
-            if not (self.ok or healthy()):
-                leave(AGAIN)
-        leave(ALL_RUN)
-
-    def run_part(self, function, limit):
-        began, note = time.monotonic(), ""
-        faulthandler.dump_traceback_later(limit, exit=True)
-        try:
-            function(self)
-        except Exception as error:
-            traceback.print_exc()
-            self.ok, note = False, f"{type(error).__name__}: {error}"[:300]
-        faulthandler.cancel_dump_traceback_later()
-        seconds = round(time.monotonic() - began, 1)
-        self.append(state="ok" if self.ok else "failed", seconds=seconds, note=note)
+        os.chdir(HERE.parent)
+        code = pytest.main([*map(str, arguments), "-s"], plugins=[Failures(self)])
+        assert code == 0, f"pytest ended with {code!r}"
 
 
-def leave(code):
-    """End the process without destructors, which might wait for a device that does not answer."""
+class Failures:
+    """A plugin of pytest that records failed tests, and how many of each kind there were."""
+
+    def __init__(self, card):
+        self.card = card
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
+            crash = getattr(report.longrepr, "reprcrash", None)  # None: a worker has crashed
+            note = crash.message if crash else report.longreprtext
+            self.card.record(
+                report.nodeid.split("::")[-1], "failed", ok=False, note=note[:200].split("\n")[0]
+            )
+
+    def pytest_terminal_summary(self, terminalreporter):
+        counts = {kind: len(reports) for kind, reports in terminalreporter.stats.items() if kind}
+        self.card.record("tests", ", ".join(f"{count} {kind}" for kind, count in counts.items()))
+
+
+def run_here(functions):
+    """Run the part that the command line names, one of `functions`, and end the process."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stage")
+    parser.add_argument("part")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dry", action="store_true")
+    args = parser.parse_args()
+    card = Recorder(args.out.resolve(), args.stage, args.part, args.dry)
+    try:
+        functions[args.part.replace(" ", "_")](card)
+        code = 0 if card.ok else WRONG
+    except Exception:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-# Hooks of pytest, with `-p first_card`. FIRST_CARD in the environment says which part runs it.
-
-
-def pytest_runtest_logreport(report):
-    """Record a failure when it happens: what pytest prints at its end may be lost."""
-    if report.failed:
-        text = report.longreprtext.strip()
-        crash = getattr(report.longrepr, "reprcrash", None)  # None: a worker has crashed
-        note = [*(crash.message.splitlines() if crash else text.splitlines()[::-1]), ""]
-        name = report.nodeid.split("::")[-1]
-        record_of_pytest(
-            f"\n{report.nodeid}\n{text}\n", name=name, seen="failed", ok=False, note=note[0][:200]
-        )
-
-
-def pytest_terminal_summary(terminalreporter):
-    counts = {kind: len(reports) for kind, reports in terminalreporter.stats.items() if kind}
-    seen = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-    record_of_pytest(name="tests", seen=seen, ok=True, note="")
-
-
-def record_of_pytest(text="", **line):
-    """Add a line to results.jsonl, and text to the log, past pytest, which captures what tests print."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        return  # the process that started it hears of the same
-    place = json.loads(os.environ["FIRST_CARD"])
-    path = Path(place.pop("path"))
-    append_line(path, {**place, "expected": None, "unit": "", **line})
-    with open(path.with_name("log.txt"), "a", encoding="utf-8") as log:
-        log.write(text)
+    os._exit(code)  # without destructors, which might wait for a device that does not answer
 
 
 # ----------------------------------------------------------------------------------------------------------
 # the driver
 
 
-SETTINGS = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-STOPPED = "stopped from outside"
+def run_part(args, program, stage, part, limit, ends):
+    """Run a part in a process of its own, and write down how it ended. ends: by time.monotonic()."""
+    results, log = args.out / "results.jsonl", args.out / "log.txt"
+    limit, left = limit * (SLACK if args.dry else 1), ends - time.monotonic()
+    if left < limit / 4:
+        note = f"{left:.0f} s left, it needs {limit / 4:.0f}"
+        return append_line(results, stage=stage, part=part, state="skipped", note=note)
+    append_line(results, stage=stage, part=part, begun=limit)
+    began, state, note = time.monotonic(), "cut off", "stopped from outside"
+    try:
+        code = run_process(args, program, stage, part, min(limit, left))
+        state, note = judge(code, log, limit)
+        if code is None and left < limit:
+            state, note = "cut off", f"--seconds ended after {left:.0f} s"
+    finally:
+        seconds = round(time.monotonic() - began, 1)
+        append_line(results, stage=stage, part=part, state=state, seconds=seconds, note=note)
+        print(f"{stage}, {part}: {state}", flush=True)
 
 
-class Driver:
-    """One call of this program: what it runs, where it writes, until when."""
-
-    def __init__(self, out, seconds, program, dry=False):
-        self.out, self.program, self.dry = out.resolve(), program, dry
-        self.results, self.log = self.out / "results.jsonl", self.out / "log.txt"
-        self.ends = time.monotonic() + seconds - 2  # for the summary
-
-    def drive(self, stages, chosen):
-        """Run the chosen stages {Stage: parts to leave out}; then, or when stopped, print the summary."""
-        signal.signal(signal.SIGTERM, stop)
-        try:
-            for stage, done in chosen.items():
-                left = self.ends - time.monotonic()
-                if left < stage.least:
-                    self.end_stage(stage, "skipped", note=f"{left:.0f} s left, it needs {stage.least}")
-                else:
-                    self.run_stage(stage, done)
-                self.write_summary(stages)
-        finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            print(self.write_summary(stages), flush=True)
-
-    def run_stage(self, stage, done):
-        """Run a stage: in one process, or where a part ends it, in another one from the next part on."""
-        began, before, state, note = time.monotonic(), len(read_lines(self.results)), "cut off", STOPPED
-        deadline = min(began + stage.limit * (SLACK if self.dry else 1), self.ends)
-        try:
-            while state == "cut off":
-                code = self.run_process(stage, done, deadline)
-                new = [name for name in self.close_parts(stage, before, code) if name not in done]
-                done = [*done, *new]
-                if code == ALL_RUN:
-                    state, note = "ok", ""
-                elif code in (None, NO_TIME) or time.monotonic() > deadline - 5:
-                    note = "parts are missing: out of time"
-                    break
-                elif not new:
-                    state, note = "failed", f"did not start: {last_line(self.log)}"
-        finally:
-            parts = self.close_parts(stage, before, STOPPED)
-            if state == "ok" and any(end_of(part)["state"] != "ok" for part in parts.values()):
-                state = "failed"
-            self.end_stage(stage, state, note=note, seconds=round(time.monotonic() - began, 1))
-
-    def run_process(self, stage, done, deadline):
-        """One process of a stage: its exit code, None if it was killed at the deadline."""
-        flags = ["--out", self.out, "--deadline", f"{deadline:.1f}", "--done", json.dumps(done)]
-        command = [sys.executable, self.program, stage.name, *flags, *(["--dry"] if self.dry else [])]
-        scratch, threads = scratch_folder(), {"OMP_NUM_THREADS": "1"} if self.dry else {}
-        environment = {**os.environ, **SETTINGS, **threads, "TMPDIR": scratch}
-        with open(self.log, "a", encoding="utf-8") as log:
-            log.write(f"\n===== {stage.name}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC\n")
-            log.flush()
-            start = log.tell()
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                       env=environment, start_new_session=True)  # fmt: skip
-        try:
-            return process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            kill_group(process)
-            shutil.rmtree(scratch, ignore_errors=True)
-            shorten(self.log, start)
-
-    def close_parts(self, stage, before, code):
-        """Write an end for the part in which a process ended: all parts {name: lines} of this stage."""
-        parts = parts_of(read_lines(self.results)[before:], stage.name)
-        for name, part in parts.items():
-            if end_of(part) is None:
-                note = death(code, part[0]["begun"])
-                end = {"stage": stage.name, "part": name, "state": "failed", "note": note}
-                append_line(self.results, end)
-                part.append(end)
-        return parts
-
-    def end_stage(self, stage, state, **more):
-        append_line(self.results, {"stage": stage.name, "state": state, **more})
-        print(f"{stage.name}: {state}", flush=True)
-
-    def write_summary(self, stages):
-        text = summary(read_lines(self.results), stages)
-        (self.out / "summary.txt").write_text(text + "\n", encoding="utf-8")
-        return text
+def run_process(args, program, stage, part, limit):
+    """The exit code of the process of a part, None if it was killed at its limit."""
+    command = [sys.executable, "-X", "faulthandler", program, stage, part, "--out", args.out]
+    scratch, threads = scratch_folder(), {"OMP_NUM_THREADS": "1"} if args.dry else {}
+    environment = {**os.environ, **SETTINGS, **threads, "TMPDIR": scratch}
+    path = args.out / "log.txt"
+    with open(path, "a", encoding="utf-8") as log:
+        log.write(f"\n===== {stage}, {part}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC\n")
+        log.flush()
+        start = log.tell()
+        process = subprocess.Popen([*command, *["--dry"] * args.dry], stdin=subprocess.DEVNULL, stdout=log,
+                                   stderr=log, env=environment, start_new_session=True)  # fmt: skip
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # which makes Python print where it is
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2)
+        return None
+    finally:
+        kill_group(process)
+        shutil.rmtree(scratch, ignore_errors=True)
+        shorten(path, start)
 
 
-def death(code, limit):
-    """Why a part has no end, given the exit code of its process."""
+def judge(code, log, limit):
+    """(state, note) of a part whose process ended with this exit code."""
     if code is None:
-        return "still running at the limit of its stage"
-    if code == STOPPED:
-        return STOPPED
+        return "failed", f"still running at its limit of {limit:.0f} s: see log.txt"
+    if code in (0, WRONG):
+        return ("failed" if code else "ok"), ""
     if code < 0:
-        return f"its process was killed by {signal.Signals(-code).name}"
-    return f"ended its process with exit code {code}, or ran for its limit of {limit} s: see log.txt"
+        return "failed", f"killed by {signal.Signals(-code).name}"
+    last = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-1][:300]
+    return "failed", last if code == 1 else f"exit code {code}: {last}"
 
 
 def stop(number, frame):
@@ -367,10 +255,6 @@ def shorten(path, start):
         path.write_bytes(text[:start] + new[:half] + b"\n[...]\n" + new[-half:])
 
 
-def last_line(path):
-    return path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-1][:300]
-
-
 # ----------------------------------------------------------------------------------------------------------
 # the summary
 
@@ -378,36 +262,28 @@ def last_line(path):
 def summary(lines, stages):
     """Stages with their states, then every number beside the one that was expected."""
     rows, sections = [], []
-    for stage in stages:
-        end, parts = last_state(lines, stage.name), parts_of(lines, stage.name)
-        if end is None:
-            rows.append(f"{stage.name:8}  not run")
+    for stage, parts in stages.items():
+        states = [state_of(lines, stage, part) for part in parts]
+        if not any(states):
+            rows.append(f"{stage:8}  not run")
             continue
-        good = len(passed(lines, stage.name))
-        took = f"{end['seconds']:.0f} of {stage.limit:.0f} s" if "seconds" in end else ""
-        row = f"{stage.name:8}  {end['state']:8} {took:>12}  parts {good} of {len(parts)} good  {end['note']}"
-        rows.append(row.rstrip())
-        sections += ["", stage.name] * bool(parts)
-        for name, part in parts.items():
-            sections += section(name, part)
+        state = next((state for state in ("failed", "cut off", "skipped", "") if state in states), "ok")
+        runs = {part: last_run(lines, stage, part) for part in parts}
+        seconds = sum(line.get("seconds", 0) for run in runs.values() for line in run)
+        good = f"parts {states.count('ok')} of {len(parts)} good"
+        rows.append(f"{stage:8}  {state or 'not all':8} {seconds:5.0f} s  {good}")
+        sections += ["", stage, *(row for part, run in runs.items() if run for row in section(part, run))]
     head = f"first card, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
-    legend = "! failed    ~ slower than expected"
-    return "\n".join([head, legend, "", *rows, *sections])
+    return "\n".join([head, "! failed    ~ slower than expected", "", *rows, *sections])
 
 
-def section(name, part):
-    """A line for a part, then its numbers; of many good checks only the one that is nearest to failing."""
-    numbers = {line["name"]: line for line in part if "name" in line}  # of two with one name the last counts
-    good = [line for line in numbers.values() if line["ok"] and str(line["expected"]).startswith("<")]
-    end = end_of(part) or {"state": "failed", "note": "not ended"}
-    title = f"{' ' if end['state'] == 'ok' else '!'} {name}"
+def section(part, run):
+    """A line for a part, then its numbers."""
+    end = next((line for line in run if "state" in line), {"state": "failed", "note": "not ended"})
+    title = f"{' ' if end['state'] == 'ok' else '!'} {part}"
     title += f", {end['seconds']:.1f} s" if "seconds" in end else ""
-    notes = [end["note"]] if end["note"] else []
-    if len(good) > 2:
-        nearest = max(line["seen"] / float(line["expected"][2:]) for line in good)
-        notes.append(f"{len(good)} checks are good, the largest error is {nearest:.2g} of what is allowed")
-        numbers = {key: line for key, line in numbers.items() if line not in good}
-    return [": ".join([title, "; ".join(notes)] if notes else [title]), *map(number_line, numbers.values())]
+    title += f": {end['note']}" if end["note"] else ""
+    return [title, *(number_line(line) for line in run if "name" in line)]
 
 
 def number_line(line):
@@ -431,7 +307,7 @@ def shown(value):
 
 
 def parse(argv, stages):
-    names = [stage.name for stage in stages]
+    names = list(stages)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     files = "folder for results.jsonl, log.txt, summary.txt"
     parser.add_argument("--out", type=Path, required=True, help=files)
@@ -444,26 +320,23 @@ def parse(argv, stages):
     args = parser.parse_args(argv)
     if args.start and args.until and names.index(args.start) > names.index(args.until):
         parser.error(f"--from {args.start} is behind --until {args.until}")
+    args.out = args.out.resolve()
     return args
 
 
 def choose(stages, args, earlier):
-    """The stages to run, {Stage: parts to leave out}, given the lines of an earlier run (or []).
+    """The parts to run, [(stage, part)], given the lines of an earlier run (or []).
 
-    The first one always runs: what it measures is what the others are compared with.
+    The first stage always runs: what it measures is what the others are compared with.
     """
-    names = [stage.name for stage in stages]
+    names = list(stages)
     first, last = names.index(args.start or names[0]), names.index(args.until or names[-1])
     if args.retry_failed and not (args.start or args.until):
         last = -1  # nothing but the failed ones
-    chosen = {}
-    for index, stage in enumerate(stages):
-        end = last_state(earlier, stage.name)
-        if index == 0 or first <= index <= last:
-            chosen[stage] = []
-        elif end and end["state"] != "ok":
-            chosen[stage] = passed(earlier, stage.name)
-    return chosen
+    asked = {names[0], *names[first : last + 1]}
+    every = [(stage, part) for stage, parts in stages.items() for part in parts]
+    return [(stage, part) for stage, part in every
+            if stage in asked or state_of(earlier, stage, part) not in ("", "ok")]  # fmt: skip
 
 
 def earlier_lines(args):
@@ -480,11 +353,24 @@ def earlier_lines(args):
     return read_lines(file)
 
 
-def main(argv=None, stages=STAGES, program=HERE / "first_card_stages.py"):
+def main(argv=None, stages=STAGES, program=HERE / "first_card_parts.py"):
     args = parse(argv, stages)
     args.out.mkdir(parents=True, exist_ok=True)
-    chosen = choose(stages, args, earlier_lines(args))
-    Driver(args.out, args.seconds, program, args.dry).drive(stages, chosen)
+    chosen, ends = choose(stages, args, earlier_lines(args)), time.monotonic() + args.seconds - 2
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        for stage, part in chosen:
+            run_part(args, program, stage, part, stages[stage][part], ends)
+            write_summary(args.out, stages)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print(write_summary(args.out, stages), flush=True)
+
+
+def write_summary(out, stages):
+    text = summary(read_lines(out / "results.jsonl"), stages)
+    (out / "summary.txt").write_text(text + "\n", encoding="utf-8")
+    return text
 
 
 if __name__ == "__main__":

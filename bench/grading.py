@@ -12,7 +12,7 @@ import json
 import logging
 import time
 
-from common import ROOT, last_line, peer, say, table
+from common import ROOT, arguments, last_line, peer, say, table
 
 import grading
 
@@ -56,6 +56,7 @@ def judged(equal):
 
 
 def main():
+    arguments(__doc__).parse_args()
     sides = {"ours": judged(both_orders), "math-verify": judged(math_verify_equal())}
     header = ["kind", "pairs", *("right", "=", "/=", "s") * 2]
     rows = []
@@ -65,7 +66,7 @@ def main():
         rows.append([kind, pairs, *(cell for side in cells for cell in side)])
     say(table(header, rows))
     say("\nours, then math-verify; = is wrongly equal, /= is wrongly different\n")
-    last_line("grading", pairs=len(PAIRS), **{side.replace("-", "_"): kinds for side, kinds in sides.items()})
+    last_line(pairs=len(PAIRS), **{side.replace("-", "_"): kinds for side, kinds in sides.items()})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@ r"""Is it the vote? Every reward on the embedded pair, at the same budget, and t
 
     python bench/rewards.py                           # all; about an hour on one core
     python bench/rewards.py --experiments rewards     # some of EXPERIMENTS
-    python bench/rewards.py --seeds 0                 # one seed instead of three
+    python bench/rewards.py --experiments voting --seeds 0         # does it run? a minute
 
 Each run is ttrl.py as a user would start it, with the settings of the demo but half of its votes (BUDGET). It
 trains on every other question of the embedded set, and is evaluated on all of them before and after: on those
@@ -18,19 +18,24 @@ docs/analyses.png. What they show is said in docs/rewards.md.
     base         a pupil who errs less often, or more often (tiny/make.py)
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-from common import ROOT, last_line, say, table
+from common import ROOT, arguments, last_line, over, run_ttrl, say, table
+from matplotlib.figure import Figure
 
-from report.metrics import mean, standard_error
+from grading import extract_answer
+from model import Transformer
+from report.metrics import is_right, mean, standard_error
 from report.screen import read_metrics
 from rewards import REWARDS
+from rollout import generate
+from support import questions
 from support.config import TINY, flag_name
+from support.prompts import decode_response, encode_prompt, load_tokenizer
+from ttrl import vote
 
 BUDGET = """--votes 32 --samples 16 --eval-samples 32 --eval-data tiny --eval-every 1000
     --save-every 1000""".split()
@@ -55,11 +60,7 @@ def run(out, flags):
     """The summary of a run of ttrl.py with these flags, which is made unless it is there, and its steps."""
     if not (out / "summary.json").exists():
         say(f"  {out}")
-        command = [sys.executable, ROOT / "ttrl.py", "--out", out, *BUDGET, *flags, "--allow-changed-flags"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"rewards.py: {out}: {done.stderr.strip().splitlines()[-1]}")
+        run_ttrl(["--out", out, *BUDGET, *flags, "--allow-changed-flags"], out)
     summary = json.loads((out / "summary.json").read_text())
     by_step = {line["step"]: line for line in read_metrics(out) if line["step"] > 0}
     return summary, [by_step[step] for step in sorted(by_step)]
@@ -119,13 +120,6 @@ def measures(summary, steps):
     return found
 
 
-def mean_and_error(numbers):
-    """(mean, its standard error over seeds or None for one seed)."""
-    if len(numbers) < 2:
-        return numbers[0], None
-    return mean(numbers), standard_error(numbers)
-
-
 def experiment(name, seeds, runs):
     """{label: {column: [a number for each seed]}}, and the steps of the runs of the first seed."""
     results, steps = {}, {}
@@ -133,13 +127,11 @@ def experiment(name, seeds, runs):
         columns = []
         for seed in seeds if name == "rewards" else seeds[:1]:
             is_default = DEFAULTS.get(name) == label
-            where = "rewards-vote" if is_default else f"{name}-{label.replace(' ', '-')}"
-            summary, lines = run(
-                runs / f"{where}-{seed}", [*flags_of(name, label, runs), "--seed", str(seed)]
-            )
+            out = runs / f"{'rewards-vote' if is_default else f'{name}-{label}'.replace(' ', '-')}-{seed}"
+            summary, lines = run(out, [*flags_of(name, label, runs), "--seed", seed])
             columns.append(measures(summary, lines))
             steps.setdefault(label, lines)
-        results[label] = {column: [row[column] for row in columns] for column in columns[0]}
+        results[label] = over(list, columns)
     return results, steps
 
 
@@ -152,33 +144,19 @@ def plain_voting(seed, samples=320):
 
     For each N the mean over the disjoint groups of N among the samples.
     """
-    from grading import classes, extract_answer, majority
-    from model import Transformer
-    from report.metrics import is_right
-    from rollout import generate
-    from support import questions
-    from support.prompts import decode_response, encode_prompt, load_tokenizer
-
     folder = ROOT / "tiny/model"
     policy, (tokenizer, eos_ids) = Transformer.from_pretrained(folder), load_tokenizer(folder)
     asked = questions.load("tiny")[::2]
     prompts = [encode_prompt(tokenizer, question.prompt) for question in asked]
     options = dict(max_new_tokens=96, eos_ids=eos_ids, seed=seed, stream="train", step=1)
     rollout = generate(policy, prompts, samples, budget_tokens=64 * 256, **options)
-    answers = [
-        extract_answer(decode_response(tokenizer, rollout.response(row)), truncated=not rollout.finished[row])
-        for row in range(len(rollout))
-    ]
+    texts = [decode_response(tokenizer, rollout.response(row)) for row in range(len(rollout))]
+    answers = [extract_answer(*pair) for pair in zip(texts, (~rollout.finished).tolist(), strict=True)]
     accuracy = {}
     for count in (1, 4, 16, 32, 64, 160, 320):
-        right = []
-        for number, question in enumerate(asked):
-            own = answers[number * samples : (number + 1) * samples]
-            for start in range(0, samples - count + 1, count):
-                group = own[start : start + count]
-                members = majority(classes(group))
-                right.append(is_right(question, group[members[0]] if members else None))
-        accuracy[count] = mean(right)
+        groups = [(number // samples, answers[number : number + count])
+                  for number in range(0, len(answers), count)]  # fmt: skip
+        accuracy[count] = mean(is_right(asked[number], vote(group)[0]) for number, group in groups)
     return accuracy
 
 
@@ -188,116 +166,102 @@ def plain_voting(seed, samples=320):
 
 def show(name, results):
     """Print the table of an experiment: before, first vote, and after, with standard errors over seeds."""
-    say(f"\n{name}")
     header = [name, "before", "first vote", *COLUMNS]
     rows = []
     for label, columns in results.items():
-        cells = []
-        for column in header[1:]:
-            average, error = mean_and_error(columns[column])
-            cells.append(f"{average:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
-        rows.append([label, *cells])
-    say(table(header, rows))
+        each = [columns[column] for column in header[1:]]
+        rows.append([label, *(f"{mean(seeds):.3f} ± {standard_error(seeds):.3f}" for seeds in each)])
+    say(f"\n{name}\n{table(header, rows)}")
 
 
-def bars(axes, results, column, before, title):
+def panels(figure, rows, columns):
+    axes = list(figure.subplots(rows, columns).flat)
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        ax.set_ylim(0, 1.02)
+    return axes
+
+
+def bars(ax, results, column, before, title):
     """A column after training for each label, over the lines of before."""
     labels = list(results)
-    means, errors = zip(*(mean_and_error(results[label][column]) for label in labels), strict=True)
     colors = ["C2" if label == "gold" else "C7" if label == "random" else "C0" for label in labels]
-    axes.bar(labels, means, yerr=[error or 0 for error in errors], color=colors, capsize=3)
-    level = mean_and_error(results[labels[0]][before])[0]
-    axes.axhline(level, ls=":", color="black", label="pass@1 before")
-    axes.set_title(title)
-    axes.set_ylim(0, 1.02)
-    axes.legend(loc="upper right", fontsize=8)
+    each = [results[label][column] for label in labels]
+    ax.bar(labels, [*map(mean, each)], yerr=[*map(standard_error, each)], color=colors, capsize=3)
+    ax.axhline(mean(results[labels[0]][before]), ls=":", color="black", label="pass@1 before")
+    ax.set_title(title)
 
 
 def draw_rewards(path, results, voting):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure, vote = Figure(figsize=(15, 4.4), layout="constrained"), results["vote"]
+    left, middle, right = panels(figure, 1, 3)
     bars(left, results, "pass@1", "before", "pass@1 on the questions asked")
-    left.axhline(mean_and_error(results["vote"]["first vote"])[0], ls="--", color="C1", label="first vote")
-    left.legend(loc="upper right", fontsize=8)
+    left.axhline(mean(vote["first vote"]), ls="--", color="C1", label="first vote")
     bars(middle, results, "never asked", "never asked, before", "pass@1 on questions never asked")
     right.plot(list(voting), list(voting.values()), "o-", color="C1", label="base, plain voting")
-    vote = results["vote"]
-    right.axhline(mean_and_error(vote["pass@1"])[0], color="C0", label="TTRL: one sample (pass@1)")
-    right.axhline(mean_and_error(vote["maj@32"])[0], color="C0", ls="--", label="TTRL: vote over 32")
+    right.axhline(mean(vote["pass@1"]), color="C0", label="TTRL: one sample (pass@1)")
+    right.axhline(mean(vote["maj@32"]), color="C0", ls="--", label="TTRL: vote over 32")
     right.set_xscale("log", base=2)
-    right.set_xlabel("samples per question")
-    right.set_title("the same samples, spent on voting")
-    right.set_ylim(0, 1.02)
-    right.legend(loc="lower right", fontsize=8)
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.25)
+    right.set(xlabel="samples per question", title="the same samples, spent on voting")
+    for ax, place in ((left, "upper right"), (middle, "upper right"), (right, "lower right")):
+        ax.legend(loc=place, fontsize=8)
     figure.savefig(path, dpi=100)
 
 
 def draw_analyses(path, found):
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(15, 8), layout="constrained")
-    grid = figure.subplots(2, 3)
+    *four, lucky, entropy = panels(figure, 2, 3)
     titles = {"votes": "votes per question", "temperature": "temperature in training", "lr": "learning rate",
               "base": "base: how often the pupil errs"}  # fmt: skip
-    for axes, (name, title) in zip(grid.flat, titles.items(), strict=False):
+    styles = {"before": ":", "first vote": "--", "pass@1": "o-", "maj@32": "s-"}
+    for ax, (name, title) in zip(four, titles.items(), strict=True):
         results = found[name][0]
-        for column, style in (("before", ":"), ("first vote", "--"), ("pass@1", "o-"), ("maj@32", "s-")):
-            values = [mean_and_error(columns[column])[0] for columns in results.values()]
-            label = column if column in ("before", "first vote") else f"{column} after"
-            axes.plot(list(results), values, style, label=label)
-        axes.set_title(title)
-        axes.legend(fontsize=8)
-        axes.set_ylim(0, 1.02)
-    lucky, entropy = grid.flat[4], grid.flat[5]
-    lines = found["rewards"][1]["vote"]
+        for column, style in styles.items():
+            values = [mean(columns[column]) for columns in results.values()]
+            ax.plot(list(results), values, style, label=column + " after" * ("@" in column))
+        ax.set_title(title)
+    steps = found["rewards"][1]
     for metric in ("reward_accuracy", "label_accuracy", "majority_ratio", "ground_truth_ratio"):
-        lucky.plot(
-            [line["step"] for line in lines], [line[f"train/{metric}"] for line in lines], label=metric
-        )
+        curve(lucky, steps["vote"], metric, metric)
     lucky.set_title("lucky hit: rewards are right more often than labels")
-    lucky.set_ylim(0, 1.02)
-    for label, steps in found["rewards"][1].items():
-        entropy.plot([s["step"] for s in steps], [s["train/entropy"] for s in steps if "train/entropy" in s],
-                     label=label)  # fmt: skip
-    entropy.set_title("entropy by reward (nats per token)")
-    for axes in grid.flat:
-        axes.grid(alpha=0.25)
-    for axes in (lucky, entropy):
-        axes.set_xlabel("step")
-        axes.legend(fontsize=8)
+    for label, lines in steps.items():
+        curve(entropy, lines, "entropy", label)
+    entropy.set(title="entropy by reward (nats per token)", ylim=(None, None))
+    entropy.autoscale(axis="y")
+    for ax in (*four, lucky, entropy):
+        ax.legend(fontsize=8)
     figure.savefig(path, dpi=90)
 
 
+def curve(ax, steps, metric, label):
+    points = [(line["step"], line[f"train/{metric}"]) for line in steps if f"train/{metric}" in line]
+    ax.plot(*zip(*points, strict=True), label=label)
+    ax.set_xlabel("step")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    names = [*EXPERIMENTS, "voting"]
-    parser.add_argument("--experiments", nargs="+", choices=names, default=names)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/rewards", help="folder of the runs")
-    given = parser.parse_args()
-    given.runs.mkdir(parents=True, exist_ok=True)
-    found = {}
-    for name in given.experiments:
-        if name != "voting":
-            found[name] = experiment(name, given.seeds, given.runs)
+    parser, names = arguments(__doc__), [*EXPERIMENTS, "voting"]
+    parser.add_argument("--experiments", nargs="+", choices=names, default=names, help="[all of them]")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[0 1 2]")
+    args, runs = parser.parse_args(), ROOT / "runs/rewards"
+    runs.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the runs
+    found, voting = {}, {}
+    for name in args.experiments:
+        if name == "voting":
+            voting = over(mean, [plain_voting(seed) for seed in args.seeds])
+            rows = [[count, f"{value:.3f}"] for count, value in voting.items()]
+            say(f"\nplain voting of the base\n{table(['samples', 'accuracy'], rows)}")
+        else:
+            found[name] = experiment(name, args.seeds, runs)
             show(name, found[name][0])
-    voting = {}
-    if "voting" in given.experiments:
-        by_seed = [plain_voting(seed) for seed in given.seeds]
-        voting = {count: mean(row[count] for row in by_seed) for count in by_seed[0]}
-        say("\nplain voting of the base")
-        say(table(["samples", "accuracy"], [[count, f"{value:.3f}"] for count, value in voting.items()]))
     if voting and "rewards" in found:
         draw_rewards(ROOT / "docs/rewards.png", found["rewards"][0], voting)
     if found.keys() == EXPERIMENTS.keys():
         draw_analyses(ROOT / "docs/analyses.png", found)
-    results = {name: {label: {column: mean_and_error(numbers)[0] for column, numbers in columns.items()}
+    results = {name: {label: {column: mean(numbers) for column, numbers in columns.items()}
                       for label, columns in found[name][0].items()} for name in found}  # fmt: skip
-    last_line("rewards", **results, voting=voting)
+    last_line(**results, voting=voting)
 
 
 if __name__ == "__main__":

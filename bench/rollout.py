@@ -2,7 +2,7 @@
 
     python bench/rollout.py                          # SmolLM2-135M-Instruct, all cases; an hour on one core
     python bench/rollout.py --cases a b --threads 1  # minutes
-    python bench/rollout.py --model tiny/model       # the embedded model
+    python bench/rollout.py --model tiny/model --cases a --repeats 1 --no-bounds      # does it run?
 
     (a) 1 row, a prompt of 64 tokens and 64 new ones
     (b) 4 questions x 16 samples, prompts of 64 tokens, 64 new ones, every row to its full length
@@ -13,34 +13,24 @@ The peer is first screened: attention, cache, the way rows are repeated, rows a 
 tried the best takes part, twice: as `generate` alone, and as `generate` behind a prompt cache filled by hand
 (transformers' recipe for shared prompts), for which the caller has to write what we call prefill. Threads are
 those that suit the peer best. Only tokens up to and including a row's end count, on both sides. Then, with
-the same threads, what bounds us: the machine's largest product and its memory bandwidth, and what the model's
-own matrices reach at 64 rows and at 1.
+the same threads, what bounds us (without --cases nothing else): the machine's largest product and its memory
+bandwidth, and what the model's own matrices reach at 64 rows and at 1.
 """
 
-import argparse
 import os
 import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from itertools import pairwise
 
-from common import (
-    ROOT,
-    clocked,
-    gemm_peaks,
-    in_turn,
-    last_line,
-    memory_bandwidth,
-    model_folder,
-    say,
-    seconds_of,
-    table,
-)
+from common import ROOT, arguments, clocked, in_turn, last_line, model_folder, over, say, seconds_of, table
 
 import torch  # isort: skip
+import transformers  # isort: skip
 
+from kernels.linear import ONEDNN, onednn_product  # isort: skip
 from model import Transformer  # isort: skip
 from rollout import generate  # isort: skip
 from support.prompts import encode_prompt, load_tokenizer  # isort: skip
@@ -77,9 +67,8 @@ class Case:
 
     def __str__(self):
         end = "until the model ends" if self.eos_ids else "full length"
-        lengths = sorted({len(prompt) for prompt in self.prompts})
-        prompt = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else lengths[0]
-        return (f"({self.name}) {len(self.prompts)} x {self.samples} rows, prompts of {prompt} tokens, "
+        lengths = "/".join(str(n) for n in sorted({len(prompt) for prompt in self.prompts}))
+        return (f"({self.name}) {len(self.prompts)} x {self.samples} rows, prompts of {lengths} tokens, "
                 f"{self.new_tokens} new ones, {end}, top-p {self.top_p:g}")  # fmt: skip
 
 
@@ -96,34 +85,17 @@ def make_cases(folder):
     }
 
 
-@dataclass
-class Sample:
-    """One rollout of a case, by either side."""
-
-    wall: float
-    cpu: float
-    lengths: list  # of the responses, in tokens
-
-    @property
-    def rate(self):
-        return sum(self.lengths) / self.wall
-
-
-# ----------------------------------------------------------------------------------------------------------
-# our side
+def figures(lengths, wall, cpu):
+    """What one rollout of a case is worth; lengths: of the responses, in tokens."""
+    return {"tokens/s": sum(lengths) / wall, "s": wall, "CPU s": cpu, "length": statistics.mean(lengths)}
 
 
 def ours(model, case, step=1):
-    options = dict(
-        max_new_tokens=case.new_tokens,
-        top_p=case.top_p,
-        eos_ids=case.eos_ids or [-1],
-        seed=0,
-        stream="eval",  # training refuses top-p
-        step=step,
-    )
+    """(response lengths, seconds, CPU-seconds) of a case."""
+    options = dict(max_new_tokens=case.new_tokens, top_p=case.top_p, eos_ids=case.eos_ids or [-1], seed=0,
+                   stream="eval", step=step)  # fmt: skip
     rollout, wall, cpu = clocked(generate, model, case.prompts, case.samples, **options)
-    return Sample(wall, cpu, rollout.response_length.tolist())
+    return rollout.response_length.tolist(), wall, cpu
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -135,7 +107,7 @@ class Setting:
     """How transformers' generate is called."""
 
     attention: str = "sdpa"  # or eager
-    cache: str = "dynamic"  # or static; paged is generate_batch, transformers' continuous batching
+    cache: str = "dynamic"  # or static
     # or rows: prompts repeated by us; or prefix: a prompt cache filled once, then repeated
     repeat: str = "num_return_sequences"
     rows: int | None = None  # a call; None: all
@@ -150,19 +122,18 @@ class Peer:
     """transformers' model, and the one way in which we call it."""
 
     def __init__(self, folder):
-        import transformers
-
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self.library, self.folder, self.stamps, self.paged = transformers, folder, [], None
-        self.models = {attention: self.load(attention) for attention in ("sdpa", "eager")}
+        self.folder, self.models = folder, {}
 
-    def load(self, attention):
-        load = self.library.AutoModelForCausalLM.from_pretrained
-        model = load(self.folder, dtype=torch.float32, attn_implementation=attention).eval()
-        model.generation_config = self.library.GenerationConfig()  # no end that we did not ask for
-        model.generate(torch.ones(1, 4, dtype=torch.int64), max_new_tokens=2, pad_token_id=0)  # warm
-        return model
+    def model(self, attention):
+        if attention not in self.models:
+            load = transformers.AutoModelForCausalLM.from_pretrained
+            model = load(self.folder, dtype=torch.float32, attn_implementation=attention).eval()
+            model.generation_config = transformers.GenerationConfig()  # no end that we did not ask for
+            model.generate(torch.ones(1, 4, dtype=torch.int64), max_new_tokens=2, pad_token_id=0)  # warm
+            self.models[attention] = model
+        return self.models[attention]
 
     def calls(self, case, setting):
         """The calls that a case is cut into: (prompts, samples of each), all of setting.rows rows."""
@@ -172,108 +143,64 @@ class Peer:
         count = rows // case.samples
         return [(case.prompts[i : i + count], case.samples) for i in range(0, len(case.prompts), count)]
 
+    @torch.inference_mode()
     def call(self, case, setting, prompts, samples):
-        """The response lengths of one call; self.stamps has the time after each token, unless paged."""
+        """The response lengths of one call; self.stamps has the time after each token."""
         self.stamps = []
-        options = dict(
-            max_new_tokens=case.new_tokens,
-            do_sample=True,
-            temperature=1.0,
-            top_p=case.top_p,
-            top_k=0,
-            pad_token_id=0,
-        )
-        if setting.cache == "paged":
-            return self.continuous_batching(
-                case, [prompt for prompt in prompts for _ in range(samples)], options
-            )
-        options["eos_token_id"] = list(case.eos_ids) or None
+        options = dict(max_new_tokens=case.new_tokens, do_sample=True, temperature=1.0, top_p=case.top_p,
+                       top_k=0, pad_token_id=0, eos_token_id=list(case.eos_ids) or None,
+                       stopping_criteria=[self.stamp])  # fmt: skip
         if setting.cache == "static":
             options.update(cache_implementation="static", disable_compile=True)
-        return self.generate(case, setting, prompts, samples, options)
-
-    def continuous_batching(self, case, prompts, options):
-        if self.paged is None:  # a model of its own, for it changes the attention
-            self.paged = self.load("sdpa")
-        config = self.library.GenerationConfig(**options, eos_token_id=list(case.eos_ids) or -1)
-        outputs = self.paged.generate_batch(prompts, generation_config=config, progress_bar=False)
-        return [len(output.generated_tokens) for output in outputs.values()]
-
-    @torch.inference_mode()
-    def generate(self, case, setting, prompts, samples, options):
-        model = self.models[setting.attention]
-        width = max(map(len, prompts))
-        ids = torch.tensor(
-            [[0] * (width - len(prompt)) + prompt for prompt in prompts]
-        )  # [P, T], padded on the left
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        model, width = self.model(setting.attention), max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])  # [P, T], padded on the left
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         if setting.repeat == "num_return_sequences":
             options["num_return_sequences"] = samples
         if setting.repeat == "prefix":  # all but the last token of each prompt, once
-            options["past_key_values"] = cache = self.library.DynamicCache(config=model.config)
+            options["past_key_values"] = cache = transformers.DynamicCache(config=model.config)
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
-            model(
-                ids[:, :-1],
-                attention_mask=mask[:, :-1],
-                position_ids=positions,
-                past_key_values=cache,
-                logits_to_keep=1,
-            )
+            model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, past_key_values=cache,
+                  logits_to_keep=1)  # fmt: skip
             cache.batch_repeat_interleave(samples)
         if setting.repeat in ("rows", "prefix"):
             ids, mask = ids.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
-        out = model.generate(ids, attention_mask=mask, stopping_criteria=[self.stamp], **options)[
-            :, width:
-        ]  # [B, R]
+        out = model.generate(ids, attention_mask=mask, **options)[:, width:]  # [B, R]
         ended = torch.isin(out, torch.tensor(case.eos_ids, dtype=out.dtype))
         return torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1]).tolist()
+
+    def run(self, case, setting):
+        """(response lengths, seconds, CPU-seconds) of a case."""
+        calls = self.calls(case, setting)
+        lengths, wall, cpu = clocked(lambda: [n for call in calls for n in self.call(case, setting, *call)])
+        complete = case.eos_ids or set(lengths) == {case.new_tokens}
+        assert len(lengths) == case.rows and complete, "rows or tokens are missing"
+        return lengths, wall, cpu
 
     def stamp(self, ids, scores, **_):
         """A stopping criterion that stops nothing, but looks at the clock after every token."""
         self.stamps.append(time.perf_counter())
         return torch.zeros(len(ids), dtype=torch.bool)
 
-    def run(self, case, setting):
-        torch.set_num_threads(setting.threads)
-        calls = self.calls(case, setting)
-        lengths, wall, cpu = clocked(
-            lambda: [length for call in calls for length in self.call(case, setting, *call)]
-        )
-        assert len(lengths) == case.rows and (case.eos_ids or set(lengths) == {case.new_tokens}), (
-            "rows or tokens are missing"
-        )
-        return Sample(wall, cpu, lengths)
+    def estimate(self, case, setting, longest):
+        """Seconds of the case, by its first call's time to the first token and the median of a few others.
 
-    def estimate(self, case, setting, longest, tokens):
-        """Seconds of the case, from the first token's time in its first call and the median of a few others.
-
-        longest(n): the longest response of n samples, which is when a call ends; one number a call.
+        longest(prompts): the longest response to expect, which is when a call ends.
         """
         torch.set_num_threads(setting.threads)
-        calls = self.calls(case, setting)
-        few = replace(case, new_tokens=tokens, eos_ids=())
-        if (
-            setting.cache == "paged"
-        ):  # lets nobody look at a clock: the difference of two runs, behind one that warms
-            _, short, long = (
-                clocked(self.call, replace(few, new_tokens=n), setting, *calls[0])[1] for n in (2, 2, tokens)
-            )
-            first, pace = short, max(long - short, 0) / (tokens - 2)
-        else:
-            began = time.perf_counter()
-            self.call(few, setting, *calls[0])
-            first = self.stamps[0] - began
-            pace = statistics.median(
-                after - before for before, after in zip(self.stamps, self.stamps[1:], strict=False)
-            )
-        return sum(first + pace * (longest(prompts) - 1) for prompts, _ in calls)
+        calls, tokens = self.calls(case, setting), 13 if case.name == "a" else 7
+        began = time.perf_counter()
+        self.call(replace(case, new_tokens=tokens, eos_ids=()), setting, *calls[0])
+        pace = statistics.median(after - before for before, after in pairwise(self.stamps))
+        return sum(self.stamps[0] - began + pace * (longest(prompts) - 1) for prompts, _ in calls)
 
 
-# the first of a case is tried with every number of threads, the others with the number that was best
+# The first of a case is tried with every number of threads, the others with the number that was best.
+# generate_batch, with its paged cache, was among those of b; on a CPU it does not run with transformers 5.20.
 CANDIDATES = {
     "a": [Setting(), Setting(attention="eager"), Setting(cache="static")],
     "b": [Setting(), Setting(attention="eager"), Setting(cache="static"), Setting(repeat="rows"),
-          Setting(cache="paged"), Setting(repeat="prefix"), Setting(repeat="prefix", attention="eager")],
+          Setting(repeat="prefix"), Setting(repeat="prefix", attention="eager")],
     "c": [Setting(repeat="prefix", rows=64), Setting(repeat="prefix", rows=64, attention="eager"),
           *(Setting(repeat=repeat, rows=rows) for repeat, rows in (("prefix", 128), ("prefix", None),
             ("num_return_sequences", 64), ("num_return_sequences", 128), ("num_return_sequences", None)))],
@@ -282,21 +209,26 @@ CANDIDATES["d"] = CANDIDATES["b"]
 
 
 def screen(peer, case, threads, longest):
-    """Try the settings of a case on a few tokens and print each: [(setting, expected seconds)]."""
+    """The fastest settings of the peer: of `generate` alone, and behind a prompt cache filled by hand."""
+    tried = {}
 
     def attempt(setting):
-        seconds = peer.estimate(case, setting, longest, tokens=13 if case.name == "a" else 7)
-        say(f"  tried  {setting}: {seconds:.1f} s expected")
-        return setting, seconds
+        tried[setting] = peer.estimate(case, setting, longest)
+        say(f"  tried  {setting}: {tried[setting]:.1f} s expected")
 
     first, *others = CANDIDATES[case.name]
-    tried = [attempt(replace(first, threads=number)) for number in threads]
-    number = min(tried, key=expected)[0].threads
-    return tried + [attempt(replace(setting, threads=number)) for setting in others]
-
-
-def expected(attempt):
-    return attempt[1]
+    for number in threads:
+        attempt(replace(first, threads=number))
+    best = min(tried, key=tried.get).threads
+    for setting in others:
+        attempt(replace(setting, threads=best))
+    names = {"generate": False, "generate behind a prefix": True}
+    chosen = {}
+    for name, prefix in names.items():
+        fit = [setting for setting in tried if (setting.repeat == "prefix") == prefix]
+        if fit:
+            chosen[name] = replace(min(fit, key=tried.get), threads=best)
+    return chosen
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -304,53 +236,30 @@ def expected(attempt):
 
 
 def compare(case, model, peer, threads, repeats):
-    """Screen the peer, run both sides in turn, and return what the table and the last line need."""
+    """Screen the peer and run both sides in turn: what the table needs."""
     say(f"\n{case}")
-    tried = screen(peer, case, threads, longest_responses(model, case, threads))
-    settings = best_settings(case, tried)
+    settings = screen(peer, case, threads, longest_responses(model, case, threads))
     threads = settings["generate"].threads
-
-    def our_turn(case=case):
-        torch.set_num_threads(threads)
-        return ours(model, case)
-
     torch.set_num_threads(threads)
     ours(model, replace(case, new_tokens=2))  # warm
-    sides = {"ours": shown("ours", our_turn)}
+    sides = {"ours": partial(ours, model, case)}
     if case.top_p < 1:
-        sides[WITHOUT_TOP_P] = shown(WITHOUT_TOP_P, partial(our_turn, replace(case, top_p=1.0)))
-    for name, setting in settings.items():
-        sides[name] = shown(name, partial(peer.run, case, setting))
-    runs = in_turn(sides, repeats or case.repeats)
-    results = {name: summary(samples) for name, samples in runs.items()}
+        sides[WITHOUT_TOP_P] = partial(ours, model, replace(case, top_p=1.0))
+    sides.update({name: partial(peer.run, case, setting) for name, setting in settings.items()})
+    runs = in_turn({name: partial(shown, name, action) for name, action in sides.items()}, repeats)
+    results = {name: over(statistics.median, samples) for name, samples in runs.items()}
     for name, result in results.items():
-        result["times_peer"] = results["ours"]["rate"] / result["rate"]
-        # a shared machine shows in the other ratio
-        result["times_peer_cpu"] = result["cpu_s"] / results["ours"]["cpu_s"]
+        result["ours is x"] = results["ours"]["tokens/s"] / result["tokens/s"]
+        result["by CPU x"] = result["CPU s"] / results["ours"]["CPU s"]  # a shared machine shows in the other
         result["setting"] = str(settings.get(name, "rollout.generate"))
-    screened = [{"setting": str(setting), "expected_s": seconds} for setting, seconds in tried]
-    return {"case": case.name, "what": str(case), "threads": threads, "sides": results, "tried": screened}
-
-
-def best_settings(case, tried):
-    """The fastest settings of the peer: of `generate` alone, and behind a prompt cache filled by hand."""
-    plain = min((attempt for attempt in tried if attempt[0].repeat != "prefix"), key=expected)[0]
-    if case.name == "a":
-        return {"generate": plain}
-    prefix = min((attempt for attempt in tried if attempt[0].repeat == "prefix"), key=expected)[0]
-    assert prefix.threads == plain.threads
-    return {"generate": plain, "generate behind a prefix": prefix}
+    return {"case": case.name, "what": str(case), "threads": threads, "sides": results}
 
 
 def shown(name, action):
-    """The action of a side, which also prints its rate and times."""
-
-    def run():
-        sample = action()
-        say(f"  run    {name}: {sample.rate:.1f} tokens/s, {sample.wall:.1f} s, {sample.cpu:.1f} CPU-seconds")
-        return sample
-
-    return run
+    """The figures of a run, printed too."""
+    found = figures(*action())
+    say(f"  run    {name}: " + ", ".join(f"{value:.1f} {unit}" for unit, value in found.items()))
+    return found
 
 
 def longest_responses(model, case, threads):
@@ -358,27 +267,31 @@ def longest_responses(model, case, threads):
     if not case.eos_ids:
         return lambda prompts: case.new_tokens
     torch.set_num_threads(threads[0])
-    few = replace(case, samples=-(-case.samples // 4))
-    lengths = torch.tensor(ours(model, few, step=2).lengths).view(len(case.prompts), -1)
-    say(f"  lengths by question, mean {[round(x, 1) for x in lengths.float().mean(1).tolist()]}, "
-        f"longest {lengths.amax(1).tolist()}")  # fmt: skip
-    longest = dict(zip(map(tuple, case.prompts), lengths.amax(1).tolist(), strict=True))
-    return lambda prompts: max(longest[tuple(prompt)] for prompt in prompts)
-
-
-def summary(samples):
-    lengths = [length for sample in samples for length in sample.lengths]
-    return {
-        "rate": statistics.median(sample.rate for sample in samples),
-        "wall_s": statistics.median(sample.wall for sample in samples),
-        "cpu_s": statistics.median(sample.cpu for sample in samples),
-        "mean_length": statistics.mean(lengths),
-        "runs": [sample.rate for sample in samples],
-    }
+    lengths, _, _ = ours(model, replace(case, samples=-(-case.samples // 4)), step=2)
+    longest = torch.tensor(lengths).view(len(case.prompts), -1).amax(1).tolist()
+    say(f"  longest response by question: {longest}")
+    by_prompt = dict(zip(map(tuple, case.prompts), longest, strict=True))
+    return lambda prompts: max(by_prompt[tuple(prompt)] for prompt in prompts)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # what bounds us
+
+
+def gemm_peaks(size=2048):
+    """FLOP/s of one large square product in fp32, by each library that torch has here: {name: FLOP/s}."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    products = {"torch.mm": lambda: a @ b}
+    if ONEDNN:
+        products["oneDNN"] = lambda: onednn_product(a, b)
+    return {name: 2 * size**3 / seconds_of(product, 1.5) for name, product in products.items()}
+
+
+def memory_bandwidth(size=1 << 30):
+    """Bytes/s of summing `size` bytes (read) and of copying them (read and written, each counted)."""
+    source = torch.ones(size // 4)
+    target = torch.empty_like(source)
+    return size / seconds_of(source.sum, 1.0), 2 * size / seconds_of(lambda: target.copy_(source), 1.0)
 
 
 def bounds(model, cases, threads, repeats):
@@ -389,27 +302,23 @@ def bounds(model, cases, threads, repeats):
     weights = sum(matrix.weight.numel() for matrix in matrices)  # a tied head counts, the embedding does not
     peaks, (read, copy) = gemm_peaks(), memory_bandwidth()
     flops, bandwidth = max(peaks.values()), max(read, copy)
-    result = {"threads": threads, "gemm_flops": peaks, "read_bytes_s": read, "copy_bytes_s": copy,
-              "matrix_weights": weights}  # fmt: skip
-    rows = []
-    for name, peak in peaks.items():
-        rows.append([f"2048 x 2048 by {name}", f"{peak / 1e9:.1f} GFLOP/s", f"{peak / flops:.0%}", ""])
-    rows.append(["sum of 1 GiB", f"{read / 1e9:.1f} GB/s", "", "100 %"])
-    rows.append(["copy of 1 GiB", f"{copy / 1e9:.1f} GB/s", "", f"{copy / read:.0%}"])
+    rows = [[f"2048 x 2048 by {name}", f"{p / 1e9:.1f} GFLOP/s", f"{p / flops:.0%}", ""]
+            for name, p in peaks.items()]  # fmt: skip
+    rows += [[f"{name} of 1 GiB", f"{rate / 1e9:.1f} GB/s", "", f"{rate / bandwidth:.0%}"]
+             for name, rate in (("sum", read), ("copy", copy))]  # fmt: skip
+    found = {}
     for count, case in ((64, cases["b"]), (1, cases["a"])):
-        alone, decode = matrices_seconds(matrices, count), decode_seconds(model, case, repeats)
-        for name, seconds in (("the matrices alone", alone), ("decode", decode)):
-            of_product, of_bandwidth = (
-                2 * weights * count / seconds / flops,
-                4 * weights / seconds / bandwidth,
-            )
-            shares = [f"{of_product:.0%}", f"{of_bandwidth:.0%}"]
-            rows.append([f"{name}, {count} rows", f"{1000 * seconds:.1f} ms", *shares])
-        result[f"rows_{count}"] = {"matrices_s": alone, "decode_s": decode, "gemm_share": of_product,
-                                   "bandwidth_share": of_bandwidth}  # fmt: skip
+        seconds = {"the matrices alone": matrices_seconds(matrices, count),
+                   "decode": decode_seconds(model, case, repeats)}  # fmt: skip
+        for name, each in seconds.items():
+            of_product, of_bandwidth = 2 * weights * count / each / flops, 4 * weights / each / bandwidth
+            rows.append([f"{name}, {count} rows", f"{1000 * each:.1f} ms", f"{of_product:.0%}",
+                         f"{of_bandwidth:.0%}"])  # fmt: skip
+        found[count] = {**seconds, "gemm share": of_product, "bandwidth share": of_bandwidth}
     say(table(["one token a row", "", "of the product", "of the bandwidth"], rows))
-    result["attention_flops_a_token"] = uncounted(model.config, cases["b"], weights)
-    return result
+    say(f"Counted are the matrices, {2 * weights / 1e6:.1f} MFLOP a token and {4 * weights / 1e6:.1f} MB a "
+        "step; attention is not. Decode is a long run less a short one.")  # fmt: skip
+    return found
 
 
 def matrices_seconds(matrices, count):
@@ -419,78 +328,55 @@ def matrices_seconds(matrices, count):
         return seconds_of(lambda: [matrix(inputs[matrix.in_features]) for matrix in matrices], 3.0)
 
 
-def uncounted(config, case, weights):
-    """FLOPs a token of attention, which the shares leave out; a sentence says so."""
-    context = len(case.prompts[0]) + case.new_tokens // 2
-    attention = 4 * config.layers * config.heads * config.head_dim * context
-    say(f"Counted are the matrices, {2 * weights / 1e6:.1f} MFLOP a token and {4 * weights / 1e6:.1f} MB a "
-        f"step; attention is not, {attention / 1e6:.1f} MFLOP a token at {context} tokens. "
-        "Decode is a long run less a short one.")  # fmt: skip
-    return attention
-
-
 def decode_seconds(model, case, repeats):
     """Seconds of one decode step: a full run less a run of an eighth of it, by the tokens between."""
     short = replace(case, new_tokens=case.new_tokens // 8)
-    runs = in_turn(
-        {"long": lambda: ours(model, case).wall, "short": lambda: ours(model, short).wall}, repeats or 3
-    )
-    long, short_s = statistics.median(runs["long"]), statistics.median(runs["short"])
-    say(f"  run    decode of {case.rows} rows: {long:.2f} s less {short_s:.2f} s")
-    return (long - short_s) / (case.new_tokens - short.new_tokens)
+    sides = {"long": lambda: ours(model, case)[1], "short": lambda: ours(model, short)[1]}
+    median = {name: statistics.median(runs) for name, runs in in_turn(sides, repeats).items()}
+    return (median["long"] - median["short"]) / (case.new_tokens - short.new_tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------
 
 
 def verdicts(compared, bound):
-    """The aims, and whether they were reached."""
-    lines = []
+    """Print the aims, and whether they were reached."""
+    aims = []
     for result in compared:
-        name, sides = result["case"], result["sides"]
-        for side in list(sides)[1:]:
-            reached, aim = sides[side]["times_peer"], AIMS[name]
-            if side == WITHOUT_TOP_P:
-                aim = 1 / (1 + TOP_P_COST)
-            met = "met" if reached >= aim else "not met"
-            lines.append(f"({name}) aim {aim:.2g} x {side}: {reached:.2f} x, {met}")
+        for side, found in list(result["sides"].items())[1:]:
+            aim = 1 / (1 + TOP_P_COST) if side == WITHOUT_TOP_P else AIMS[result["case"]]
+            aims.append((f"({result['case']}) times {side}", found["ours is x"], aim))
     if bound:
-        for rows, share, aim in ((1, "bandwidth_share", AIM_BANDWIDTH), (64, "gemm_share", AIM_GEMM)):
-            value = bound[f"rows_{rows}"][share]
-            lines.append(f"aim {aim:.0%} {share.replace('_', ' ')} at {rows} rows: {value:.0%}, "
-                         f"{'met' if value >= aim else 'not met'}")  # fmt: skip
-    return "\n".join(lines)
+        aims.append(("bandwidth share at 1 row", bound[1]["bandwidth share"], AIM_BANDWIDTH))
+        aims.append(("gemm share at 64 rows", bound[64]["gemm share"], AIM_GEMM))
+    for name, reached, aim in aims:
+        say(f"{name}: {reached:.2f}, aim {aim:.2f}: {'met' if reached >= aim else 'not met'}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = arguments(__doc__, model=None)
     parser.add_argument("--cases", nargs="*", choices=list("abcd"), default=list("abcd"), help="[a b c d]")
-    parser.add_argument(
-        "--model", type=Path, help="a folder in Hugging Face format [SmolLM2-135M-Instruct, fetched]"
-    )
     parser.add_argument("--threads", nargs="+", type=int, help="numbers of threads to try [1, and all cores]")
     parser.add_argument("--repeats", type=int, help="runs of each side [a 5, b 3, c 1, d 3]")
     parser.add_argument("--no-bounds", action="store_true", help="only the comparison")
     args = parser.parse_args()
     threads = args.threads or sorted({1, torch.get_num_threads(), len(os.sched_getaffinity(0))})
-    folder, began = model_folder(args.model), time.monotonic()
+    folder = model_folder(args.model)
     model, peer, cases = Transformer.from_pretrained(folder), Peer(folder), make_cases(folder)
-    say(f"model    {folder}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, fp32")
-
-    compared = [compare(cases[name], model, peer, threads, args.repeats) for name in args.cases]
-    usual = Counter(result["threads"] for result in compared).most_common(1)[0][0] if compared else threads[0]
-    bound = None if args.no_bounds else bounds(model, cases, usual, args.repeats)
-    rows = [[f"({result['case']}) {name}", result["threads"], f"{side['rate']:.1f}", f"{side['wall_s']:.1f}",
-             f"{side['cpu_s']:.1f}", f"{side['mean_length']:.1f}", f"{side['times_peer']:.2f}",
-             f"{side['times_peer_cpu']:.2f}", side["setting"]]
-            for result in compared for name, side in result["sides"].items()]  # fmt: skip
+    compared = [compare(case, model, peer, threads, args.repeats or case.repeats)
+                for name, case in cases.items() if name in args.cases]  # fmt: skip
+    usual = Counter(result["threads"] for result in compared).most_common(1)
+    bound = None
+    if not args.no_bounds:
+        bound = bounds(model, cases, usual[0][0] if usual else threads[0], args.repeats or 3)
+    sides = [(result, name, side) for result in compared for name, side in result["sides"].items()]
+    rows = [[f"({result['case']}) {name}", result["threads"],
+             *(value if isinstance(value, str) else f"{value:.2f}" for value in side.values())]
+            for result, name, side in sides]  # fmt: skip
     if rows:
-        say(
-            "\n"
-            + table(
-                ["", "threads", "tokens/s", "seconds", "CPU-s", "length", "ours is x", "by CPU x", "setting"],
-                rows,
-            )
-        )
-    say("\n" + verdicts(compared, bound))
-    last_line("rollout", model=folder.name, seconds=time.monotonic() - began, cases=compared, bounds=bound)
+        say("\n" + table(["", "threads", *sides[0][2]], rows))
+    verdicts(compared, bound)
+    last_line(model=folder.name, cases=compared, bounds=bound)
 
 
 if __name__ == "__main__":

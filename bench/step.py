@@ -1,4 +1,4 @@
-r"""Seconds and peak memory of one whole step (sample, vote, learn): ours against TRL's GRPOTrainer, in turn.
+"""Seconds and peak memory of one whole step (sample, vote, learn): ours against TRL's GRPOTrainer, in turn.
 
     # SmolLM2-135M-Instruct, 4 questions x 16 samples x 32 tokens; half an hour on one core
     python bench/step.py
@@ -12,26 +12,26 @@ its leanest setting take part. Every run is a process of its own. Measured is it
 and loading; peak memory is the most that was resident during the step, weights included.
 """
 
-import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
 from common import (
+    arguments,
     clocked,
     forget_peak,
+    in_a_process,
     in_turn,
     last_line,
-    memory,
     model_folder,
-    peak_memory,
+    open_run,
+    over,
     peer,
     say,
+    status,
     table,
 )
 
@@ -39,12 +39,12 @@ WORDS = "big fast light young rich hard wet full".split()
 EXAMPLES = "hot cold, up down, dark bright, long short, sweet sour"
 NEW_TOKENS, QUESTIONS, LR = 32, 4, 1e-6
 AIM_TIME, AIM_MEMORY, AIM_VOTE = 0.4, 0.5, 0.05
-OURS = [{}, {"micro_batch_tokens": 1024}, {"micro_batch_tokens": 256}]  # flags of ttrl.py
+FASTEST, LEANEST = {"batch": 16, "checkpointing": False}, {"batch": 1, "checkpointing": False}
 TRL = [
     {"batch": 64, "checkpointing": False},
-    {"batch": 16, "checkpointing": False},
+    FASTEST,
     {"batch": 4, "checkpointing": False},
-    {"batch": 1, "checkpointing": False},
+    LEANEST,
     {"batch": 64, "checkpointing": True},
     {"batch": 16, "checkpointing": True},
     {"batch": 4, "checkpointing": True},
@@ -65,53 +65,46 @@ def prompts():
 # one step, each side in a process of its own; both return the same fields
 
 
-def our_step(folder, samples, flags):
+def our_step(folder, samples):
     import torch
 
     import ttrl
-    from distributed.ranks import start_processes
-    from support.config import configure
-    from support.run import open_run
 
     torch.use_deterministic_algorithms(True)  # as ttrl.py does
     torch.utils.deterministic.fill_uninitialized_memory = False
     with tempfile.TemporaryDirectory() as out:
         data = Path(out) / "questions.jsonl"
         data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts()))
-        given = dict(model=str(folder), data=str(data), out=out, device="cpu", template="none", votes=samples,
-                     samples=samples, questions_per_step=QUESTIONS, questions_per_update=QUESTIONS, epochs=1,
-                     max_new_tokens=NEW_TOKENS, temperature=1.0, kl=0.0, lr=LR, **flags)  # fmt: skip
-        run = open_run(configure(given), start_processes("cpu"), given)
+        run, _ = open_run(model=folder, data=str(data), out=out, template="none", votes=samples,
+                          samples=samples, questions_per_step=QUESTIONS, questions_per_update=QUESTIONS,
+                          epochs=1, max_new_tokens=NEW_TOKENS, temperature=1.0, kl=0.0, lr=LR)  # fmt: skip
         run.eos_ids = [-1]  # never comes
-        before = memory()
+        before = status("VmRSS")
         forget_peak()
-        (metrics, _), wall, cpu = clocked(ttrl.train_step, run, 1)
+        (metrics, _), wall, cpu = clocked(ttrl.train_step, run, 1, {})
     seconds = {phase: metrics[f"train/seconds_{phase}"] for phase in ("sampling", "voting", "learning")}
     learned = round(metrics["train/train_tokens_per_s"] * seconds["learning"])
     assert learned == QUESTIONS * samples * NEW_TOKENS, (
         f"{learned} tokens were learned from: no reward differs, or rows ended"
     )
-    return {**seconds, "wall": wall, "cpu": cpu, "before": before, "peak": peak_memory(),
-            "prompt_tokens": list(map(len, run.train_prompts))}  # fmt: skip
+    return {**seconds, "wall": wall, "cpu": cpu, "before": before, "peak": status("VmHWM")}
 
 
-def trl_step(folder, samples, setting):
+def trl_step(folder, samples, **setting):
+    import datasets
     import torch
     import transformers
     import trl
 
-    seconds, lengths = {"sampling": 0.0, "voting": 0.0}, []
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa"
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    seconds, lengths, load = {"sampling": 0.0, "voting": 0.0}, [], transformers.AutoModelForCausalLM
+    model = load.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     with tempfile.TemporaryDirectory() as out:
         trainer = trl.GRPOTrainer(
             model,
             voting_reward(samples, seconds, lengths),
-            trl_config(out, samples, setting),
-            datasets_of(prompts()),
-            processing_class=tokenizer,
+            trl_config(out, samples, **setting),
+            datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts()]),
+            processing_class=transformers.AutoTokenizer.from_pretrained(folder),
             callbacks=[step_clock(seconds)],
         )
         generate, weights = model.generate, model.lm_head.weight.detach().clone()
@@ -122,36 +115,29 @@ def trl_step(folder, samples, setting):
             return result
 
         model.generate = generate_clocked
-        before = memory()
+        before = status("VmRSS")
         forget_peak()
         trainer.train()
     found = f"completions of {sorted(set(lengths))} tokens, {len(lengths)} of them"
     assert lengths == [NEW_TOKENS] * (QUESTIONS * samples), found
     assert not torch.equal(weights, model.lm_head.weight), "nothing was learned"
     seconds["learning"] = seconds["wall"] - seconds["sampling"] - seconds["voting"]
-    prompt_tokens = [len(tokenizer(prompt).input_ids) for prompt in prompts()]
-    return {**seconds, "before": before, "prompt_tokens": prompt_tokens}
+    return {**seconds, "before": before}
 
 
-def datasets_of(texts):
-    import datasets
-
-    return datasets.Dataset.from_list([{"prompt": text} for text in texts])
-
-
-def trl_config(out, samples, setting):
+def trl_config(out, samples, batch, checkpointing, optim="adamw_torch_fused", cache=None):
     import trl
 
     rows = QUESTIONS * samples
-    batch = min(setting["batch"], rows)
+    batch = min(batch, rows)
     return trl.GRPOConfig(
         out, per_device_train_batch_size=batch, gradient_accumulation_steps=rows // batch,
         num_generations=samples, max_completion_length=NEW_TOKENS,
         generation_kwargs={"min_new_tokens": NEW_TOKENS}, temperature=1.0, top_p=1.0, top_k=0, beta=0.0,
         num_iterations=1, loss_type="dapo", max_steps=1, learning_rate=LR, weight_decay=0.01,
-        optim=setting.get("optim", "adamw_torch_fused"), cache_implementation=setting.get("cache"),
-        gradient_checkpointing=setting["checkpointing"], use_cpu=True, bf16=False, fp16=False,
-        report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+        optim=optim, cache_implementation=cache, gradient_checkpointing=checkpointing, use_cpu=True,
+        bf16=False, fp16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+        dataloader_pin_memory=False,
     )  # fmt: skip
 
 
@@ -159,6 +145,7 @@ def voting_reward(samples, seconds, lengths):
     """The vote of ttrl.py as a reward of TRL, which passes a question's completions one after another."""
     import grading
     import ttrl
+    from rewards import Group, vote_reward
 
     def reward(prompts, completions, completion_ids, **_):
         began, rewards = time.perf_counter(), []
@@ -167,7 +154,7 @@ def voting_reward(samples, seconds, lengths):
             group = completions[start : start + samples]
             assert len(set(prompts[start : start + samples])) == 1
             answers = [grading.extract_answer(text, truncated=True) for text in group]
-            rewards += ttrl.vote_reward(ttrl.Group(answers, ttrl.vote(answers)[1]))
+            rewards += vote_reward(Group(answers, ttrl.vote(answers)[1]))
         seconds["voting"] += time.perf_counter() - began
         return rewards
 
@@ -184,45 +171,31 @@ def step_clock(seconds):
 
         def on_step_end(self, *_, **__):
             wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
-            seconds.update(wall=wall, cpu=cpu, peak=peak_memory())
+            seconds.update(wall=wall, cpu=cpu, peak=status("VmHWM"))
 
     return Clock()
 
 
-def child(spec):
-    """What a process of one step does: the last line it prints is the result."""
+def child(work, args):
+    """What a process of one step does."""
     import torch
     import transformers
 
     import ttrl
 
-    spec = json.loads(spec)
-    torch.set_num_threads(spec["threads"])
+    torch.set_num_threads(args.threads)
     ttrl.vote(["\\frac{1}{2}", "x"])  # the first formula imports sympy, on either side
     transformers.logging.set_verbosity_error()
-    step = {"ours": our_step, "TRL": trl_step}[spec["side"]]
-    print(json.dumps(step(Path(spec["model"]), spec["samples"], spec["setting"])))
+    step = our_step if work["side"] == "ours" else trl_step
+    print(json.dumps(step(work["folder"], args.samples, **work["setting"])))
 
 
 # ----------------------------------------------------------------------------------------------------------
 # the comparison
 
 
-def measure(side, setting, args):
-    """Run one step in a process of its own."""
-    spec = {
-        "side": side,
-        "setting": setting,
-        "model": str(args.model),
-        "samples": args.samples,
-        "threads": args.threads,
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(spec)], capture_output=True, text=True
-    )
-    if done.returncode:
-        raise SystemExit(f"step.py: {side} {setting} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    result = json.loads(done.stdout.splitlines()[-1])
+def measure(folder, threads, side, setting):
+    result = in_a_process(threads=threads, folder=folder, side=side, setting=setting)
     say(f"  {side + ', ' + named(setting):<56}{result['wall']:>7.1f} s {result['cpu']:>7.1f} CPU-s "
         f"{result['peak'] / 1e9:>6.2f} GB")  # fmt: skip
     return result
@@ -232,92 +205,50 @@ def named(setting):
     return ", ".join(f"{name} {value}" for name, value in setting.items()) or "default flags"
 
 
-def median_of(runs):
-    return {name: statistics.median(run[name] for run in runs) for name in runs[0] if name != "prompt_tokens"}
-
-
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    model = "a folder in Hugging Face format [SmolLM2-135M-Instruct, fetched]"
-    parser.add_argument("--model", type=Path, help=model)
-    samples = "responses to each of the 4 questions, all trained on [16]"
-    parser.add_argument("--samples", type=int, default=16, help=samples)
-    parser.add_argument("--threads", type=int, default=1, help="of both sides [1]")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each side, in turn [3]")
-    no_screen = "take TRL's settings of an earlier screening"
-    parser.add_argument("--no-screen", action="store_true", help=no_screen)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def screen(args):
-    """A run of each setting of both sides: {side: [(setting, result)]}."""
-    say("\nscreening")
-    screened = {"ours": [], "TRL": []}
-    for side, settings in (("ours", OURS), ("TRL", TRL)):
-        for setting in settings if not args.no_screen else []:
-            screened[side].append((setting, measure(side, setting, args)))
-    return screened
-
-
-def chosen(screened):
-    """The sides to compare, {name: (side, setting)}: TRL at its fastest, and its leanest if another."""
-    fastest, leanest = TRL[1], TRL[3]
-    if screened["TRL"]:
-        fastest = min(screened["TRL"], key=lambda tried: tried[1]["wall"])[0]
-        leanest = min(screened["TRL"], key=lambda tried: tried[1]["peak"])[0]
-    sides = {"ours": ("ours", OURS[0]), "ours, small micro-batches": ("ours", OURS[-1])}
-    sides["TRL, fastest"] = ("TRL", fastest)
-    if leanest != fastest:
-        sides["TRL, leanest"] = ("TRL", leanest)
-    return sides
-
-
-def main():
-    args = parse()
-    if args.child:
-        return child(args.child)
-    for name in ("trl", "datasets", "accelerate"):
-        peer(name)
-    args.model, began = model_folder(args.model), time.monotonic()
-    size = f"4 questions x {args.samples} samples x {NEW_TOKENS} tokens"
-    say(f"one step of {size}, {args.threads} threads")
-    screened = screen(args)
-    sides = chosen(screened)
-    say("\nin turn")
-    turns = {name: partial(measure, *side, args) for name, side in sides.items()}
-    runs = in_turn(turns, args.repeats)
-    results = {name: median_of(side_runs) for name, side_runs in runs.items()}
-    report(results, sides, runs, args, screened, began)
-
-
-def report(results, sides, runs, args, screened, began):
+def report(results, settings):
+    """Print the table and the aims: {aim: our share}."""
     phases = ("sampling", "voting", "learning", "wall", "cpu")
     rows = []
     for name, result in results.items():
         seconds = [f"{result[phase]:.2f}" for phase in phases]
         held = [f"{result[part] / 1e9:.2f}" for part in ("before", "peak")]
-        rows.append([name, *seconds, *held, named(sides[name][1])])
+        rows.append([name, *seconds, *held, named(settings[name])])
     header = "seconds, medians;sampling;voting;learning;step;CPU-s;GB before;GB peak;setting".split(";")
     say("\n" + table(header, rows))
-    tokens = {name: side_runs[0]["prompt_tokens"] for name, side_runs in runs.items()}
-    say(f"prompts of {tokens['ours']} tokens for ours and {tokens['TRL, fastest']} for TRL")
-    ours, fastest, aims = results["ours"], results["TRL, fastest"], {}
-    leanest = results.get("TRL, leanest", fastest)
-    aims["time, of TRL at its fastest"] = ours["wall"] / fastest["wall"], AIM_TIME
-    aims["CPU time, of TRL at its fastest"] = ours["cpu"] / fastest["cpu"], AIM_TIME
-    aims["memory, of TRL at its fastest"] = ours["peak"] / fastest["peak"], AIM_MEMORY
-    aims["memory, of TRL at its leanest"] = ours["peak"] / leanest["peak"], AIM_MEMORY
-    aims["voting, of our step"] = ours["voting"] / ours["wall"], AIM_VOTE
+    ours, fastest, leanest = results["ours"], results["TRL, fastest"], results["TRL, leanest"]
+    aims = {
+        "time, of TRL at its fastest": (ours["wall"] / fastest["wall"], AIM_TIME),
+        "CPU time, of TRL at its fastest": (ours["cpu"] / fastest["cpu"], AIM_TIME),
+        "memory, of TRL at its fastest": (ours["peak"] / fastest["peak"], AIM_MEMORY),
+        "memory, of TRL at its leanest": (ours["peak"] / leanest["peak"], AIM_MEMORY),
+        "voting, of our step": (ours["voting"] / ours["wall"], AIM_VOTE),
+    }
     for name, (share, aim) in aims.items():
         say(f"{name}: {share:.3f}, aim {aim}: {'met' if share <= aim else 'not met'}")
-    tried = {}
-    for side, attempts in screened.items():
-        tried[side] = [{"setting": s, **{x: r[x] for x in ("wall", "cpu", "peak")}} for s, r in attempts]
-    last_line("step", model=args.model.name, samples=args.samples, threads=args.threads,
-              seconds=time.monotonic() - began, results=results,
-              settings={name: side[1] for name, side in sides.items()}, prompt_tokens=tokens["ours"],
-              shares={name: share for name, (share, _) in aims.items()}, screened=tried)  # fmt: skip
+    return {name: share for name, (share, _) in aims.items()}
+
+
+def main():
+    parser = arguments(__doc__, model=None, samples=16, threads=1, repeats=3)
+    parser.add_argument("--no-screen", action="store_true", help="TRL's settings of an earlier screening")
+    args = parser.parse_args()
+    if args.child:
+        return child(args.child, args)
+    for name in ("trl", "datasets", "accelerate"):
+        peer(name)
+    run = partial(measure, model_folder(args.model), args.threads)
+    size = f"4 questions x {args.samples} samples x {NEW_TOKENS} tokens"
+    say(f"one step of {size}, {args.threads} threads\n\nscreening")
+    screened = [(setting, run("TRL", setting)) for setting in TRL if not args.no_screen]
+    settings = {"ours": {}, "TRL, fastest": FASTEST, "TRL, leanest": LEANEST}
+    if screened:
+        settings["TRL, fastest"] = min(screened, key=lambda tried: tried[1]["wall"])[0]
+        settings["TRL, leanest"] = min(screened, key=lambda tried: tried[1]["peak"])[0]
+    say("\nin turn")
+    turns = {name: partial(run, name.split(",")[0], setting) for name, setting in settings.items()}
+    results = {name: over(statistics.median, runs) for name, runs in in_turn(turns, args.repeats).items()}
+    last_line(samples=args.samples, threads=args.threads, results=results, settings=settings,
+              shares=report(results, settings), screened=screened)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ end one line of JSON.
 
 import random
 
-from common import clocked, last_line, say, table
+from common import arguments, clocked, last_line, say, table
 
 import grading
 
@@ -40,7 +40,7 @@ def responses(formulas):
 def vote(groups):
     """(classes, CPU-seconds) of extraction and grouping, from an empty cache."""
     grading._read.cache_clear()
-    graded = lambda: [grading.classes(map(grading.extract_answer, group)) for group in groups]  # noqa: E731
+    graded = lambda: [grading.classes([*map(grading.extract_answer, group)]) for group in groups]  # noqa: E731
     found, _, seconds = clocked(graded)
     return sum(map(len, found)), seconds
 
@@ -57,6 +57,7 @@ def ordinary():
 
 
 def main():
+    arguments(__doc__).parse_args()
     kinds = {kind: [responses(map(formula, range(2, 66)))] for kind, formula in FORMULAS.items()}
     kinds["ordinary responses"] = ordinary()
     found = {kind: vote(groups) for kind, groups in kinds.items()}
@@ -64,8 +65,7 @@ def main():
     rows = [(kind, counts[kind], classes, f"{seconds:.3f}") for kind, (classes, seconds) in found.items()]
     say(table(("kind", "answers", "classes", "seconds"), rows))
     last_line(
-        "vote",
-        **{kind: {"classes": classes, "seconds": seconds} for kind, (classes, seconds) in found.items()},
+        **{kind: {"classes": classes, "seconds": seconds} for kind, (classes, seconds) in found.items()}
     )
 
 

@@ -12,6 +12,7 @@ majority.png   when a majority helps: the embedded pair before training
 import argparse
 import sys
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from support import questions  # noqa: E402
 from support.prompts import decode_response, encode_prompt, load_tokenizer  # noqa: E402
 from ttrl import advantages, vote  # noqa: E402
 
-GREEN, GREY, RED = "#2a9d5c", "#c9c9c9", "#c8553d"
+GREEN, GREY, LIGHT, RED = "#2a9d5c", "#c9c9c9", "#f2f2f2", "#c8553d"
 COLORS = ["#8ecae6", "#ffb703", "#a3c585", "#e5989b"]  # of questions
 FOLDER = HERE.parent / "tiny" / "model"
 
@@ -52,6 +53,22 @@ def main():
 def save(figure, path):
     figure.savefig(path, dpi=90, facecolor="white")
     print(path)
+
+
+def title(ax, text, size=10):
+    ax.set_title(text, loc="left", fontsize=size, weight="bold")
+
+
+def cell(ax, x, y, color, text="", size=0.9):
+    ax.add_patch(Rectangle((x, y), size, 0.8, facecolor=color, edgecolor="white"))
+    ax.text(x + size / 2, y + 0.4, text, ha="center", va="center", fontsize=8.5)
+
+
+def cells(ax, y, colors, texts="", note=""):
+    """A row of cells from x = 0, and behind it a note."""
+    for x, (color, text) in enumerate(zip_longest(colors, texts, fillvalue="")):
+        cell(ax, x, y, color, text)
+    ax.text(len(colors) + 0.3, y + 0.4, note, fontsize=9, va="center")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -77,8 +94,8 @@ def draw_shapes():
         "5 advantage [P, M]\n(r - mean) / std",
         "6 learn: mini-batch [B, R]\none advantage for all tokens of a row",
     ]
-    for ax, title in zip(axes, titles, strict=True):
-        ax.set_title(title, loc="left", fontsize=9.5, weight="bold")
+    for ax, text in zip(axes, titles, strict=True):
+        title(ax, text, 9.5)
         ax.axis("off")
     show_responses(axes[0], asked, lengths, answers, votes)
     show_grid(
@@ -90,29 +107,20 @@ def draw_shapes():
     return figure
 
 
-def cell(ax, x, y, color, text="", size=0.9):
-    ax.add_patch(Rectangle((x, y), size, 0.8, facecolor=color, edgecolor="white"))
-    ax.text(x + size / 2, y + 0.4, text, ha="center", va="center", fontsize=8.5)
-
-
 def show_responses(ax, asked, lengths, answers, votes):
     """A bar for each response, as long as the response."""
     for p, group in enumerate(lengths):
         ax.text(0, 10.2 - 5.5 * p, f"{asked[p]}", fontsize=10, weight="bold")
         for n, length in enumerate(group):
-            y = 9.1 - 5.5 * p - n
-            agrees = answers[p][n] == votes[p][0]
-            for token in range(length):
-                cell(ax, token, y, GREEN if agrees else GREY)
-            ax.text(length + 0.3, y + 0.4, answers[p][n] or "no answer", fontsize=9, va="center")
+            color = GREEN if answers[p][n] == votes[p][0] else GREY
+            cells(ax, 9.1 - 5.5 * p - n, [color] * length, note=answers[p][n] or "no answer")
     ax.set(xlim=(0, 13), ylim=(0, 11))
 
 
 def show_grid(ax, texts, rewards, notes=("", "")):
     """A table with a line for each question, green where the response agrees with the label."""
     for p, row in enumerate(texts):
-        for n, text in enumerate(row):
-            cell(ax, n, 7.5 - 5.5 * p, GREEN if rewards[p][n] else GREY, text)
+        cells(ax, 7.5 - 5.5 * p, [GREEN if r else GREY for r in rewards[p][: len(row)]], row)
         ax.text(0, 6.6 - 5.5 * p, notes[p], fontsize=10, weight="bold")
     ax.set(xlim=(0, 4.1), ylim=(0, 11))
 
@@ -122,11 +130,10 @@ def show_mini_batch(ax, lengths, advantage, trained):
     width = max(max(group[:trained]) for group in lengths)
     for p, group in enumerate(lengths):
         for m in range(trained):
-            y, a = 8.1 - 5.5 * p - m, advantage[p][m]
-            for token in range(width):
-                inside = token < group[m]
-                cell(ax, token, y, (GREEN if a > 0 else RED) if inside else "#f2f2f2")
-            ax.text(width + 0.2, y + 0.4, f"{a:+.2f}", fontsize=9, va="center")
+            a, length = advantage[p][m], group[m]
+            colors = [GREEN if a > 0 else RED] * length + [LIGHT] * (width - length)
+            cells(ax, 8.1 - 5.5 * p - m, colors)
+            ax.text(width + 0.2, 8.5 - 5.5 * p - m, f"{a:+.2f}", fontsize=9, va="center")
     ax.text(0, 10.2, "B = 6 rows, R = 9 tokens", fontsize=10)
     ax.text(0, -0.4, "green: more probable, red: less probable,\nlight: masked", fontsize=9, va="top")
     ax.set(xlim=(0, 12), ylim=(0, 11))
@@ -149,24 +156,21 @@ def draw_packing():
     for ax in (left, right):
         ax.axis("off")
         ax.set_aspect("equal")
-    left.set_title("two rows of one question: padded, and packed", loc="left", fontsize=10, weight="bold")
+    title(left, "two rows of one question: padded, and packed")
     for row, text in enumerate(("abcde ", "abcfgh")):
-        for column, letter in enumerate(text):
-            color = COLORS[0] if column < 3 else COLORS[1 + row]
-            cell(left, column, 5.2 - row, color if letter != " " else "#f2f2f2", letter)
-    left.text(6.3, 5.1, "12 places: the prompt a b c twice,\none place of padding", fontsize=9.5, va="center")
-    for index, letter in enumerate(flat):
-        cell(left, index, 2, colors[index], letter)
+        own = [COLORS[0]] * 3 + [COLORS[1 + row] if letter != " " else LIGHT for letter in text[3:]]
+        cells(left, 5.2 - row, own, text)
+    cells(left, 2, colors, flat)
+    for index in range(len(flat)):
         left.text(index + 0.45, 3.0, index, ha="center", fontsize=8, color="0.4")
         left.text(index + 0.45, 1.6, " ".join(predicts[index]) or "-", ha="center", va="top", fontsize=9.5)
-    left.text(
-        6.3,
-        2.4,
-        "6 places: the prompt once, no padding,\nno last token (it predicts nothing)",
-        fontsize=9.5,
-        va="center",
-    )
-    left.text(6.3, 1.4, "what the logits there predict", fontsize=9.5, va="center")
+    notes = {
+        5.1: "12 places: the prompt a b c twice,\none place of padding",
+        2.4: "6 places: the prompt once, no padding,\nno last token (it predicts nothing)",
+        1.4: "what the logits there predict",
+    }
+    for y, text in notes.items():
+        left.text(6.3, y, text, fontsize=9.5, va="center")
     left.set(xlim=(0, 13), ylim=(0.6, 6.4))
     show_mask(right, who_sees(batch), flat, colors)
     return figure
@@ -194,13 +198,11 @@ def who_sees(batch):
 
 def show_mask(ax, sees, flat, colors):
     """A square for each (query, key), coloured where the query sees the key."""
-    title = "who sees whom: a query in each line,\na key in each column"
-    ax.set_title(title, loc="left", fontsize=10, weight="bold")
+    title(ax, "who sees whom: a query in each line,\na key in each column")
     for query, letter in enumerate(flat):
         ax.text(-0.3, 5.4 - query, letter, ha="right", va="center", fontsize=10)
         ax.text(query + 0.45, 6.05, letter, ha="center", fontsize=10)
-        for key in range(len(flat)):
-            cell(ax, key, 5 - query, colors[query] if sees[query, key] else "#f2f2f2")
+        cells(ax, 5 - query, [colors[query] if seen else LIGHT for seen in sees[query]])
     ax.set(xlim=(-0.8, 6.1), ylim=(-0.2, 6.6))
 
 
@@ -214,7 +216,7 @@ def draw_refill(policy, prompts, options, slots=8, votes=6):
 
     class Recorder(rollout.Scheduler):
         def decode(self):
-            history.append(self.running.tolist())
+            history.append(list(self.running))
             super().decode()
 
     longest = max(map(len, prompts)) + options["max_new_tokens"]
@@ -231,10 +233,10 @@ def draw_refill(policy, prompts, options, slots=8, votes=6):
             waiting.append([row if step < lengths[row] else None for row in batch])
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
-    title = f"batches of {slots} that wait for their longest row: {len(waiting)} steps"
-    show_slots(above, waiting, rows.question.tolist(), slots, title)
-    title = f"rollout.py: a row that ends makes room for the next: {len(history)} steps"
-    show_slots(below, history, rows.question.tolist(), slots, title)
+    title(above, f"batches of {slots} that wait for their longest row: {len(waiting)} steps")
+    show_slots(above, waiting, rows.question.tolist(), slots)
+    title(below, f"rollout.py: a row that ends makes room for the next: {len(history)} steps")
+    show_slots(below, history, rows.question.tolist(), slots)
     below.set_xlim(0, max(len(waiting), len(history)))
     below.set_xlabel(
         f"decoding step; {len(lengths)} rows, a colour for each question, its number where a row starts"
@@ -243,7 +245,7 @@ def draw_refill(policy, prompts, options, slots=8, votes=6):
     return figure
 
 
-def show_slots(ax, history, question_of, slots, title):
+def show_slots(ax, history, question_of, slots):
     """A line for each slot, a bar for each stretch of steps that a row spends in it."""
     started = set()
     for start, running in enumerate(history):
@@ -259,7 +261,6 @@ def show_slots(ax, history, question_of, slots, title):
                 ax.text(start + 0.6, slot + 0.45, row, fontsize=8, va="center")
             started.add(row)
     ax.set(ylim=(slots, 0), ylabel="slot")
-    ax.set_title(title, loc="left", fontsize=10, weight="bold")
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -281,9 +282,9 @@ def draw_majority(policy, tokenizer, loaded, prompts, options, votes=64):
     report(loaded, counts, shares, votes)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.set_title(f"{len(loaded)} questions, {votes} samples each", loc="left", fontsize=10, weight="bold")
+    title(left, f"{len(loaded)} questions, {votes} samples each")
     show_shares(left, shares)
-    right.set_title("more votes enlarge the lead, whoever has it", loc="left", fontsize=10, weight="bold")
+    title(right, "more votes enlarge the lead, whoever has it")
     show_votes(right, [q.answer for q in loaded], counts, [own > rival for own, rival in shares])
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)

@@ -20,12 +20,12 @@ sys.path.insert(0, str(HERE.parent))
 
 import grading  # noqa: E402
 from model import Transformer  # noqa: E402
-from rewards import Group, vote_reward  # noqa: E402
+from rewards import Group  # noqa: E402
 from rollout import generate  # noqa: E402
 from support import questions  # noqa: E402
 from support.config import configure  # noqa: E402
 from support.prompts import decode_response, encode_prompt, load_tokenizer  # noqa: E402
-from ttrl import advantages, draw_questions, vote  # noqa: E402
+from ttrl import advantages, draw_questions, vote, vote_reward  # noqa: E402
 
 QUESTION = 6  # of the eight of this step: the majority is right, but only half of the samples agree with it
 AGREES, DIFFERS = "#2a9d5c", "#c9c9c9"

@@ -14,9 +14,7 @@ BENCH = ROOT / "bench"
 PLANTED = f"""
 import os, signal, subprocess, sys, tempfile, time
 sys.path.insert(0, {str(BENCH)!r})
-from first_card import Recorder
-
-sick = False
+from first_card import run_here
 
 def good(card):
     card.record("process", os.getpid())
@@ -43,32 +41,30 @@ def dies(card):
     card.record("before", 1)
     os.kill(os.getpid(), signal.SIGKILL)
 
-def breaks_the_device(card):
-    global sick
-    sick = True
-    raise RuntimeError("CUDA error")
+def fails_a_test(card):
+    card.run_pytest(card.out.parent / "test_planted.py", "-p", "no:cacheprovider")
 
 if sys.argv[1] == "absent":
     raise ImportError("no torch here")
 if sys.argv[1] == "frozen":
     time.sleep(1000)
 print("x" * 3_000_000 if sys.argv[1] == "loud" else "hello")
-STAGES = {{
-    "first": {{good: 9}},
-    "raising": {{raises: 9, good: 9}},
-    "wrong": {{nan: 9}},
-    "hanging": {{hangs: 3, good: 9}},
-    "dying": {{dies: 9, good: 9}},
-    "sick": {{good: 9, breaks_the_device: 9, better: 9}},
-    "stuck": {{hangs: 99}},
-    "absent": {{good: 9}},
-    "loud": {{good: 9}},
-    "last": {{good: 9, better: 9}},
-}}
-card = Recorder(None, STAGES)
-card.run(STAGES[card.stage], lambda: not sick)
+run_here(globals())
 """
-LIMITS = {"stuck": 4, "frozen": 3}  # in seconds; the others are not to be reached
+STAGES = {  # limits in seconds; only those of what hangs are to be reached
+    "first": {"good": 9},
+    "raising": {"raises": 9, "good": 9},
+    "wrong": {"nan": 9},
+    "hanging": {"hangs": 3, "good": 9},
+    "dying": {"dies": 9, "good": 9},
+    "stuck": {"hangs": 20},
+    "frozen": {"good": 3, "better": 3},
+    "absent": {"good": 9},
+    "loud": {"good": 9},
+    "testing": {"fails a test": 60, "good": 9},
+    "mixed": {"good": 9, "raises": 9, "better": 9},
+    "last": {"good": 9, "better": 9},
+}
 
 
 @pytest.fixture
@@ -77,11 +73,11 @@ def start(tmp_path):
     (tmp_path / "planted.py").write_text(PLANTED)
 
     def start(*names, flags=(), out=tmp_path / "out"):
-        stages = [(name, LIMITS.get(name, 60), 2) for name in names]
+        stages = {name: STAGES[name] for name in names}
         argv = ["--out", str(out), *flags]
         code = (
             f"import sys; sys.path.insert(0, {str(BENCH)!r}); import first_card as f; "
-            f"f.main({argv!r}, [f.Stage(*s) for s in {stages!r}], {str(tmp_path / 'planted.py')!r})"
+            f"f.main({argv!r}, {stages!r}, {str(tmp_path / 'planted.py')!r})"
         )
         return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
@@ -103,12 +99,14 @@ def drive(start, tmp_path):
 
 
 def states(lines):
-    return {line["stage"]: line["state"] for line in lines if "part" not in line}
+    """{stage: the worst state of its parts}"""
+    worst = ["failed", "cut off", "skipped", "ok"]
+    stages = dict.fromkeys(line["stage"] for line in lines)
+    return {stage: min(parts(lines, stage).values(), key=worst.index) for stage in stages}
 
 
 def parts(lines, stage):
-    of_stage = [line for line in lines if line["stage"] == stage and "part" in line]
-    return {line["part"]: line["state"] for line in of_stage if "state" in line}
+    return {line["part"]: line["state"] for line in lines if line["stage"] == stage and "state" in line}
 
 
 def seen(lines, stage):
@@ -133,31 +131,35 @@ def test_no_failure_stops_what_comes_behind(drive, tmp_path):
     assert parts(lines, "raising") == {"raises": "failed", "good": "ok"}
     assert parts(lines, "dying") == {"dies": "failed", "good": "ok"} and seen(lines, "dying")["before"] == 1
     assert seen(lines, "wrong") == {"error": "nan", "other error": 0.05}
-    for words in ("ValueError: planted", "killed by SIGKILL", "did not start: ImportError: no torch here"):
+    for words in ("ValueError: planted", "killed by SIGKILL", "ImportError: no torch here"):
         assert words in printed
     assert "!     error " in printed and "~     time " in printed and "1.50 x" in printed
     assert "in raises" in (tmp_path / "out" / "log.txt").read_text()  # its traceback
 
 
-def test_what_hangs_is_killed_with_its_children(drive):
-    lines, printed = drive("first", "hanging", "stuck", "frozen", "last")
-    assert states(lines) == {"first": "ok", "hanging": "failed", "stuck": "cut off", "frozen": "cut off",
-                             "last": "ok"}  # fmt: skip
+def test_what_hangs_is_killed_with_its_children(drive, tmp_path):
+    lines, printed = drive("first", "hanging", "frozen", "last")
+    assert states(lines) == {"first": "ok", "hanging": "failed", "frozen": "failed", "last": "ok"}
     assert parts(lines, "hanging") == {"hangs": "failed", "good": "ok"}
-    assert parts(lines, "stuck") == {"hangs": "failed"}
-    children = [line["seen"] for line in lines if line.get("name") == "child"]
-    assert len(children) == 2 and all(map(gone, children))
-    assert not Path(seen(lines, "hanging")["scratch"]).exists()
+    assert gone(seen(lines, "hanging")["child"]) and not Path(seen(lines, "hanging")["scratch"]).exists()
     assert "its limit of 3 s" in printed
+    assert "in hangs" in (tmp_path / "out" / "log.txt").read_text()  # where it was
 
 
-def test_a_sick_device_gets_a_new_process_for_the_next_part(drive):
-    lines, printed = drive("first", "sick")
-    assert parts(lines, "sick") == {"good": "ok", "breaks the device": "failed", "better": "ok"}
-    begun = [line["part"] for line in lines if line["stage"] == "sick" and "begun" in line]
-    assert begun == ["good", "breaks the device", "better"]
-    numbers = seen(lines, "sick")
-    assert numbers["process"] != numbers["another process"] and "RuntimeError: CUDA error" in printed
+def test_what_runs_when_the_time_is_over_is_cut_off(drive):
+    lines, printed = drive("stuck", "last", flags=["--seconds", "9"])
+    assert states(lines) == {"stuck": "cut off", "last": "skipped"} and "--seconds ended" in printed
+    assert gone(seen(lines, "stuck")["child"])
+
+
+def test_every_part_has_a_process_of_its_own(drive):
+    """After a CUDA error no call of its process succeeds."""
+    lines, printed = drive("first", "mixed")
+    assert parts(lines, "mixed") == {"good": "ok", "raises": "failed", "better": "ok"}
+    begun = [line["part"] for line in lines if line["stage"] == "mixed" and "begun" in line]
+    assert begun == ["good", "raises", "better"]
+    numbers = seen(lines, "mixed")
+    assert numbers["process"] != numbers["another process"] and "ValueError: planted" in printed
 
 
 def test_from_and_until(drive):
@@ -167,7 +169,7 @@ def test_from_and_until(drive):
 
 def test_failed_parts_are_run_again_on_another_machine(drive, tmp_path):
     """The results of the first come along as a file: what passed there is not repeated, but is summarised."""
-    names = ("first", "loud", "sick", "wrong", "last", "raising")
+    names = ("first", "loud", "mixed", "wrong", "last", "raising")
     drive(*names, flags=["--until", "wrong"])
     earlier = tmp_path / "earlier.jsonl"
     cut = '{"stage": "last", "pa'  # as a machine that was taken away may leave it
@@ -176,8 +178,8 @@ def test_failed_parts_are_run_again_on_another_machine(drive, tmp_path):
     lines, printed = drive(*names, out=tmp_path / "again", flags=flags)
     count = len(read(tmp_path / "out" / "results.jsonl"))
     new = lines[count:]
-    assert states(new) == {"first": "ok", "sick": "failed", "wrong": "failed", "last": "ok"}
-    assert parts(new, "sick") == {"breaks the device": "failed"}
+    assert states(new) == {"first": "ok", "mixed": "failed", "wrong": "failed", "last": "ok"}
+    assert parts(new, "mixed") == {"raises": "failed"}
     assert "parts 2 of 3 good" in printed and "raising   not run" in printed
 
 
@@ -212,21 +214,16 @@ def test_the_log_stays_small(drive, tmp_path):
     assert 500_000 < (tmp_path / "out" / "log.txt").stat().st_size < 1_500_000
 
 
-def test_failing_tests_are_recorded_one_by_one(tmp_path):
-    """By the hooks that stage correct gives to pytest; the last test ends pytest itself, without a report."""
+def test_failing_tests_are_recorded_one_by_one(drive, tmp_path):
+    """By the plugin that pytest gets; the last test ends the process, without a report."""
     failing = "import os\ndef test_wrong(): assert 1 == 2, 'not two'\ndef test_last(): os._exit(9)\n"
     (tmp_path / "test_planted.py").write_text(failing)
-    place = {"path": str(tmp_path / "results.jsonl"), "stage": "correct", "part": "tests"}
-    here = {**environment(), "PYTHONPATH": str(BENCH), "FIRST_CARD": json.dumps(place)}
-    command = [sys.executable, "-m", "pytest", "-p", "first_card", "test_planted.py"]
-    done = subprocess.run(command, env=here, cwd=tmp_path, capture_output=True, timeout=120)
-    assert done.returncode == 9
-    (line,) = read(tmp_path / "results.jsonl")
-    assert (line["part"], line["name"], line["ok"]) == ("tests", "test_wrong", False)
-    assert (
-        "not two" in line["note"]
-        and "test_planted.py:2: AssertionError" in (tmp_path / "log.txt").read_text()
-    )
+    lines, printed = drive("testing")
+    assert parts(lines, "testing") == {"fails a test": "failed", "good": "ok"} and "exit code 9" in printed
+    line = next(line for line in lines if "name" in line)
+    assert (line["part"], line["name"], line["ok"]) == ("fails a test", "test_wrong", False)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "not two" in line["note"] and "test_planted.py:2: AssertionError" in log
 
 
 def test_it_reports_where_torch_cannot_be_imported(tmp_path):
@@ -234,7 +231,11 @@ def test_it_reports_where_torch_cannot_be_imported(tmp_path):
     command = [sys.executable, BENCH / "first_card.py", "--out", tmp_path / "out", "--until", "correct"]
     here = {**environment(), "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, env=here, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.count("did not start: ImportError: libcudart is missing") == 3
+    assert done.returncode == 0
+    lines = read(tmp_path / "out" / "results.jsonl")
+    assert states(lines) == dict.fromkeys(("env", "smoke", "correct"), "failed")
+    ends = [line for line in lines if "state" in line]
+    assert len(ends) == 7 == done.stdout.count(": ImportError: libcudart is missing")
 
 
 def test_all_stages_on_a_cpu(tmp_path):
