@@ -1,9 +1,9 @@
-"""Lessons 2 to 6: the real part in the place of each naive one of first_lesson.py, and what it buys.
+"""Lessons 2 to 6: the real part in the place of each naive one of first_lesson.py, and what it gains.
 
     python exercises/lessons.py     # a few minutes on one core; prints the table of docs/lessons.md
 
 Each lesson runs both parts on the same input and stops with an AssertionError unless their numbers are the
-same. Seconds are CPU-seconds of one thread, bytes the most that torch held at a time beyond the input; for
+same. Seconds are CPU-seconds of one thread, bytes the most that torch held at a time beyond the input. For
 ranks, both are those of the process that took most, and the bytes are all that it held.
 """
 
@@ -28,9 +28,9 @@ sys.path.insert(0, str(ROOT))
 import ttrl  # noqa: E402
 from exercises import first_lesson as naive  # noqa: E402
 from kernels.logprob import linear_logprob  # noqa: E402
-from kernels.sampler import uniform  # noqa: E402
+from kernels.sampler import row_keys, uniform  # noqa: E402
 from model import Transformer  # noqa: E402
-from rollout import generate, row_keys  # noqa: E402
+from rollout import generate  # noqa: E402
 from support.pretrained import hf_tensors  # noqa: E402
 from support.prompts import encode_prompt, load_tokenizer  # noqa: E402
 
@@ -76,26 +76,21 @@ def lesson_2_and_3(w, policy, prompts, ends):
         return generate(policy, prompts, VOTES, **options)
 
     plain, cached, batched = measure(without_cache), measure(question_by_question), measure(all_at_once)
-    rollout = batched.result
-    for i, ((tokens, length, logprob), part) in enumerate(zip(plain.result, cached.result, strict=True)):
-        rows = rollout[torch.arange(i * VOTES, (i + 1) * VOTES)]
-        for row in range(VOTES):
-            response, n = tokens[row, : length[row]].tolist(), int(length[row])
-            assert response == part.response(row) == rows.response(row), "the tokens differ"
-            assert close(logprob[row, :n], part.logprob[row, :n]) and close(
-                logprob[row, :n], rows.logprob[row, :n]
-            )
+    for i, (tokens, length, logprob) in enumerate(plain.result):
+        for rows in (cached.result[i], batched.result[batched.result.question == i]):
+            for row, n in enumerate(length.tolist()):
+                assert tokens[row, :n].tolist() == rows.response(row), "the tokens differ"
+                assert close(logprob[row, :n], rows.logprob[row, :n]), "a log-probability differs"
     show("2", "KV cache", plain, cached)
     show("3", "batch and refill", cached, batched)
-    return rollout
+    return batched.result
 
 
 def numbers(question, options):
     """The random numbers that `generate` uses, [R, N]: a hash of what each token is."""
     sample = torch.arange(VOTES)
-    key = row_keys(
-        options["seed"], options["stream"], options["step"], torch.full_like(sample, question), sample
-    )
+    question = torch.full_like(sample, question)
+    key = row_keys(options["seed"], options["stream"], options["step"], question, sample)
     return torch.stack([uniform(key, torch.full_like(key, position)) for position in range(MAX_NEW_TOKENS)])
 
 
@@ -128,35 +123,30 @@ def lesson_5(w, policy, prompts, rollout):
     w = {name: weight.requires_grad_() for name, weight in w.items()}
     rows_of = [(rollout.question == i).nonzero()[:, 0] for i in range(len(prompts))]
 
-    def padded():
-        for weight in w.values():
-            weight.grad = None
+    def padded(prompt, rows):
+        start, width = len(prompt), int(rows.response_length.max())
+        logprob = naive.response_logprob(w, prompt, rows.tokens[:, start : start + width])
+        return logprob[rows.mask()].sum()
+
+    def packed(prompt, rows):
+        return policy(rows)[0].sum()
+
+    def learn(loss_of, parameters):
         total = 0.0
+        for parameter in parameters:
+            parameter.grad = None
         for prompt, rows in zip(prompts, rows_of, strict=True):
-            some = rollout[rows]
-            start, width = len(prompt), int(some.response_length.max())
-            logprob = naive.response_logprob(w, prompt, some.tokens[:, start : start + width])
-            loss = logprob[some.mask()].sum()
+            loss = loss_of(prompt, rollout[rows])
             loss.backward()
             total += loss.item()
         return total
 
-    def packed():
-        policy.zero_grad()
-        total = 0.0
-        for rows in rows_of:
-            loss = policy(rollout[rows])[0].sum()
-            loss.backward()
-            total += loss.item()
-        return total
-
-    sides = measure(padded), measure(packed)
-    assert abs(sides[0].result - sides[1].result) < 1e-5 * abs(sides[0].result), (
-        "the log-probabilities differ"
-    )
+    plain = measure(lambda: learn(padded, w.values()))
+    real = measure(lambda: learn(packed, policy.parameters()))
+    assert abs(plain.result - real.result) < 1e-5 * abs(plain.result), "the log-probabilities differ"
     gradients = hf_tensors(policy.config, {name: p.grad for name, p in policy.named_parameters()})
     assert all(close(w[name].grad, gradient) for name, gradient in gradients.items()), "a gradient differs"
-    show("5", "packed prompts", *sides)
+    show("5", "packed prompts", plain, real)
 
 
 def lesson_6(asked):
@@ -206,7 +196,7 @@ class Measured(NamedTuple):
 
 
 class Watch(TorchDispatchMode):
-    """Adds up the bytes of the tensors that operations make and that are still held: `peak` is the most."""
+    """Counts the bytes of the tensors that operations create and that are still in use, and their peak."""
 
     def __init__(self):
         super().__init__()
@@ -216,7 +206,7 @@ class Watch(TorchDispatchMode):
         result = operation(*args, **(kwargs or {}))
         given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if has_storage(x)}
         for x in tree_leaves(result):
-            # A view has the storage of what it is a view of, and so has what an operation in place returns.
+            # A view, or the result of an operation in place, has the storage of one of the arguments.
             if has_storage(x) and x.untyped_storage().data_ptr() not in given:
                 storage = x.untyped_storage()
                 self.add(storage.nbytes())
@@ -229,12 +219,12 @@ class Watch(TorchDispatchMode):
 
 
 def has_storage(x):
-    """A tensor, and no sparse one: these are made of others, which have been counted."""
+    """A tensor, but not a sparse one: that consists of others, which have been counted."""
     return isinstance(x, torch.Tensor) and x.layout == torch.strided
 
 
 def measure(action):
-    """An action's result, CPU-seconds and peak of memory: run once to be timed, once to be watched."""
+    """An action's result, CPU-seconds and peak memory. It runs twice: timed, then watched."""
     start = time.process_time()
     result = action()
     seconds = time.process_time() - start
@@ -244,18 +234,14 @@ def measure(action):
 
 
 def close(a, b, tolerance=1e-4):
-    """Are the numbers of two tensors equal, but for the rounding of fp32?"""
+    """Are two tensors equal up to the rounding of fp32?"""
     return bool((a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())))
 
 
 def show(lesson, part, plain, real):
-    times = plain.seconds / real.seconds
-    seconds, sizes = (
-        (f"{x:.2f}" for x in (plain.seconds, real.seconds)),
-        (x.bytes / 1e6 for x in (plain, real)),
-    )
-    cells = [lesson, part, *seconds, f"{times:.1f} x", *(f"{size:.1f}" for size in sizes)]
-    print("| " + " | ".join(cells) + " |", flush=True)
+    times, sides = plain.seconds / real.seconds, (plain, real)
+    seconds, sizes = [f"{x.seconds:.2f}" for x in sides], [f"{x.bytes / 1e6:.1f}" for x in sides]
+    print("| " + " | ".join([lesson, part, *seconds, f"{times:.1f} x", *sizes]) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python exercises/make.py FOLDER                all exercises
     python exercises/make.py FOLDER vote loss      only these; the other functions stay as they are
 
-Signatures, docstrings and doctests stay. The files that git tracks are copied, without .git, and nothing else
-is changed, but for what targets.LEFT_OUT names: planted bugs and the solutions that tests keep.
+Signatures, docstrings and doctests stay. The copy has the files that git tracks, without .git and without
+those in targets.LEFT_OUT: planted bugs, and the solutions that tests keep.
 """
 
 import ast
@@ -18,26 +18,26 @@ if __name__ == "__main__":
 from exercises.targets import EXERCISES, LEFT_OUT, ROOT, source_file
 
 
-def find(tree, qualified_name):
-    """The node of a function, "KVCache.open_step" for a method."""
+def find(tree, function):
+    """The node of a function: "f", "Class.f" or "module:Class.f"."""
     node = tree
-    for name in qualified_name.split("."):
+    for name in function.split(":")[-1].split("."):
         kinds = (ast.ClassDef, ast.FunctionDef)
         node = next((n for n in node.body if isinstance(n, kinds) and n.name == name), None)
         if node is None:
-            raise ValueError(f"no function {qualified_name}: has it moved? exercises/targets.py names it")
+            raise ValueError(f"no function {function}: has it moved? exercises/targets.py names it")
     return node
 
 
 def body_lines(node):
-    """The body without the docstring, as the range of its lines, counted from 0."""
-    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
-    signature_end = node.body[0].end_lineno if len(body) < len(node.body) else node.body[0].lineno - 1
-    return range(signature_end, body[-1].end_lineno if body else signature_end)
+    """The lines of a function's body without its docstring, as a range that counts from 0."""
+    has_docstring = ast.get_docstring(node) is not None
+    start = node.body[0].end_lineno if has_docstring else node.body[0].lineno - 1
+    return range(start, node.end_lineno)
 
 
 def blank(text, messages):
-    """Source text in which the bodies of functions raise instead: messages {qualified name: what is said}.
+    """Source text in which functions raise instead of doing their work: messages {function: message}.
 
     >>> print(blank('def f(x):\\n    "Twice x."\\n    return 2 * x', {"f": "exercise 1"}))
     def f(x):
@@ -45,8 +45,10 @@ def blank(text, messages):
         raise NotImplementedError("exercise 1")
     """
     lines, tree = text.splitlines(), ast.parse(text)
-    nodes = {find(tree, name): message for name, message in messages.items()}
-    for node in sorted(nodes, key=lambda node: -node.lineno):  # from the end, so that line numbers stay true
+    nodes = {find(tree, function): message for function, message in messages.items()}
+    for node in sorted(
+        nodes, key=lambda node: -node.lineno
+    ):  # from the end: the lines above keep their numbers
         body = body_lines(node)
         indent = " " * (node.col_offset + 4)
         lines[body.start : body.stop] = [f'{indent}raise NotImplementedError("{nodes[node]}")']
@@ -54,24 +56,22 @@ def blank(text, messages):
 
 
 def blanks(exercises):
-    """{file: {qualified name: message}} of everything that a hand-out of these exercises blanks."""
+    """{file: {function: message}} of everything that a hand-out of these exercises blanks."""
     found = {}
     for exercise in exercises:
-        said = f"exercise {exercise.number}: python exercises/check.py {exercise.name}"
-        for function in (*exercise.functions, *exercise.blanked):
-            found.setdefault(source_file(function), {})[function.split(":")[1]] = said
+        message = f"exercise {exercise.number}: python exercises/check.py {exercise.name}"
+        for function in exercise.blanked:
+            found.setdefault(source_file(function), {})[function] = message
     return found
 
 
 def tracked_files():
-    """The files that git tracks and that a hand-out holds, as paths relative to the project."""
+    """The files that git tracks and that a hand-out contains, as paths relative to the project."""
     try:
         listed = subprocess.check_output(["git", "-C", ROOT, "ls-files", "-z"], text=True)
     except (OSError, subprocess.CalledProcessError):
-        raise ValueError(f"{ROOT} is no git repository, and a hand-out is made of what git tracks") from None
-    hidden = [f"{name}/" for name in LEFT_OUT]
-    names = [name for name in listed.split("\0") if name and not f"{name}/".startswith(tuple(hidden))]
-    return [name for name in names if (ROOT / name).is_file()]
+        raise ValueError(f"{ROOT} is not a git repository, and a hand-out is what git tracks") from None
+    return [name for name in listed.split("\0") if name not in LEFT_OUT and (ROOT / name).is_file()]
 
 
 def hand_out(folder, exercises):
@@ -91,15 +91,15 @@ def main(arguments):
     try:
         if not arguments or arguments[0].startswith("-"):
             raise ValueError("usage: python exercises/make.py FOLDER [EXERCISE ...]")
-        unknown = [name for name in arguments[1:] if name not in EXERCISES]
+        folder, *names = arguments
+        unknown = [name for name in names if name not in EXERCISES]
         if unknown:
-            raise ValueError(f"no exercise is named {unknown[0]}; there are {', '.join(EXERCISES)}")
-        exercises = [EXERCISES[name] for name in arguments[1:] or EXERCISES]
-        hand_out(Path(arguments[0]), exercises)
+            raise ValueError(f"no exercise is named {unknown[0]}; the exercises are {', '.join(EXERCISES)}")
+        hand_out(Path(folder), [EXERCISES[name] for name in names or EXERCISES])
     except (ValueError, OSError) as error:
         print(f"make.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    print(f"{arguments[0]}: to hand out, with {len(exercises)} exercises blanked")
+    print(f"{folder}: a copy to hand out, with {len(names or EXERCISES)} exercises blanked")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""exercises/: the project's own functions pass, wrong ones get a message, a hand-out gives nothing away."""
+"""exercises/: the project's own functions pass, wrong ones get a hint, a hand-out gives nothing away."""
 
 import ast
+import importlib
 import json
 import re
 import shutil
@@ -10,67 +11,43 @@ from xml.etree import ElementTree
 
 import pytest
 from conftest import ROOT, SMALL, environment, lines_of, program
-from wrong_solutions import CHANGED, VOTE, WHOLE
+from wrong_solutions import CHANGED, WHOLE
 
-from exercises import check, make, mutants
-from exercises.targets import EXERCISES, LEFT_OUT, SECONDS, TESTS, short_name, source_file, student_file
+from exercises import check, make, worker
+from exercises.targets import EXERCISES, LEFT_OUT, TESTS, short_name, source_file, student_file
 
 
 def solution(exercise):
-    """The text of a student's file that holds the project's own functions, and the imports that they need."""
-    parts, imports = [], set()
+    """A student's file with the project's own functions, and the names of their modules that they use."""
+    imports, parts = set(), []
     for function in exercise.functions:
-        text = (ROOT / source_file(function)).read_text("utf-8")
-        tree = ast.parse(text)
-        node = make.find(tree, function.split(":")[1])
-        used = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
         module, qualified_name = function.split(":")
+        text = (ROOT / source_file(function)).read_text("utf-8")
+        node = make.find(ast.parse(text), function)
+        used = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
         used |= set(qualified_name.split(".")[:-1])  # the class of a method, which a student may look at
-        imports |= {line for top in tree.body for line in needed(top, module, used)}
+        used &= vars(importlib.import_module(module)).keys() - set(map(short_name, exercise.functions))
+        imports |= {f"from {module} import {name}" for name in used}
         lines = text.splitlines()[node.lineno - 1 - len(node.decorator_list) : node.end_lineno]
         parts.append("\n".join(line[node.col_offset :] for line in lines))
-    own = {f" import {short_name(function)}" for function in exercise.functions}
-    return (
-        "\n\n\n".join(["\n".join(sorted(line for line in imports if not line.endswith(tuple(own)))), *parts])
-        + "\n"
-    )
-
-
-def needed(node, module, used):
-    """Lines that import the names that a statement of a module binds, if they are used."""
-    if isinstance(node, ast.Try):
-        return [line for inner in node.body for line in needed(inner, module, used)]
-    if isinstance(node, ast.Import):
-        return [ast.unparse(node)] if {(a.asname or a.name).split(".")[0] for a in node.names} & used else []
-    if isinstance(node, ast.ImportFrom):
-        named = [a for a in node.names if (a.asname or a.name) in used]
-        return [ast.unparse(ast.ImportFrom(node.module, [a], 0)) for a in named]
-    bound = {node.name} if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else set()
-    if isinstance(node, ast.Assign):
-        bound = {target.id for target in node.targets if isinstance(target, ast.Name)}
-    return [f"from {module} import {name}" for name in sorted(bound & used)]
+    return "\n\n\n".join(["\n".join(sorted(imports)), *parts]) + "\n"
 
 
 def wrong_solutions():
     """(exercise, name, text of the student's file, words) of each."""
-    for exercise, wrong in WHOLE.items():
-        for name, (text, words) in wrong.items():
-            yield exercise, name, text, words
-    for exercise, wrong in CHANGED.items():
+    found = [(e, name, *wrong) for e, by_name in WHOLE.items() for name, wrong in by_name.items()]
+    changes = [(e, name, *change) for e, by_name in CHANGED.items() for name, change in by_name.items()]
+    for bug in check.bugs():
+        exercises = [e.name for e in EXERCISES.values() if bug["function"] in e.functions]
+        changes += [(e, bug["bug"], bug["old"], bug["new"], bug["hint"]) for e in exercises if "hint" in bug]
+    for exercise, name, old, new, words in changes:
         right = solution(EXERCISES[exercise])
-        for name, (old, new, words) in wrong.items():
-            assert right.count(old) == 1, f"{exercise}, {name}: {right.count(old)} times in the solution"
-            yield exercise, name, right.replace(old, new), words
+        assert right.count(old) == 1, f"{exercise}, {name}: {right.count(old)} times in the solution"
+        found.append((exercise, name, right.replace(old, new), words))
+    return found
 
 
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory):
-    worker = check.Worker(str(tmp_path_factory.mktemp("scratch")))
-    yield worker
-    worker.stop()
-
-
-WRONG = list(wrong_solutions())
+WRONG = wrong_solutions()
 
 
 def test_every_exercise_has_three_wrong_solutions():
@@ -79,9 +56,9 @@ def test_every_exercise_has_three_wrong_solutions():
 
 
 @pytest.mark.parametrize("name, about, text, words", WRONG, ids=[f"{w[0]}-{w[1]}" for w in WRONG])
-def test_a_wrong_solution_is_told_the_concept(name, about, text, words, worker, tmp_path):
+def test_a_wrong_solution_is_told_the_concept(name, about, text, words, tmp_path):
     student_file(EXERCISES[name], tmp_path).write_text(text)
-    result = check.check(name, tmp_path, worker)
+    result = check.check(name, tmp_path)
     hint = result["text"].split("\n  -> ", 1)
     assert not result["passed"] and len(hint) == 2 and words in hint[1], result["text"]
     assert "Traceback" not in result["text"] and len(result["text"].splitlines()) <= 4
@@ -90,31 +67,44 @@ def test_a_wrong_solution_is_told_the_concept(name, about, text, words, worker, 
 # ----------------------------------------------------------------------------------------------------------
 # what else can be wrong with a student's file
 
-RIGHT = VOTE + WHOLE["vote"]["tie"][0].removeprefix(VOTE).replace(">=", ">")
+RIGHT = """import grading
+
+
+def vote(answers, kind="math"):
+    classes = []
+    for index, answer in enumerate(answers):
+        same = [c for c in classes if answer and grading.same_answer(answers[c[0]], answer, kind)]
+        if same:
+            same[0].append(index)
+        elif answer:
+            classes.append([index])
+    members = max(classes, key=len, default=[])
+    return max((answers[i] for i in members), key=[answers[i] for i in members].count, default=None), classes
+"""
 
 
 @pytest.mark.parametrize(
     "text, words",
     [
         (RIGHT, "all of its tests pass"),
-        ("def vote(answers:\n", "vote.py, line 1, is no Python"),
+        ("def vote(answers:\n", "vote.py, line 1, is not valid Python"),
         ("def votes(answers):\n    pass\n", "vote.py defines no function vote"),
         ("def vote(answers):\n    pass\n", "vote takes (answers) and should take (answers, kind='math')"),
         ("import numbers_\n" + RIGHT, "vote.py, line 1, cannot be imported: ModuleNotFoundError"),
         (
-            RIGHT.replace("best = []", "best = 1 / 0"),
-            "vote.py, line 9, raises ZeroDivisionError: division by zero",
+            RIGHT.replace("classes = []", "classes = 1 / 0"),
+            "vote.py, line 5, raises ZeroDivisionError: division by zero",
         ),
-        (RIGHT.replace("best = []", "raise NotImplementedError"), "is not written yet"),
-        (RIGHT.replace("best = []", "import os; os._exit(0)"), "the process ended before the tests did"),
-        (RIGHT.replace("best = []", "while True: pass"), "is there a loop that never ends?"),
+        (RIGHT.replace("classes = []", "raise NotImplementedError"), "is not written yet"),
+        (RIGHT.replace("classes = []", "import os; os._exit(0)"), "the process ended before the tests did"),
+        (RIGHT.replace("classes = []", "while True: pass"), "is there a loop that never ends?"),
     ],
 )
-def test_a_broken_file_is_one_sentence(text, words, worker, tmp_path, monkeypatch):
+def test_a_broken_file_is_one_sentence(text, words, tmp_path, monkeypatch):
     if "while" in text:
-        monkeypatch.setattr(worker, "seconds", 5)
+        monkeypatch.setattr(worker, "SECONDS", 5)
     student_file(EXERCISES["vote"], tmp_path).write_text(text)
-    said = check.check("vote", tmp_path, worker)["text"]
+    said = check.check("vote", tmp_path)["text"]
     assert words in said and len(said.splitlines()) == 1, said
 
 
@@ -187,7 +177,8 @@ def test_every_target_is_blanked_and_the_copy_compiles(copy):
     assert not (copy / ".git").exists() and not any((copy / name).exists() for name in LEFT_OUT)
     for path in copy.rglob("*.py"):
         compile(path.read_text("utf-8"), str(path), "exec")
-    for file, messages in make.blanks(EXERCISES.values()).items():
+    blanks = make.blanks(EXERCISES.values())
+    for file, messages in blanks.items():
         before, after = (ast.parse((root / file).read_text("utf-8")) for root in (ROOT, copy))
         for name, message in messages.items():
             old, new = make.find(before, name), make.find(after, name)
@@ -195,15 +186,14 @@ def test_every_target_is_blanked_and_the_copy_compiles(copy):
             assert ast.get_docstring(new) == ast.get_docstring(old)
             assert ast.unparse(new.body[-1]) == f"raise NotImplementedError({message!r})"
             assert len(new.body) <= 2
-    halves = [file for file in make.blanks(EXERCISES.values()) if file.endswith("_triton.py")]
-    assert halves == ["kernels/sampler_triton.py", "kernels/logprob_triton.py"]
-    for file in halves:  # a kernel shows what its torch twin does
-        nodes = [
-            node
-            for node in ast.parse((copy / file).read_text("utf-8")).body
-            if hasattr(node, "decorator_list")
+    twins = [file for file in blanks if file.endswith("_triton.py")]  # kernels, which show what torch does
+    assert twins == ["kernels/sampler_triton.py", "kernels/logprob_triton.py"]
+    for file in twins:
+        tree = ast.parse((copy / file).read_text("utf-8"))
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+        kernels = [
+            node for node in functions if "triton.jit" in "".join(map(ast.unparse, node.decorator_list))
         ]
-        kernels = [node for node in nodes if "triton.jit" in "".join(map(ast.unparse, node.decorator_list))]
         assert len(kernels) >= 2 and all(isinstance(node.body[-1], ast.Raise) for node in kernels)
 
 
@@ -222,23 +212,18 @@ def leaks(folder):
         for name in messages:
             body = make.body_lines(make.find(ast.parse(text), name))
             lines |= {line.strip() for line in text.splitlines()[body.start : body.stop]}
-    lines = {line for line in lines if len(line) > 40}
+    lines = {line.encode() for line in lines if len(line) > 40}
     assert len(lines) > 60
-    texts = {
-        path: path.read_bytes().decode("utf-8", errors="replace")
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-    return {
-        path.relative_to(folder).parts[:2] for path in texts if any(line in texts[path] for line in lines)
-    }
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    leaking = [path for path in files if any(map(path.read_bytes().__contains__, lines))]
+    return {str(path.relative_to(folder)) for path in leaking}
 
 
 def test_no_long_line_of_a_blanked_body_is_left_anywhere(copy, tmp_path, monkeypatch):
     assert leaks(copy) == set()
     monkeypatch.setattr(make, "LEFT_OUT", ())
     make.main([str(tmp_path / "all")])
-    assert {("exercises", "mutants"), ("tests", "wrong_solutions.py")} <= leaks(tmp_path / "all")
+    assert {"exercises/mutants.json", "tests/wrong_solutions.py"} <= leaks(tmp_path / "all")
 
 
 def test_only_some_exercises_are_blanked_on_request(tmp_path):
@@ -262,7 +247,7 @@ def test_the_copy_fails_each_exercise_until_its_functions_are_there_and_needs_no
     copy, tmp_path
 ):
     """In the copy all functions are missing but those of the one exercise that is checked."""
-    for said in ("a stub is there now", "is not written yet"):
+    for said in ("it is a stub now", "is not written yet"):
         done = run_check("--all", "--json", "--folder", tmp_path, root=copy)
         *eight, ninth = json.loads(done.stdout)["tests"]
         assert done.returncode == 1 and "needs the whole project" in ninth["output"]
@@ -271,7 +256,7 @@ def test_the_copy_fails_each_exercise_until_its_functions_are_there_and_needs_no
         student_file(exercise, tmp_path).write_text(solution(exercise))
     results = json.loads(run_check("--all", "--json", "--folder", tmp_path, root=copy).stdout)
     assert [test["status"] for test in results["tests"]] == ["passed"] * 8 + ["failed"], results
-    assert results["score"] == 80 and results["execution_time"] < SECONDS  # of all eight together
+    assert results["score"] == 80 and results["execution_time"] < worker.SECONDS  # of all eight together
 
 
 def failures_in(copy, tmp_path, *tests):
@@ -342,21 +327,30 @@ def test_swap_refuses_in_one_sentence(tmp_path, monkeypatch):
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_a_good_file_of_tests_catches_every_planted_bug(worker, tmp_path):
-    assert len(mutants.diffs()) >= 20
+def test_a_good_file_of_tests_catches_every_planted_bug(tmp_path):
+    assert len(check.bugs()) >= 20
     shutil.copy(ROOT / "tests" / "mutant_killers.py", tmp_path / TESTS)
-    result = check.check("tests", tmp_path, worker)
+    result = check.check("tests", tmp_path)
     assert result["passed"] and result["score"] == check.POINTS, result["text"]
-    assert result["seconds"] < SECONDS
+    assert result["seconds"] < worker.SECONDS
 
 
-def test_tests_that_fail_on_the_real_functions_or_say_nothing_get_no_points(worker, tmp_path, monkeypatch):
+def test_a_bug_whose_text_has_changed_is_not_taken_for_a_caught_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        check, "bugs", lambda: [{"function": "ttrl:vote", "bug": "A.", "old": "?", "new": ""}]
+    )
+    (tmp_path / TESTS).write_text("def test_nothing():\n    pass\n")
+    with pytest.raises(ValueError, match="occurs 0 times"):
+        check.check("tests", tmp_path)
+
+
+def test_tests_that_fail_on_the_real_functions_or_say_nothing_get_no_points(tmp_path, monkeypatch):
     text = "import ttrl\n\ndef test_vote():\n    assert ttrl.vote([{0}])[0] == '4'\n"
     (tmp_path / TESTS).write_text(text.format("'5'"))
-    result = check.check("tests", tmp_path, worker)
-    assert result["score"] == 0 and "on the real functions every test has to pass" in result["text"]
-    few = [path for path in mutants.diffs() if path.name.startswith("vote-")]
-    monkeypatch.setattr(mutants, "diffs", lambda: few)
+    result = check.check("tests", tmp_path)
+    assert result["score"] == 0 and "every test has to pass on the real functions" in result["text"]
+    few = [bug for bug in check.bugs() if bug["function"] == "ttrl:vote"]
+    monkeypatch.setattr(check, "bugs", lambda: few)
     (tmp_path / TESTS).write_text(text.format("'4', None"))
-    result = check.check("tests", tmp_path, worker)
+    result = check.check("tests", tmp_path)
     assert result["score"] == 0 and f"not caught:\n  {len(few)} in ttrl.vote" in result["text"]
