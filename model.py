@@ -1,16 +1,15 @@
 """One decoder-only transformer for the Qwen2, Qwen3, Llama and Mistral families.
 
-Token ids go in as one flat list, the tokens of all rows one after another, so embeddings, norms and linear
-layers never see padding. Only attention knows which token belongs to which row, and the caller passes it in
-as a function `attend(layer, q, k, v)`: over packed rows for learning and prefill (kernels/packing.py),
-over a KV cache for decoding (rollout.py). That is the whole difference between sampling and learning;
-everything else is the same code.
+Token ids go in as one flat list, the tokens of all rows concatenated, so embeddings, norms and linear layers
+never see padding. Only attention knows which token belongs to which row, and the caller passes it in as a
+function `attend(layer, q, k, v)`: over packed rows in learning and prefill (kernels/packing.py), over a KV
+cache in decoding (kernels/kv_cache.py). That is the difference between sampling and learning; up to the
+head, everything else is the same code.
 
 Letters in shape comments: B rows, T tokens, R response tokens, N response tokens of all rows, D width, I
 width of the MLP, H heads, K key/value heads, E head width, V vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,13 +19,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from distributed import parallel
-from distributed.shards import local, rows_of_shard, shard_of, unshard
+from distributed import parallel, weights
 from kernels.fused import rotate, swiglu
 from kernels.linear import Linear, TiedWeight
 from kernels.logprob import linear_logprob, product
 from kernels.packing import gather_rows, pack_responses, pack_rows
-from support.pretrained import read_config, read_weights, write_model
+from support.pretrained import read_config
+from support.rope import rope_frequencies
 
 
 @dataclass(frozen=True)
@@ -52,66 +51,8 @@ class ModelConfig:
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read config.json of `folder`. Raises FileNotFoundError or ValueError, naming the field."""
+        """Read config.json in `folder`. Raises FileNotFoundError or ValueError, naming the field."""
         return cls(**read_config(folder))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# rotary positions
-
-
-def rope_frequencies(config):
-    """Radians per position for each pair of a head, [E/2] in fp32; and a factor on cos and sin (for yarn).
-
-    Su et al. 2021 (arXiv 2104.09864): pair i turns by theta^(-2i/E) per position. The scaled types stretch
-    that to longer contexts. `linear` slows all pairs down; `llama3` and `yarn` only those that turn less than
-    about once in the original context, with a ramp in between; `dynamic` changes nothing up to
-    max_position_embeddings, where we stop anyway.
-    """
-    rope, width = config.rope, config.head_dim
-    kind, theta = rope.get("rope_type", "default"), rope["rope_theta"]
-    frequency = theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)  # [E/2]
-    if kind == "linear":
-        return frequency / rope["factor"], 1.0
-    if kind == "llama3":
-        original = rope["original_max_position_embeddings"]
-        turns = original * frequency / (2 * math.pi)  # of each pair in the original context
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slowed down by factor, 1: unchanged
-        return frequency * (keep + (1 - keep) / rope["factor"]), 1.0
-    if kind == "yarn":
-        return yarn_frequencies(frequency, rope, width), yarn_magnitude(rope)
-    return frequency, 1.0
-
-
-def yarn_frequencies(frequency, rope, width):
-    """YaRN (Peng et al. 2023, arXiv 2309.00071, section 3.2): slow the slow pairs down, not the fast ones."""
-    original, theta = rope["original_max_position_embeddings"], rope["rope_theta"]
-
-    def pair_that_turns(times):  # index of the pair that makes that many turns in the original context
-        return width * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
-
-    low = pair_that_turns(rope.get("beta_fast") or 32)
-    high = pair_that_turns(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, width - 1)
-    ramp = (torch.arange(width // 2) - low) / (high - low or 0.001)
-    ramp = ramp.clamp(0, 1)  # 0: unchanged, 1: slowed down by factor
-    return frequency * (1 - ramp + ramp / rope["factor"])
-
-
-def yarn_magnitude(rope):
-    """YaRN's factor on cos and sin (section 3.4): it sharpens the attention over a longer context."""
-
-    def magnitude(weight=1.0):
-        return 0.1 * weight * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
-
-    if rope.get("attention_factor") is not None:
-        return rope["attention_factor"]
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"])
-    return magnitude()
 
 
 def rope_cos_sin(positions, frequency, scale):
@@ -122,18 +63,20 @@ def rope_cos_sin(positions, frequency, scale):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# layers, with the names of Hugging Face checkpoints, except that q/k/v and gate/up are fused (`hf_tensors`)
+# layers, named as in Hugging Face checkpoints, except that q/k/v and gate/up are fused (`hf_tensors`)
 
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019); sums in fp32, fused on a GPU."""
 
     def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))  # one dtype, or no fused kernel: fp32 under autocast
+        return super().forward(
+            x.to(self.weight.dtype)
+        )  # the fused kernel needs one dtype: fp32 under autocast
 
 
 class Attention(nn.Module):
-    """Grouped-query attention, except for the attending itself: that is the caller's `attend(q, k, v)`."""
+    """Grouped-query attention; the caller passes in attention itself, as `attend(q, k, v)`."""
 
     def __init__(self, config):
         super().__init__()
@@ -147,13 +90,13 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x, cos, sin, attend):
-        qkv = self.qkv_proj(x).contiguous()  # attention wants the numbers of a head next to each other
+        qkv = self.qkv_proj(x).contiguous()  # attention reads the numbers of a head contiguously
         qkv = qkv.unflatten(-1, (-1, self.head_dim))  # [T, H + 2K, E]
         if self.qk_norm:
             q, k, v = qkv.split(self.heads, dim=1)  # [T, H, E], [T, K, E], [T, K, E]
             q = rotate(self.q_norm(q), cos, sin, v.dtype)  # under autocast the norm is in fp32
             k = rotate(self.k_norm(k), cos, sin, v.dtype)
-        else:  # the heads of q and k lie side by side, and turn together
+        else:  # the heads of q and k are adjacent, and are rotated together
             qk, v = qkv.split((sum(self.heads[:2]), self.heads[2]), dim=1)  # [T, H + K, E], [T, K, E]
             q, k = rotate(qk, cos, sin, v.dtype).split(self.heads[:2], dim=1)
         out = attend(q, k, v)  # [T, H, E]
@@ -173,7 +116,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block. group: the ranks that hold its other heads and the rest of its MLP."""
+    """Pre-norm residual block. group: the ranks with its other heads and the rest of its MLP, or None."""
 
     def __init__(self, config, group):
         super().__init__()
@@ -195,8 +138,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.whole_config = config
         self.config = config = parallel.rank_config(config, group)  # of this rank's part
-        self.group = group  # the ranks that hold the other heads of a sampler
-        self.source = source  # the folder of config.json, which save_pretrained writes again
+        self.group = group  # the ranks that hold the other heads of a tensor-parallel sampler
+        self.source = source  # the folder with config.json, which save_pretrained copies
         self.checkpointing = False  # recompute each layer in the backward pass instead of keeping activations
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, group) for _ in range(config.layers))
@@ -210,87 +153,24 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu", shard=None, group=None):
-        """A model from a folder in Hugging Face format (config.json and safetensors, in one file or sharded).
+        """A model from a folder in Hugging Face format: config.json and safetensors, in one file or several.
 
-        shard(model) cuts its parameters into shards and returns the device of these; a group of ranks holds a
-        part each (distributed/parallel.py). A rank keeps its part of one tensor after another, so host
-        memory never holds a whole model besides. Raises FileNotFoundError or ValueError, naming the file and
-        the tensor or field.
+        shard(model) splits its parameters into shards; a group of ranks holds a part each (weights.load).
+        Raises FileNotFoundError or ValueError, naming the file and the tensor or field.
         """
-        config = ModelConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model = cls(config, Path(folder), group)
-            shapes = {name: p.shape for name, p in cls(config).named_parameters()}
-        frequency, model.rope_frequency = model.rope_frequency, None  # stays in fp32
-        model.to(dtype).to_empty(device=shard(model) if shard else device)
-        model.rope_frequency = frequency.to(device)
-        if config.tie_word_embeddings:
-            model.lm_head.weight = model.embed_tokens.weight  # to_empty has parted them
-        for name, tensor in read_weights(folder, config, shapes):
-            model.fill(name, tensor)
-        return model
-
-    @torch.no_grad()
-    def fill(self, name, tensor):
-        """Write what this rank holds of a parameter, given all of it."""
-        parameter = self.get_parameter(name)
-        tensor = parallel.rank_weight(self.whole_config, name, tensor, self.group)
-        rows = rows_of_shard(len(tensor), *shard_of(parameter))
-        local(parameter).copy_(tensor[rows])
-
-    def copy_from(self, other):
-        """Refresh these weights from another model's *in place*, cast to this one's dtype."""
-        for (name, mine), theirs in zip(self.named_parameters(), other.parameters(), strict=True):
-            self.fill(name, unshard(theirs.detach(), mine.device, mine.dtype))
-
-    def whole_parameters(self):
-        """Yield (name, tensor) of every parameter. Of shards: all ranks have to go through it together."""
-        for name, parameter in self.named_parameters():
-            yield name, unshard(parameter.detach())
+            model = cls(ModelConfig.from_pretrained(folder), Path(folder), group)
+        return weights.load(model, folder, dtype, device, shard)
 
     def save_pretrained(self, folder):
         """Write config.json and fp32 safetensors to `folder`; transformers and vLLM load them."""
-        shapes = {name: p.shape for name, p in self.named_parameters()}
-        write_model(folder, self.source, self.config, shapes, self.whole_parameters())
-
-    def backbone(self, tokens, positions, attend, embedded=None):
-        """Hidden states before the head: tokens [T], positions [T] -> [T, D]. attend(layer, q, k, v) attends.
-
-        embedded [T, D]: the embeddings of the tokens, if the caller has looked them up.
-        """
-        x = self.embed_tokens(tokens) if embedded is None else embedded  # [T, D]
-        cos, sin = rope_cos_sin(positions, self.rope_frequency, self.rope_scale)
-        for index, layer in enumerate(self.layers):
-            attend_here = partial(attend, index)
-            if self.checkpointing and torch.is_grad_enabled():
-                # Nothing in a layer is random, so there is no state of a generator to keep.
-                x = checkpoint(layer, x, cos, sin, attend_here, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, cos, sin, attend_here)
-        return self.norm(x)
-
-    def next_token_logits(self, hidden):
-        """The logits that tokens are sampled from: hidden states [B, D] -> [B, V], without gradients.
-
-        On a GPU in fp32 also for a bf16 model: cuBLAS sums in fp32 anyway. In bf16, logits between 16 and 32
-        are 1/8 apart, and the sampler would draw from another distribution than the learner computes.
-        """
-        if hidden.is_cuda:
-            return product(hidden, self.lm_head.weight.T)
-        return self.lm_head(hidden)
-
-    def logits(self, tokens):
-        """Plain next-token logits, [B, T] -> [B, T, V]: for tests and exercises, never built in training."""
-        lengths = torch.full((len(tokens),), tokens.shape[1])
-        batch = pack_rows(tokens, lengths, self.config.windows).to(self.rope_frequency.device)
-        hidden = self.backbone(batch.tokens, batch.positions, batch.attend_packed)  # [B T, D]
-        return self.lm_head(hidden).unflatten(0, tokens.shape)
+        weights.save(self, folder)
 
     def forward(self, rows, temperature=1.0):
-        """Log-probability and entropy of the response tokens of `rows`, a rollout.Rollout: [B, R] each.
+        """The learner's forward pass: log-probability and entropy of the response tokens, [B, R] each.
 
-        R is the longest response; past the end of a response both are 0. Rows with the same `question` share
-        its prompt, which is computed once.
+        rows: a rollout.Rollout; R is its longest response. Beyond the end of a response both are 0. Rows with
+        the same `question` share its prompt, which is computed once.
         """
         batch = pack_responses(rows, self.config.windows).to(self.rope_frequency.device)
         embedded, head = None, self.lm_head.weight
@@ -301,3 +181,37 @@ class Transformer(nn.Module):
         predicting = gather_rows(hidden, batch.logit_positions)  # [N, D]
         logprob, entropy = linear_logprob(predicting, head, batch.targets, temperature)  # [N] each
         return batch.unpack(logprob), batch.unpack(entropy)
+
+    def backbone(self, tokens, positions, attend, embedded=None):
+        """Hidden states before the head: tokens [T], positions [T] -> [T, D].
+
+        attend(layer, q, k, v): attention. embedded [T, D]: the embeddings of the tokens, if the caller has
+        looked them up.
+        """
+        x = self.embed_tokens(tokens) if embedded is None else embedded  # [T, D]
+        cos, sin = rope_cos_sin(positions, self.rope_frequency, self.rope_scale)
+        for index, layer in enumerate(self.layers):
+            attend_here = partial(attend, index)
+            if self.checkpointing and torch.is_grad_enabled():
+                # Nothing in a layer is random, so there is no generator state to keep.
+                x = checkpoint(layer, x, cos, sin, attend_here, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, cos, sin, attend_here)
+        return self.norm(x)
+
+    def next_token_logits(self, hidden):
+        """The logits that tokens are sampled from: hidden states [B, D] -> [B, V], without gradients.
+
+        On a GPU they are fp32 even for a bf16 model: cuBLAS accumulates in fp32 anyway, and in bf16, logits
+        between 16 and 32 are 1/8 apart, so the sampler's distribution would differ from the learner's.
+        """
+        if hidden.is_cuda:
+            return product(hidden, self.lm_head.weight.T)
+        return self.lm_head(hidden)
+
+    def logits(self, tokens):
+        """Plain next-token logits, [B, T] -> [B, T, V]: for tests and exercises, never used in training."""
+        lengths = torch.full((len(tokens),), tokens.shape[1])
+        batch = pack_rows(tokens, lengths, self.config.windows).to(self.rope_frequency.device)
+        hidden = self.backbone(batch.tokens, batch.positions, batch.attend_packed)  # [B T, D]
+        return self.lm_head(hidden).unflatten(0, tokens.shape)

@@ -1,18 +1,15 @@
-"""Rewards, one for each --reward: pure functions of the responses to one question (a Group).
+"""The rewards of TTRL's critics and successors, for --reward. TTRL's own is ttrl.vote_reward.
 
-    vote        1 for the majority                                  TTRL, arXiv 2504.16084
-    gold        1 for the true answer: the upper bound, not TTRL    the same, "leakage"
-    random      a fair coin: the control                            Spurious Rewards, arXiv 2506.10947
     soft        the share of the votes that an answer has           EMPO, arXiv 2504.05812
     selective   the majority if it is clear, against rare answers   SCRL, arXiv 2603.19880
     novel       the majority, and in it what differs most           EVOL-RL, arXiv 2509.15194
 
-They are what TTRL's critics and successors propose, reduced to the reward: all else of a step stays TTRL's,
-so that a comparison changes one thing. No function but gold looks at a true answer. To add one, write it here
-and name it in REWARDS. Metrics describe the hard vote whatever the reward is.
+Each is that paper's method reduced to the reward; everything else in a step stays TTRL's, so a comparison
+changes one thing. To add one, write a function of a Group that returns a number per answer, and name it in
+OTHER_REWARDS. None may read the true answer. Metrics describe the hard vote whatever the reward is.
 
 The advantage is computed from the rewards of the first M of the N responses (`advantages` in ttrl.py). The
-examples say what that makes of them for N = M = 8.
+examples give the advantages for N = M = 8.
 """
 
 from collections.abc import Sequence
@@ -21,56 +18,31 @@ from typing import NamedTuple
 import torch
 
 from grading import majority
-from kernels.sampler import uniform
-from report.metrics import is_right, mean
-from rollout import row_keys
+from report.metrics import mean
 from support.questions import Question
 
 # The thresholds of SCRL's code, as shares of the N votes; the script of its example lowers them.
 CLEAR, MARGIN, RARE = 0.5, 0.15, 0.15
 
 
+class Response(NamedTuple):
+    """A sampled response, as its rank reports it."""
+
+    answer: str | None
+    text: str
+    tokens: Sequence  # of token ids
+    finished: bool  # False: truncated at --max-new-tokens
+
+
 class Group(NamedTuple):
-    """The N responses to one question, as a reward sees them."""
+    """The N responses to one question and their vote."""
 
     answers: list  # [N] of str or None
-    classes: list  # of lists of indices into answers, one for each class of equal answers
-    question: Question | None = None  # its .answer is for gold alone
-    tokens: Sequence = ()  # [N] the token ids of each response
-    coins: Sequence = ()  # [N] uniform numbers in (0, 1), see `toss`
-
-
-def vote_reward(group):
-    """1 for the answers of the majority, 0 for the others and for no answer. TTRL, section 2.2.
-
-    Advantages of the answers 4 4 4 7 7 9 none 5: 1.2076 for each 4, -0.7246 for the rest.
-
-    >>> vote_reward(Group(["4", None, "7", "4"], [[0, 3], [2]]))
-    [1.0, 0.0, 0.0, 1.0]
-    """
-    agreeing = majority(group.classes)
-    return [float(index in agreeing) for index in range(len(group.answers))]
-
-
-def gold_reward(group):
-    """1 for the answers that equal the true one: the upper bound of the paper ("leakage"), not TTRL.
-
-    >>> gold_reward(Group(["4", None, "7", "8/2"], [[0, 3], [2]], Question("2+5=?", "7")))
-    [0.0, 0.0, 1.0, 0.0]
-    """
-    return [float(is_right(group.question, answer)) for answer in group.answers]
-
-
-def random_reward(group):
-    """1 or 0 by a fair coin, whatever the answers: the control. What it gains, the vote cannot claim.
-
-    The coins are a hash of seed, step, question and sample (`toss`), so a run can be repeated on any number
-    of ranks; the paper's are drawn anew.
-
-    >>> random_reward(Group(["4", "4", None], [[0, 1]], coins=[0.7, 0.2, 0.4]))
-    [0.0, 1.0, 1.0]
-    """
-    return [float(coin < 0.5) for coin in group.coins]
+    classes: list  # lists of indices into answers, one for each class of equal answers
+    label: str | None = None  # the pseudo-label
+    question: Question | None = None  # its .answer is for gold and for metrics alone
+    responses: Sequence = ()  # [N] of Response
+    coins: Sequence = ()  # [N] uniform numbers in (0, 1), for random
 
 
 def soft_reward(group):
@@ -94,8 +66,8 @@ def selective_reward(group):
     """1 for a majority that is clear, -1 for rare answers and for no answer, 0 for what lies between. SCRL.
 
     A majority is clear with at least CLEAR of the votes and more than MARGIN ahead of the second; without one
-    nothing is rewarded, and only what is rare is punished. After the mean is taken off, the zeros of such a
-    group become positive advantages: of 4 4 4 7 7 9 none 5, 0.7246 for each 4 and 7 alike, -1.2076 for the
+    nothing is rewarded, and only what is rare is punished. Subtracting the mean turns the zeros of such a
+    group into positive advantages: of 4 4 4 7 7 9 none 5, 0.7246 for each 4 and 7 alike, -1.2076 for the
     rest. Of 4 4 4 4 4 7 7 9: 0.6614, -0.6614 for each 7, -1.9843 for 9.
     Not SCRL: it punishes a rare answer only where the policy is unsure of it (the entropy gate).
 
@@ -117,34 +89,19 @@ def novel_reward(group):
     """From 0.5 to 1 for the majority, from -1 to -0.5 for the others, more for what is novel. EVOL-RL.
 
     Not EVOL-RL: similarity is the cosine of counts of token trigrams, where the paper embeds the reasoning
-    with a second model; the only response with an answer has 1, there -1; and its clipping and entropy bonus
-    are left out.
+    with a second model; a lone response with an answer gets 1 here, -1 there; and its clipping and entropy
+    bonus are left out.
 
     >>> tokens = [[5, 5, 6, 7], [5, 5, 6, 7], [5, 5, 6, 8], [1, 2, 3]]
-    >>> novel_reward(Group(["4", "4", "4", "9"], [[0, 1, 2], [3]], tokens=tokens))
+    >>> responses = [Response(None, "", ids, True) for ids in tokens]
+    >>> novel_reward(Group(["4", "4", "4", "9"], [[0, 1, 2], [3]], responses=responses))
     [0.5, 0.5, 1.0, -0.5]
     """
-    return shaped_by_novelty(trigram_similarity(group.tokens).tolist(), group.classes)
+    similarity = trigram_similarity([response.tokens for response in group.responses])
+    return shaped_by_novelty(similarity.tolist(), group.classes)
 
 
-# The names that --reward takes; each is a function of a Group that returns a number for each answer.
-REWARDS = {"vote": vote_reward, "gold": gold_reward, "random": random_reward, "soft": soft_reward,
-           "selective": selective_reward, "novel": novel_reward}  # fmt: skip
-
-# -----------------------------------------------------------------------------------------------------------
-# random: the coins
-
-
-def toss(seed, step, questions, samples):
-    """The coins of a step: [P][N] uniform numbers in (0, 1), each a hash of what it is for.
-
-    They are a stream of their own, which shares no number with the sampling of responses.
-    """
-    question = torch.arange(questions).repeat_interleave(samples)  # [P N]
-    sample = torch.arange(samples).repeat(questions)  # [P N]
-    key = row_keys(seed, "reward", step, question, sample)
-    return uniform(key, torch.zeros_like(key)).reshape(questions, samples).tolist()
-
+OTHER_REWARDS = {"soft": soft_reward, "selective": selective_reward, "novel": novel_reward}
 
 # -----------------------------------------------------------------------------------------------------------
 # novel: similarity and what it is worth
@@ -153,7 +110,7 @@ def toss(seed, step, questions, samples):
 def trigram_similarity(responses):
     """The cosine of the counts of token trigrams of each pair: N lists of token ids -> [N, N] in fp64.
 
-    A response of one or two tokens is filled up to the one trigram it then has.
+    A response of one or two tokens is padded to a single trigram.
 
     >>> trigram_similarity([[1, 2, 3, 4], [1, 2, 3, 5], [7, 8, 9]]).tolist()
     [[1.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 1.0]]
@@ -174,7 +131,7 @@ def trigram_similarity(responses):
 def shaped_by_novelty(similarity, classes):
     """Rewards [N] from similarities [N][N]: the majority's novelty in [0.5, 1], the others' in [-1, -0.5].
 
-    No answer is -1, and nobody's neighbour.
+    A response without an answer gets -1 and is compared with none.
 
     >>> similarity = [[1, 0.8, 0.2, 0.1], [0.8, 1, 0.4, 0.3], [0.2, 0.4, 1, 0.5], [0.1, 0.3, 0.5, 1]]
     >>> [round(reward, 4) for reward in shaped_by_novelty(similarity, [[0, 1, 2], [3]])]

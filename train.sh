@@ -2,9 +2,9 @@
 # Set everything up and run the main job:  bash train.sh [--nproc N] [flags of ttrl.py, see --help]
 #   bash train.sh                                        the embedded tiny model, a few minutes on a CPU
 #   bash train.sh --model Qwen2.5-Math-1.5B --nproc 8    AIME 2024 on eight GPUs
-# N is the number of processes; without it one for each GPU, or without GPUs one for each core, up to 4.
+# N is the number of processes. The default is one per GPU, or without GPUs one per core, up to 4.
 # Relative paths, such as --data FILE, are relative to the caller's folder.
-# On several nodes, the same line on each; HOST is the address of one of them, --out a folder that all share:
+# On several nodes, run the same line on each. HOST is the address of one node, --out a folder that all share:
 #   bash train.sh --nnodes 2 --rdzv-endpoint HOST:29400 --max-restarts 3 --out /shared/run ...
 # These flags, and --local-addr, are torchrun's.
 set -euo pipefail
@@ -39,10 +39,10 @@ fi
 if [ "$nproc $nnodes $restarts" = '1 1 0' ]; then
     exec "${ttrl[@]}"
 fi
-# Processes share a machine better than threads do: they meet once an update, threads at every matrix product.
+# Processes scale better than threads: they synchronize once per update, threads at every matrix product.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ "$nnodes" = 1 ]; then
-    # They meet at the loopback address: the default, the host name, may not resolve offline; they would hang.
+    # Use the loopback address. The default is the host name, which may not resolve offline and then hangs.
     meet=(--standalone --local-addr "${address:-127.0.0.1}")
 else
     # This node's address: that of the interface which leads to HOST, whatever its name resolves to elsewhere.
@@ -59,9 +59,9 @@ print(s.getsockname()[0])'
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     meet=(--nnodes "$nnodes" --rdzv-backend c10d --rdzv-endpoint "$endpoint" --local-addr "$address")
 fi
-# A wrong flag is one sentence here; from inside torchrun it would come with a page about failed processes.
+# Report a wrong flag here in one sentence; torchrun would add a page about failed processes.
 plan=$(WORLD_SIZE=$((nnodes * nproc)) LOCAL_WORLD_SIZE=$nproc "${ttrl[@]}" --dry-run) || exit $?
 case " ${flags[*]-} " in *" --help "* | *" -h "* | *" --dry-run "*) echo "$plan"; exit ;; esac
-# `python -m torch.distributed.run`, but the caller's folder is not searched for modules.
+# Like `python -m torch.distributed.run`, but without searching the caller's folder for modules.
 torchrun='import sys; sys.path.pop(0); from torch.distributed.run import main; main()'
 exec "$PYTHON" -c "$torchrun" "${meet[@]}" --max-restarts "$restarts" --nproc-per-node "$nproc" "${ttrl[@]:1}"

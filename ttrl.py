@@ -7,87 +7,88 @@ One step (`train_step`), with P questions, N votes and M trained samples:
 
     1  draw        P questions                                     draw_questions
     2  sample      N responses to each                             sample, rollout.generate
-    3  extract     the answer in each response, or None            extract, grading/__init__.py
+    3  extract     the answer in each response, or None            extract, grading/
     4  vote        the most frequent answer is the pseudo-label    vote
-       reward      1 for each response that agrees with it         rewards.vote_reward
+       reward      1 for each response that agrees with it         vote_reward
     5  advantage   (r - mean) / std over the first M of the N      advantages
     6  learn       clipped policy gradient on those M              learn, grpo_loss
 
-At a first reading stop at `generate` and at `run.learner(...)`: the one samples, the other returns the
-log-probabilities of responses. Rollout, engine, packing, model and kernels are how.
+On a first reading, do not look inside `generate` and `run.learner(...)`: the one samples responses, the other
+returns the log-probabilities of their tokens. How they do it is in rollout.py, model.py and kernels/.
 
-What differs from the authors' code (PRIME-RL/TTRL at 3e2cc93), and why:
-  - Answers are counted by mathematical value, not by spelling: 1/2 and 0.5 are one candidate.
-  - A response without an answer never votes and is never rewarded (there, the empty answer could win).
-  - Ties go to the answer with the lowest sample index, and the M trained samples are the first of the N.
-    Neither depends on the number of GPUs.
-  - A mini-batch is the responses to whole questions, on any number of GPUs (there, rows are first balanced by
-    length over the ranks, and on 8 GPUs an update mixes responses to 2 to 4 questions).
-  - The loss is divided by the response tokens of the mini-batch over all ranks, not averaged over pairs of
-    responses: neither micro-batches nor ranks change the update.
-  - The old log-probabilities are the sampler's (there, the actor computes them again, in one more forward
-    pass). On a GPU sampler and learner round differently (logprob_gap), so the first ratios are only near 1.
-  - The learning rate changes with every update, and the first update already moves the weights (there, it
-    changes once per rollout batch and begins at 0).
-  - The last, smaller batch of an epoch is used, not dropped.
-  - label_accuracy grades the label itself (there, it is parsed as if it were a response, and often lost).
+What differs from the authors' code, and why: docs/differences.md.
 """
 
 import math
-import os
-import sys
-import time
 from array import array
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-import transformers
-from tqdm import tqdm
 
 import grading
-from distributed import ranks
-from distributed.parallel import exchange_gradients
-from distributed.plan import peak_memory_gb, planned_updates, steps_per_epoch
-from distributed.ranks import is_rank0, print0
-from distributed.shards import unshard
-from kernels.packing import micro_batches, upload
-from report.ledger import better
-from report.metrics import (
-    Stopwatch,
-    Tally,
-    compared_with_last,
-    describe,
-    evaluation_metrics,
-    grade,
-    mean,
-    to_host,
-    training_metrics,
-)
-from report.screen import counted_votes, progress, shown_responses, taught_nothing
-from rewards import REWARDS, Group, toss, vote_reward  # noqa: F401  vote_reward is step 4 of README
-from rollout import generate, row_keys
-from support.config import LOWER_TEMPERATURES, configure, parse
-from support.prompts import decode_response
-from support.run import finish, log, open_out, open_run, refresh_sampler, save_checkpoint, save_evaluation
+from distributed import parallel, ranks
+from kernels import packing
+from kernels.sampler import row_keys, uniform
+from report import metrics
+from rewards import OTHER_REWARDS, Group, Response
+from rollout import generate
+from support.run import open_run
 
-# -----------------------------------------------------------------------------------------------------------
-# the algorithm: vote, advantage, loss (the reward is in rewards.py)
+# ------------------------------------------------------------------------------------------------------------
+# the algorithm: vote, reward, advantage, loss
 
 
 def vote(answers, kind="math"):
     """Majority vote over the answers to one question: (pseudo-label, classes). Paper, section 2.1.
 
-    classes: lists of indices into `answers`, one list per class of equal answers, in the order of their first
-    members. Equality is mathematical and not transitive (50% equals 0.5 and 50, yet 0.5 is not 50), so an
-    answer joins the first class whose *first member* it equals. None is no answer and in no class. The label
-    is the most frequent spelling in the largest class, None if nobody answered.
+    classes: lists of indices into `answers`, one list per class of equal answers. Mathematical equality is
+    not transitive (50% equals 0.5 and 50, yet 0.5 is not 50), so an answer joins the first class whose *first
+    member* it equals; None equals nothing and joins no class. The largest class wins, on a tie the first. The
+    label is its most frequent spelling, None if nobody answered.
 
     >>> vote(["1/2", "3", "0.5", "1/2", None])
     ('1/2', [[0, 2, 3], [1]])
     """
-    classes = grading.classes(answers, kind)
+    classes = []
+    for index, answer in enumerate(answers):
+        for members in classes:
+            if grading.same_answer(answers[members[0]], answer, kind):
+                members.append(index)
+                break
+        else:
+            if answer is not None:
+                classes.append([index])
     return grading.common_spelling(answers, grading.majority(classes)), classes
+
+
+def vote_reward(group):
+    """TTRL's reward: 1 for the answers of the majority, 0 for others and for no answer. Paper, section 2.2.
+
+    group: a rewards.Group, the answers [N] to one question, the classes of their vote, and more. The answers
+    4 4 4 7 7 9 none 5 give the advantages 1.2076 for each 4 and -0.7246 for the rest.
+
+    >>> vote_reward(Group(["4", None, "7", "4"], [[0, 3], [2]]))
+    [1.0, 0.0, 0.0, 1.0]
+    """
+    majority = grading.majority(group.classes)
+    return [float(index in majority) for index in range(len(group.answers))]
+
+
+def gold_reward(group):
+    """1 for the answers that equal the true one: the paper's upper bound ("leakage"), not TTRL."""
+    return [float(metrics.is_right(group.question, answer)) for answer in group.answers]
+
+
+def random_reward(group):
+    """1 or 0 by a fair coin, whatever the answer: the control of Spurious Rewards (arXiv 2506.10947).
+
+    >>> random_reward(Group(["4", "4", None], [[0, 1]], coins=[0.7, 0.2, 0.4]))
+    [0.0, 1.0, 1.0]
+    """
+    return [float(coin < 0.5) for coin in group.coins]
+
+
+# The names that --reward takes. Each is a function of a Group that returns one number per answer.
+REWARDS = {"vote": vote_reward, "gold": gold_reward, "random": random_reward, **OTHER_REWARDS}
 
 
 def advantages(rewards):
@@ -101,7 +102,7 @@ def advantages(rewards):
     if rewards.shape[1] < 2:
         return torch.zeros_like(rewards)
     advantage = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
-    # The mean of equal numbers may differ from them in the last bit, and 1e-6 would let that count.
+    # The mean of equal numbers may differ from them in the last bit; dividing by 1e-6 would count that.
     return advantage.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
 
 
@@ -113,14 +114,14 @@ def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0,
     them divided by token_count, by default their number. With several micro-batches or ranks, token_count has
     to be that of the whole mini-batch. The objective is PPO's (arXiv 1707.06347, eq. 7), and for a negative
     advantage at least dual_clip * A (arXiv 1912.09729). The KL to a reference policy is the k3 estimator
-    exp(d) - d - 1 with d = ref - new, at most 10 (GRPO, eq. 4); by expm1, as its digits would cancel in fp32.
+    exp(d) - d - 1 with d = ref - new, at most 10 (GRPO, eq. 4); expm1 keeps the digits of a small d.
 
     >>> one = torch.ones(1, 1)
     >>> loss, _ = grpo_loss(-0.5 * one, -one, one, one.bool())  # the ratio e^0.5 = 1.65 is clipped to 1.2
     >>> round(loss.item(), 4)
     -1.2
     """
-    # Exponents are bounded, far outside of what the clips let through: exp() = inf would have a NaN gradient.
+    # Bounded well outside the range that the clips allow: exp() = inf would have a NaN gradient.
     log_ratio = torch.where(mask, logprob - old_logprob, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
     unclipped = ratio * advantage
@@ -142,42 +143,32 @@ def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0,
     return loss, {name: value.detach() for name, value in sums.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # one step
 
 
 def train_step(run, step, last_labels):
-    """One step of the algorithm, counted from 1: its metrics, and on rank 0 {file: its lines in this step}.
+    """One step of the algorithm, counted from 1: (its metrics, the groups and rewards [P][N] on rank 0).
 
-    last_labels: {question id: label of its last vote}, which rank 0 brings up to date.
+    last_labels: {question id: label of its last vote}, updated in place on rank 0.
     """
-    c, watch = run.config, Stopwatch()
+    c, watch = run.config, metrics.Stopwatch()
     drawn = draw_questions(step - 1, len(run.train_set), c.questions_per_step, c.seed)  # P indices
-    questions = [run.train_set[i] for i in drawn]
-    prompts = [run.train_prompts[i] for i in drawn]
+    questions, prompts = [run.train_set[i] for i in drawn], [run.train_prompts[i] for i in drawn]
 
     rollout = sample(run, prompts, c.votes, stream="train", step=step, temperature=c.temperature)
     watch.lap("sampling")
-    responses = extract(run, rollout, questions, c.votes)  # rank 0: [P][N]
-    votes, rewards, metrics = None, None, {}
-    if is_rank0():
-        votes, rewards, metrics = score(c, step, questions, responses, last_labels)
-    rewards = torch.tensor(ranks.broadcast(rewards))  # [P, N]; rank 0 decides, so the ranks cannot disagree
+    responses = extract(run, rollout, questions, c.votes)  # [P][N] on rank 0, [] elsewhere
+    groups = vote_on(questions, responses, toss_coins(c.seed, step, len(questions), c.votes))
+    rewards = [REWARDS[c.reward](group) for group in groups]  # [P][N]
+    measured = metrics.of_training(groups, rewards, c.samples, last_labels)
+    reward = torch.tensor(ranks.broadcast(rewards))  # rank 0 decides, so the ranks cannot disagree
     watch.lap("voting")
-    advantage = advantages(rewards[:, : c.samples])  # [P, M]
-    metrics.update(learn(run, rollout, advantage, step))
+    advantage = advantages(reward[:, : c.samples])  # [P, M]
+    measured.update(learn(run, rollout, advantage, step))
     watch.lap("learning")
-
-    metrics.update(watch.metrics(), peak_memory_gb=peak_memory_gb())
-    metrics["grading_timeouts"] = grading.grading_timeouts
-    metrics["train_tokens_per_s"] = metrics.pop("trained_tokens", 0) / watch.seconds["learning"]
-    lines = {}
-    if is_rank0():
-        sampled_tokens = sum(len(response.tokens) for group in responses for response in group)
-        metrics["rollout_tokens_per_s"] = sampled_tokens / watch.seconds["sampling"]
-        lines["votes.jsonl"] = counted_votes(step, questions, responses, votes)
-        lines["rollouts.jsonl"] = shown_responses(step, questions, responses, votes, rewards.tolist())
-    return {f"train/{name}": value for name, value in metrics.items()}, lines
+    measured.update(metrics.of_machine(groups, watch, measured.pop("trained_tokens", 0)))
+    return measured, groups, rewards
 
 
 def draw_questions(step, count, per_step, seed):
@@ -190,148 +181,102 @@ def draw_questions(step, count, per_step, seed):
     [0, 1, 2, 3, 4]
     """
     epoch, batch = divmod(step, math.ceil(count / per_step))
-    order = row_keys(seed, "draw", epoch, torch.arange(count), sample=0).argsort()  # no two keys are equal
+    order = row_keys(seed, "draw", epoch, torch.arange(count), sample=0).argsort()
     return order[batch * per_step : (batch + 1) * per_step].tolist()
 
 
-def sample(run, prompts, samples, *, stream, step, temperature, top_p=1.0):
-    """Sample this rank's share of the P x N responses: a Rollout, None for a rank without rows."""
+def sample(run, prompts, n, *, stream, step, temperature, top_p=1.0):
+    """Sample this rank's share of the P x n responses: a Rollout, None for a rank without rows."""
     c = run.config
-    rows = [(question, sample) for question in range(len(prompts)) for sample in range(samples)]
-    # Ranks that share a sampler decode their rows together.
-    rows, own = ranks.split_rows(rows, run.split.sampler_ranks)
+    rows = [(question, sample) for question in range(len(prompts)) for sample in range(n)]
+    # Ranks that share a sampler decode their rows together; `own` are this rank's among them.
+    rows, own = ranks.split_rows(rows, c.sampler_ranks)
     if not rows:  # an evaluation may have fewer rows than there are ranks
         return None
-    rollout = generate(
-        run.sampler,
-        prompts,
-        rows,
-        max_new_tokens=c.max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        eos_ids=run.eos_ids,
-        seed=c.seed,
-        stream=stream,
-        step=step,
-        budget_tokens=run.rollout_tokens,
-        engine=run.engine,
-    )
+    options = dict(temperature=temperature, top_p=top_p, max_new_tokens=c.max_new_tokens, eos_ids=run.eos_ids)
+    options.update(engine=run.engine, budget_tokens=c.rollout_tokens)
+    rollout = generate(run.sampler, prompts, rows, seed=c.seed, stream=stream, step=step, **options)
     return rollout[torch.tensor(own, dtype=torch.int64)]
 
 
-class Response(NamedTuple):
-    """What a rank reports of one sampled response."""
-
-    answer: str | None
-    text: str
-    tokens: array  # of token ids, 4 bytes each on their way to rank 0, about as many as the text
-    finished: bool  # False: truncated at --max-new-tokens
-
-
-def extract(run, rollout, asked, samples):
-    """Find the answers in this rank's responses, and gather: on rank 0 a list of Response per question."""
-    mine = []
+def extract(run, rollout, questions, n):
+    """Find the answer in each response of this rank, and gather: [P][n] of Response on rank 0, else []."""
+    own = []
     for row in range(len(rollout) if rollout else 0):
         ids, finished = rollout.response(row), bool(rollout.finished[row])
-        text = decode_response(run.tokenizer, ids)
-        question = asked[int(rollout.question[row])]
+        text = run.decode(ids)
+        question = questions[int(rollout.question[row])]
         answer = grading.extract_answer(text, question.kind, not finished, question.letters)
-        mine.append(Response(answer, text, array("i", ids), finished))
-    flat = ranks.gather(mine)
-    if flat is None:
-        return None
-    return [flat[start : start + samples] for start in range(0, len(flat), samples)]
+        own.append(Response(answer, text, array("i", ids), finished))
+    flat = ranks.gather(own)
+    return [flat[start : start + n] for start in range(0, len(flat), n)]
 
 
-def vote_on(asked, responses):
-    """(label, classes) of each question, from its responses."""
-    groups = zip(asked, responses, strict=True)
-    return [vote([response.answer for response in group], question.kind) for question, group in groups]
+def vote_on(questions, responses, coins=None):
+    """Let the responses [P][n] to each question vote: a Group per question; [] without responses."""
+    groups = []
+    for index, (question, own) in enumerate(zip(questions, responses, strict=bool(responses))):
+        answers = [response.answer for response in own]
+        label, classes = vote(answers, question.kind)
+        groups.append(Group(answers, classes, label, question, own, coins[index] if coins else ()))
+    return groups
 
 
-def score(c, step, asked, responses, last_labels):
-    """On rank 0: votes [P] of (label, classes), rewards [P][N] and metrics of the responses [P][N].
-
-    Metrics describe the vote whatever the reward is. But for --reward gold, training looks at no true answer.
-    """
-    votes = vote_on(asked, responses)
-    records = [grade(*row) for row in zip(asked, responses, votes, strict=True)]
-    rewards, coins = [], toss(c.seed, step, len(asked), c.votes)
-    for question, group, (_, classes), tossed in zip(asked, responses, votes, coins, strict=True):
-        answers, tokens = [response.answer for response in group], [response.tokens for response in group]
-        rewards.append(REWARDS[c.reward](Group(answers, classes, question, tokens, tossed)))
-    metrics = {**training_metrics(records, c.votes), **describe(responses)}
-    metrics.update(compared_with_last(records, last_labels))
-    metrics["reward"] = mean(map(mean, rewards))
-    metrics["zero_variance_groups"] = mean(len(set(row[: c.samples])) == 1 for row in rewards)
-    return votes, rewards, metrics
+def toss_coins(seed, step, questions, n):
+    """The coins of --reward random, [P][n] in (0, 1): hashes, the same on any number of ranks."""
+    question = torch.arange(questions).repeat_interleave(n)  # [P n]
+    key = row_keys(seed, "reward", step, question, torch.arange(n).repeat(questions))
+    return uniform(key, torch.zeros_like(key)).reshape(questions, n).tolist()
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # learning
 
 
 def learn(run, rollout, advantage, step):
     """The optimizer updates of a step from this rank's rows of the rollout: advantage [P, M] -> metrics.
 
-    One update per mini-batch, which is the first M responses to --questions-per-update questions.
+    One update per mini-batch: the first M responses to --questions-per-update questions.
     """
-    c, count = run.config, len(run.train_set)
-    update = planned_updates(c, count, step - 1)  # the number of the first one in the whole run
-    total = planned_updates(c, count, c.epochs * steps_per_epoch(c, count))
-    tally = Tally(run.device)
+    c, tally = run.config, metrics.Tally(run.device)
     for number, start in enumerate(range(0, len(advantage), c.questions_per_update)):
-        stop = min(start + c.questions_per_update, len(advantage))
+        stop = start + c.questions_per_update
         if c.kl == 0 and not advantage[start:stop].any():
             continue  # nothing to learn, and momentum and weight decay alone must not move the weights
         in_mini_batch = (rollout.question >= start) & (rollout.question < stop) & (rollout.sample < c.samples)
-        rows = in_mini_batch.nonzero()[:, 0]
-        accumulate_gradients(run, rollout, rows, advantage, tally)
-        (norm,) = to_host(unshard(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), c.grad_clip)))
+        accumulate_gradients(run, rollout, in_mini_batch.nonzero()[:, 0], advantage, tally)
+        norm = parallel.clip_gradients(run.policy, c.grad_clip)
         if math.isfinite(norm):
-            run.optimizer.param_groups[0]["lr"] = learning_rate(c, update + number, total)
+            run.optimizer.param_groups[0]["lr"] = run.schedule.learning_rate(step, number)
             run.optimizer.step()
-            tally.norms.append(norm)
+            tally.updated(norm, run.optimizer.param_groups[0]["lr"])
         else:
             tally.skipped += 1
         run.optimizer.zero_grad(set_to_none=False)  # gradients stay views of DDP's buckets
-    refresh_sampler(run)
-    metrics = tally.metrics()
-    if tally.norms:
-        metrics["lr"] = run.optimizer.param_groups[0]["lr"]
-    return metrics
+    run.refresh_sampler()
+    return tally.metrics()
 
 
 def accumulate_gradients(run, rollout, rows, advantage, tally):
-    """Forward and backward over a mini-batch: this rank's `rows` of the rollout, in micro-batches.
-
-    The ranks hold different rows of it, in different numbers of micro-batches or none. But every rank has to
-    make the same number of backward passes, so one that has no more repeats its shortest row, all masked.
-    """
-    batches = micro_batches(rollout, rows.tolist(), run.micro_batch_tokens)
+    """Forward and backward over a mini-batch: this rank's `rows` of the rollout, in micro-batches."""
     token_count = int(ranks.all_reduce({"tokens": int(rollout.response_length[rows].sum())})["tokens"])
-    passes = int(ranks.all_reduce({"passes": len(batches)}, dist.ReduceOp.MAX)["passes"])
-    shortest = int((rollout.prompt_length + rollout.response_length).argmin())
-    for index in range(passes):
-        is_real = index < len(batches)
-        micro_batch = rollout[torch.tensor(batches[index] if is_real else [shortest])]
-        mask = micro_batch.mask() & is_real
-        with exchange_gradients(run.learner, is_last_pass=index == passes - 1):
+    for micro_batch, mask, is_last in parallel.micro_batches(rollout, rows, run.config.micro_batch_tokens):
+        with parallel.exchange_gradients(run.learner, is_last):
             loss = micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally)
-            # The exchange averages over the ranks, but the loss of each is a share of one sum.
+            # The exchange averages over the ranks, but each rank's loss is its share of one sum.
             (loss * ranks.world_size()).backward()
 
 
 def micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally):
-    """The loss over the tokens of mask [B, R] in a micro-batch (a Rollout of B rows); `tally` takes notes."""
+    """The loss over the tokens of mask [B, R] in a micro-batch (a Rollout); metrics go to `tally`."""
     c, device = run.config, run.device
-    # Copies are queued, here and below: the GPU may still be busy with the micro-batch before.
-    mask = upload(mask, device)
-    old_logprob = upload(micro_batch.logprob[:, : mask.shape[1]], device)  # [B, R]
-    trained = micro_batch.sample.clamp(max=c.samples - 1)  # a masked row may be any of the N samples
-    row_advantage = upload(advantage[micro_batch.question, trained][:, None], device)  # [B, 1]
+    # Uploads are queued, here and below: the GPU may still be busy with the previous micro-batch.
+    mask = packing.upload(mask, device)
+    old_logprob = packing.upload(micro_batch.logprob[:, : mask.shape[1]], device)  # [B, R]
+    trained = micro_batch.sample.clamp(max=c.samples - 1)  # a masked filler row may have sample >= M
+    row_advantage = packing.upload(advantage[micro_batch.question, trained][:, None], device)  # [B, 1]
     # Shards are cast when they are gathered. No weight cache: it would keep bf16 copies of all weights.
-    mixed = device.type == "cuda" and not run.split.sharded
+    mixed = device.type == "cuda" and not c.sharded
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):
         logprob, entropy = run.learner(micro_batch, c.temperature)
         ref_logprob = None
@@ -344,153 +289,58 @@ def micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally):
     return loss
 
 
-def learning_rate(c, update, total):
-    """Linear warm-up, then a cosine to 0. Updates count from 0, and the first already moves the weights."""
-    warmup = max(1, round(c.warmup * total))
-    if update < warmup:
-        return c.lr * (update + 1) / warmup
-    return c.lr * 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total - warmup)))
+# ------------------------------------------------------------------------------------------------------------
+# evaluation, the loop
 
 
-# ----------------------------------------------------------------------------------------------------------
-# evaluation
+def evaluate(run, lower_temperatures=False):
+    """Sample, vote on and grade every evaluation question: on rank 0 (metrics, a record per question).
 
-
-def evaluate(run, sampling=None):
-    """Sample and grade every evaluation question: on rank 0 (metrics, one record per question).
-
-    sampling: (samples per question, temperature, top-p), by default what the flags say. Every evaluation of a
-    run samples with the same random numbers (step 0). So weights that did not move give the same responses,
-    and the difference of two evaluations is a difference of pairs, with a smaller standard error.
+    lower_temperatures: also report what a lower temperature alone would give. Every evaluation of a run uses
+    the same random numbers (step 0), so weights that did not move give the same responses, and the change
+    between two evaluations is a mean of paired differences, with a smaller standard error.
     """
-    c = run.config
-    samples, temperature, top_p = sampling or (c.eval_samples, c.eval_temperature, c.eval_top_p)
-    options = dict(stream="eval", step=0, temperature=temperature, top_p=top_p)
-    rollout = sample(run, run.eval_prompts, samples, **options)
-    responses = extract(run, rollout, run.eval_set, samples)
-    if not is_rank0():
-        return {}, []
-    votes = vote_on(run.eval_set, responses)
-    records = [grade(*row) for row in zip(run.eval_set, responses, votes, strict=True)]
-    return {**evaluation_metrics(records, samples), **describe(responses)}, records
-
-
-def evaluate_fully(run):
-    """The evaluation of the flags, and for the before/after table what a lower temperature alone gives."""
-    c = run.config
-    metrics, records = evaluate(run)
-    for name, sampling in LOWER_TEMPERATURES.items():
-        if sampling[1:] == (c.eval_temperature, c.eval_top_p):
-            continue
-        other, other_records = evaluate(run, sampling)
-        if "pass@1" in other:
-            metrics.update({name: other["pass@1"], f"{name}_se": other["pass@1_se"]})
-        for record, other_record in zip(records, other_records, strict=True):
-            if "pass@1" in other_record:
-                record[name] = other_record["pass@1"]
-    return metrics, records
-
-
-# ----------------------------------------------------------------------------------------------------------
-# the loop
+    groups = {}
+    for name, (n, temperature, top_p) in run.config.evaluations(lower_temperatures).items():
+        options = dict(stream="eval", step=0, temperature=temperature, top_p=top_p)
+        rollout = sample(run, run.eval_prompts, n, **options)
+        groups[name] = vote_on(run.eval_set, extract(run, rollout, run.eval_set, n))
+    return metrics.of_evaluation(groups)
 
 
 def train(run, state):
     """From `state` (step 0, or a checkpoint's) to the last step: the new state, None if time ran out."""
-    c, entered, seconds_before = run.config, time.monotonic(), state["seconds"]
-    per_epoch = steps_per_epoch(c, len(run.train_set))
-    steps = c.epochs * per_epoch
+    c, watch = run.config, metrics.Stopwatch(state["seconds"])
     if state["step"] == 0:
-        metrics, records = evaluate_fully(run)
-        state["before"] = {"step": 0, "metrics": metrics, "records": records}
-        state["best"] = better(None, 0, records)
-        line = {"step": 0, "epoch": 0, **{f"eval/{name}": value for name, value in metrics.items()}}
-        log(run, line, {}, state)
-    bar = tqdm(total=steps, initial=state["step"], disable=not is_rank0(), unit="step", dynamic_ncols=True)
-    for step in range(state["step"] + 1, steps + 1):
-        metrics, lines = train_step(run, step, state["labels"])
-        line = {"step": step, "epoch": math.ceil(step / per_epoch), **metrics}
-        is_last = step == steps
+        run.log(state, evaluation=evaluate(run, lower_temperatures=True))
+    bar = run.progress_bar(state)
+    for step in range(state["step"] + 1, run.schedule.steps + 1):
+        training, evaluation = train_step(run, step, state["labels"]), None
+        is_last = step == run.schedule.steps
         if is_last or step % c.eval_every == 0:
-            bar.set_description("evaluating")
-            metrics, records = evaluate_fully(run) if is_last else evaluate(run)
-            line.update({f"eval/{name}": value for name, value in metrics.items()})
-            state["after"] = {"step": step, "metrics": metrics, "records": records}
-            state["best"] = better(state["best"], step, records)
-        state["step"], state["seconds"] = step, seconds_before + time.monotonic() - entered
-        count_updates(c, state, line, bar)
-        log(run, line, lines, state)
-        show_progress(bar, line, state)
-        minutes = (time.monotonic() - entered) / 60
-        out_of_time = ranks.broadcast(c.max_minutes is not None and minutes > c.max_minutes)
+            bar.say("evaluating")
+            evaluation = evaluate(run, lower_temperatures=is_last)
+        state.update(step=step, seconds=watch.total())
+        line = run.log(state, training, evaluation)
+        bar.update(line, state, c)
+        out_of_time = ranks.broadcast(c.max_minutes is not None and watch.minutes() > c.max_minutes)
         if is_last or out_of_time or step % c.save_every == 0:
-            save_checkpoint(run, state)
+            run.save_checkpoint(state)
         if out_of_time and not is_last:
-            bar.close()
-            print0(
-                f"stopped after {c.max_minutes} minutes at step {step} of {steps}; the same command goes on"
-            )
+            where = f"step {step} of {run.schedule.steps}"
+            bar.close(f"stopped after {c.max_minutes} minutes at {where}; rerun the same command to resume")
             return None
     bar.close()
     return state
 
 
-def count_updates(c, state, line, bar):
-    """Add the step's updates to the state's; say so if some were skipped, or if a step taught nothing."""
-    skipped = line["train/skipped_updates"]
-    state["updates"] += line["train/updates"]
-    state["skipped_updates"] += skipped
-    if not is_rank0():
-        return
-    if skipped:
-        bar.write(f"step {line['step']}: {skipped} updates skipped, their gradient was not finite")
-    nothing = taught_nothing([line], c)
-    state["empty_steps"] += bool(nothing)
-    if nothing and state["empty_steps"] in (1, 10, 100, 1000):
-        bar.write(nothing)
-
-
-def show_progress(bar, line, state):
-    newest = state.get("after", state["before"])
-    bar.update()
-    bar.set_description("")
-    bar.set_postfix_str(progress(line, newest["metrics"]))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# main
-
-
 def main(argv=None):
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.logging.set_verbosity_error()
-    given = parse(argv, REWARDS)
-    rank = int(os.environ.get("RANK", 0))
-    try:  # whatever is wrong with flags, files or memory is one sentence here, before any work
-        c = configure(given)
-        device = ranks.start_processes(c.device)
-        run = open_run(c, device, given)
-        if c.dry_run:
-            return
-        state = open_out(run)
-    except (ValueError, OSError) as error:
-        if rank == 0 or not dist.is_initialized():  # once there is a group, all ranks raise the same
-            print(f"ttrl.py: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    if c.eval_only:
-        metrics, _ = evaluate_fully(run)
-        if is_rank0():
-            save_evaluation(run, metrics)
+    run, state = open_run(argv, REWARDS)
+    if run.config.eval_only:
+        run.save_evaluation(evaluate(run, lower_temperatures=True)[0])
     elif train(run, state):
-        if state["skipped_updates"] and not state["updates"]:
-            count = state["skipped_updates"]
-            reason = f"ttrl.py: the gradient of all {count} updates was not finite, nothing was learned"
-            raise SystemExit(reason if is_rank0() else 1)
-        finish(run, state)
+        run.finish(state)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal cannot show
-    torch.use_deterministic_algorithms(not torch.cuda.is_available())
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     ranks.run_and_leave(main)

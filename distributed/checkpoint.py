@@ -1,10 +1,10 @@
 """Files of a run that survive a crash: lines are synced, files and folders appear whole or not at all.
 
-A checkpoint is a folder out/checkpoint/step-000010 with weights-1-of-1.safetensors, the moments beside it in
-optimizer-1-of-1.safetensors (both fp32), and state.json. Where N ranks hold a shard of each parameter, each
-writes its own: 1-of-N to N-of-N. What was written in N shards is read in any other number, or whole. The
-folder is written beside its place, brought to disk and then renamed, so the newest one that bears a final
-name is complete.
+A checkpoint is a folder out/checkpoint/step-000010 with weights-1-of-1.safetensors, AdamW's moments in
+optimizer-1-of-1.safetensors (both fp32), and state.json. If parameters are sharded over N ranks, each writes
+its own shard: 1-of-N to N-of-N. A checkpoint of N shards can be read into any other number of shards. The
+folder is written under a temporary name, synced to disk and then renamed, so a folder with a final name is
+complete.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from distributed.shards import is_first_copy, local, rows_of_shard, shard_of
 
 
 def append(path, lines):
-    """Append JSON objects to a file, a line each, and bring them to disk."""
+    """Append JSON objects to a file, one per line, and sync it to disk."""
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         file.flush()
@@ -30,10 +30,10 @@ def append(path, lines):
 
 
 def forget_after(path, step):
-    """Drop the lines of steps that a resumed run makes again, and a line that a crash cut in two."""
+    """Drop lines of steps after `step`, which a resumed run repeats, and a line that a crash truncated."""
     kept = []
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for line in text.split("\n"):  # not splitlines: U+2028 may stand inside a line
+    for line in text.split("\n"):  # not splitlines: a line may contain U+2028
         with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -41,7 +41,7 @@ def forget_after(path, step):
 
 
 def write_whole(path, text):
-    """Replace a file so that a reader, or a crash, finds the old one or the new one."""
+    """Replace a file atomically: a reader finds the old one or the new one, even after a crash."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -51,14 +51,14 @@ def write_whole(path, text):
 
 
 def replace_folder(folder, fill):
-    """Let fill(temporary) write a folder, bring it to disk, and put it in the place of `folder`."""
+    """Let fill(temporary) write a folder, then replace `folder` with it."""
     temporary = make_temporary(folder)
     fill(temporary)
     put_in_place(temporary, folder)
 
 
 def make_temporary(folder):
-    """An empty folder beside `folder`."""
+    """An empty folder next to `folder`."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -66,7 +66,7 @@ def make_temporary(folder):
 
 
 def put_in_place(temporary, folder):
-    """Bring a folder's files to disk, and rename it."""
+    """Sync a folder's files to disk, then rename it to `folder`."""
     for path in [*temporary.iterdir(), temporary]:
         sync(path)
     if folder.exists():
@@ -76,16 +76,16 @@ def put_in_place(temporary, folder):
 
 
 def sync(path):
-    """Bring a file's or folder's content to disk."""
+    """Sync a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
 def save(root, policy, optimizer, state):
-    """Write root/step-NNNNNN from the fp32 policy, its AdamW and `state` (JSON); older ones go.
+    """Write root/step-NNNNNN from the fp32 policy, its AdamW and `state` (JSON), and delete older ones.
 
-    All ranks have to call it, and have to see the same disk.
+    All ranks have to call it, and need to see the same disk.
     """
     target = root / f"step-{state['step']:06d}"
     temporary = on_rank0(lambda: make_temporary(target))
@@ -102,7 +102,7 @@ def save(root, policy, optimizer, state):
 
 
 def save_shards(folder, policy, optimizer):
-    """Write what this rank holds of the weights and moments, unless another rank holds the same."""
+    """Write this rank's shard of the weights and moments, unless an earlier rank holds the same."""
     parameters = dict(policy.named_parameters())
     if not is_first_copy(next(iter(parameters.values()))):
         return
@@ -119,7 +119,7 @@ def save_shards(folder, policy, optimizer):
 
 
 def folders(root):
-    """The checkpoints in `root`, oldest first, also half-written ones (.tmp). Other files are not ours."""
+    """The checkpoints in `root`, oldest first, including incomplete ones (.tmp)."""
     named = [
         (re.fullmatch(r"step-(\d+)(\.tmp)?", path.name), path)
         for path in root.glob("step-*")
@@ -134,15 +134,15 @@ def newest(root):
 
 
 def read_state(folder):
-    """The `state` that was saved."""
+    """The `state` that `save` wrote."""
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
 @torch.no_grad()
 def restore(folder, policy, optimizer):
-    """Load a checkpoint's weights and moments in place, each rank what it holds.
+    """Load a checkpoint's weights and moments in place, on each rank its shard.
 
-    Raises ValueError if they are another model's, or a file is missing or damaged.
+    Raises ValueError if they belong to another model, or a file is missing or damaged.
     """
     parameters = dict(policy.named_parameters())
     weights, moments = ShardFiles(folder, "weights"), ShardFiles(folder, "optimizer")
@@ -150,7 +150,7 @@ def restore(folder, policy, optimizer):
         raise ValueError(f"{folder}: holds the parameters of another model; choose another --out")
     for name, parameter in parameters.items():
         weights.read(name, parameter)
-        if f"step {name}" in moments.names:  # it has been updated
+        if f"step {name}" in moments.names:  # absent before the first update
             state = optimizer.state[parameter]
             state["step"] = moments.scalar(f"step {name}").to(parameter.device)
             for key in ("exp_avg", "exp_avg_sq"):
@@ -159,7 +159,7 @@ def restore(folder, policy, optimizer):
 
 
 class ShardFiles:
-    """The files of a kind ("weights" or "optimizer") in a checkpoint: tensors cut by rows into N shards."""
+    """A checkpoint's files of one kind ("weights" or "optimizer"): tensors in N shards of their rows."""
 
     def __init__(self, folder, kind):
         self.folder = folder
@@ -176,7 +176,7 @@ class ShardFiles:
         return self.files[0].get_tensor(name).clone()
 
     def read(self, name, tensor):
-        """Copy the rows that this rank holds of `tensor` out of the files, as many as they overlap with."""
+        """Copy this rank's rows of `tensor` from the files that hold some of them."""
         wanted, target = rows_of_shard(len(tensor), *shard_of(tensor)), local(tensor)
         for index, file in enumerate(self.files):
             held = rows_of_shard(len(tensor), index, len(self.files))

@@ -1,8 +1,8 @@
-"""Processes and what they exchange. A single process is a group of one, so one and many share one path.
+"""Processes and their communication. A single process is a group of one, so there is only one code path.
 
-split_rows(rows) this rank's rows        gather(items)       rank 0 gets the items of all ranks
-print0(text)    on rank 0 only          broadcast(value)    all ranks get rank 0's value
-mesh(...)       ranks in a grid
+split_rows(rows)    this rank's rows        gather(items)       rank 0 gets the items of all ranks
+print0(text)        on rank 0 only          broadcast(value)    all ranks get rank 0's value
+mesh(...)           ranks in a grid
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 # A rank may wait for the slowest rollout, or for rank 0 to write a checkpoint: hours for a large model.
 TIMEOUT = datetime.timedelta(hours=4)
-# NFS may show a new file on another machine as late as this (its acdirmax).
+# How late NFS may show a new file on another machine (its acdirmax).
 SECONDS_TO_SEE = 60
 
 
 def start_processes(device):
-    """Join the process group of torchrun, or found one of a single process. Returns this rank's device."""
+    """Join torchrun's process group, or create one of a single process. Returns this rank's device."""
     if device == "cuda":
         let_segments_grow()
     by_torchrun = "RANK" in os.environ
@@ -45,64 +45,67 @@ def start_processes(device):
 
 
 def let_segments_grow():
-    """Let CUDA's allocator extend its segments: fewer fragments. What the user has configured stays as it is.
+    """Turn on expandable segments in CUDA's allocator, against fragmentation, unless the user configured it.
 
-    To be called before the first allocation. torch has no public function for it, and setting the environment
-    variable here would not do: some versions read it when torch is imported, 2.8 knows only the old name, 2.9
-    ignores the new one (pytorch issue 183387), and later ones warn about the old.
+    Call it before the first allocation. torch has no public function for it, and the environment variable
+    does not work from here: some versions read it when torch is imported, 2.8 knows only the old name, 2.9
+    ignores the new one (pytorch issue 183387), and later ones warn about the old one.
     """
-    # NCCL must not register such memory while a CUDA graph captures a collective: illegal memory accesses
+    # If NCCL registers such memory while a CUDA graph captures a collective, memory accesses are illegal
     # (Megatron-LM's arguments.py, TensorRT-LLM).
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     if any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         return
-    configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # torch 2.8 has the other
+    configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # missing in torch 2.8
     configure = configure or getattr(torch.cuda.memory, "_set_allocator_settings", None)
     if configure:
         configure("expandable_segments:True")
 
 
 def run_and_leave(main):
-    """main() in the process group that it joins, and out of it again. Never returns.
+    """Run main(), which joins a process group, then leave the group and exit. Never returns.
 
-    Who returns or raises SystemExit does so on all ranks, and they leave together. With any other exception a
-    rank is alone. It must not destroy the group: NCCL's end waits for ranks that wait in a collective for
-    this one, and torchrun would not see a failure for as long as TIMEOUT.
+    If main returns or raises SystemExit, it does so on all ranks, and they leave the group together. Any
+    other exception is raised by this rank alone. It must not destroy the group: NCCL would wait for ranks
+    that wait for this one in a collective, and torchrun would not see the failure before TIMEOUT.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold characters the terminal cannot show
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a slow debugging aid
     code = None
     try:
         main()
     except SystemExit as stopped:
-        code = stopped.code  # no more of it: its traceback holds what main had, also CUDA graphs
+        code = stopped.code  # do not keep the exception: its traceback holds main's locals, CUDA graphs too
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
-            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            print("interrupted; rerun the same command to resume from the last checkpoint", file=sys.stderr)
         else:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # also no destructors, which would wait
+        os._exit(1)  # skips destructors, which would wait for other ranks
     if dist.is_initialized():
-        # NCCL waits until no CUDA graph holds a collective of its (pytorch issue 115388).
+        # NCCL waits until no CUDA graph holds one of its collectives (pytorch issue 115388).
         gc.collect()
-        # gloo's thread needs the GIL to drop the tensors of its last operation, and the group's end waits for
-        # that thread without giving the GIL away: a deadlock, unless the thread gets its turn before.
+        # gloo's thread needs the GIL to release the tensors of its last operation, and destroying the group
+        # waits for that thread while holding the GIL. Let the thread run first to avoid the deadlock.
         time.sleep(0.05)
         dist.destroy_process_group()
     raise SystemExit(code)
 
 
 def network_interface():
-    """The name of the network interface over which the ranks reach each other.
+    """The name of the network interface that connects the ranks.
 
-    On one node it is the loopback, which needs no network and no host name. On several it is the one that
-    leads to rank 0; gloo's own choice is the address of the host's name, on Debian 127.0.1.1.
+    On one node it is the loopback, which needs no network and no host name. On several it is the interface
+    that routes to rank 0. gloo would choose the address of the host's name, which on Debian is 127.0.1.1.
     """
     loopback = socket.if_nameindex()[0][1]
     if "RANK" not in os.environ or os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         return loopback
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # Sends nothing: it looks up the route, and with it the address of this end.
+        # Connecting a UDP socket sends nothing; it only looks up the route, and so this node's address.
         probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
         own = probe.getsockname()[0]
         for _, name in socket.if_nameindex():
@@ -111,14 +114,14 @@ def network_interface():
                 answer = fcntl.ioctl(probe, 0x8915, request)  # SIOCGIFADDR of Linux
                 if socket.inet_ntoa(answer[20:24]) == own:
                     return name
-    return loopback  # all of 127.0.0.0/8, of which 127.0.0.1 alone is an interface's address
+    return loopback  # another address of 127.0.0.0/8; the interface itself has 127.0.0.1 only
 
 
 def mesh(device, names, inner):
-    """All ranks as a grid, world size / inner by inner, with a name for each axis: neighbours share a row.
+    """A DeviceMesh of all ranks, [world size / inner, inner], with a name for each axis.
 
-    Its groups wait as long as the group of all ranks. Those of torch's init_device_mesh would give up after
-    10 minutes (NCCL) or 30 (gloo).
+    Its groups have the timeout TIMEOUT; those of torch's init_device_mesh would time out after 10 minutes
+    (NCCL) or 30 (gloo).
     """
     grid, groups = torch.arange(world_size()).view(-1, inner), []
     for lines in (grid.T.tolist(), grid.tolist()):
@@ -144,10 +147,10 @@ def print0(*lines):
 
 
 def split_rows(rows, group_size=1):
-    """This rank's rows: every world-size-th one, so that long and short questions fall to all ranks alike.
+    """Deal out rows to ranks in turn, so that long and short questions are spread evenly.
 
-    Returns the rows of the `group_size` neighbouring ranks that sample together, and the indices of its own
-    among them.
+    Returns the rows of the `group_size` neighbouring ranks that sample together, and the indices of this
+    rank's own rows among them.
     """
     rank, size = dist.get_rank(), world_size()
     together = [index for index in range(len(rows)) if index % size // group_size == rank // group_size]
@@ -156,11 +159,11 @@ def split_rows(rows, group_size=1):
 
 
 def gather(items):
-    """On rank 0 the items of all ranks, in the order before `split_rows`; None on the others."""
+    """On rank 0, the items of all ranks in the order before `split_rows`; [] on the others."""
     parts = [None] * world_size() if is_rank0() else None
     dist.gather_object(items, parts)
     if parts is None:
-        return None
+        return []
     whole = [None] * sum(map(len, parts))
     for rank, part in enumerate(parts):
         whole[rank :: world_size()] = part
@@ -175,14 +178,14 @@ def broadcast(value):
 
 
 def all_reduce(values, op=dist.ReduceOp.SUM):
-    """Sum (or maximum) over all ranks of each number of a dict, whose keys are the same everywhere."""
+    """Sum (or another `op`) over all ranks of each number in a dict. All ranks need the same keys."""
     tensor = torch.tensor([values[name] for name in sorted(values)], dtype=torch.float64)
     dist.all_reduce(tensor, op)
     return dict(zip(sorted(values), tensor.tolist(), strict=True))
 
 
 def on_every_rank(action):
-    """action() on every rank. If it fails on some, all raise ValueError with the reason of each that failed.
+    """Run action() on every rank. If any fails, all ranks raise ValueError with the reasons.
 
     action must not communicate: a rank that fails would leave the others waiting.
     """
@@ -206,19 +209,19 @@ def is_first_on_node():
 
 
 def first_on_node(action):
-    """action() on the first rank of each node, then on the others, which find what it fetched."""
+    """Run action() on the first rank of each node, then on the others, which find what it fetched."""
     first = is_first_on_node()
     result = on_every_rank(lambda: action() if first else None)
     return on_every_rank(lambda: result if first else action())
 
 
 def on_rank0(action):
-    """action() on rank 0: its result on every rank; if it fails, all raise ValueError with the reason."""
+    """Run action() on rank 0 and return its result on every rank; if it fails, all raise ValueError."""
     return broadcast(on_every_rank(lambda: action() if is_rank0() else None))
 
 
 def check_same(things):
-    """Raise ValueError unless each of {name: value} is the same on every node, and say which is not."""
+    """Raise ValueError, naming the things that differ, unless {name: value} is the same on every node."""
     of_rank0 = broadcast(things)
     other = [name for name in things if things[name] != of_rank0[name]]
 
@@ -233,7 +236,7 @@ def check_same(things):
 
 
 def check_shared(folder):
-    """Make `folder` on rank 0, and raise ValueError unless all nodes see what rank 0 writes there."""
+    """Create `folder` on rank 0, and raise ValueError unless all nodes see what rank 0 writes there."""
     mark = folder / broadcast(f".seen-{uuid.uuid4().hex}")
 
     def leave():
@@ -246,7 +249,7 @@ def check_shared(folder):
             if time.monotonic() > deadline:
                 raise ValueError(
                     f"{folder.absolute()} on node {platform.node()} is not the folder that rank 0 writes to; "
-                    "--out has to be on a file system that all nodes share, under the same path"
+                    "--out must be on a file system that all nodes share, under the same path"
                 )
             time.sleep(0.1)
 
@@ -255,5 +258,5 @@ def check_shared(folder):
         on_every_rank(look)
     finally:
         if is_rank0():
-            for path in folder.glob(".seen-*"):  # also what a killed run left
+            for path in folder.glob(".seen-*"):  # a killed run may have left some
                 path.unlink()

@@ -1,13 +1,13 @@
-"""What a rank holds of a tensor: all of it, or a shard of its rows (a DTensor; parallel.shard makes them)."""
+"""Access to tensors that a rank holds whole, or as a shard of their rows (a DTensor, see parallel.shard)."""
 
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 
 def unshard(tensor, device=None, dtype=None):
-    """All of a tensor of which this rank may hold a shard only: every rank has to ask.
+    """The whole tensor, gathered from its shards if it is a DTensor. Every rank has to call it.
 
-    Shards travel on `device` (they may lie in host memory) and in `dtype`.
+    Shards are first moved to `device` (they may be in host memory) and cast to `dtype`.
     """
     if not isinstance(tensor, DTensor):
         return tensor
@@ -15,12 +15,12 @@ def unshard(tensor, device=None, dtype=None):
 
 
 def local(tensor):
-    """What this rank holds of a tensor; writing to it writes to the tensor."""
+    """This rank's shard of a tensor; it shares memory with the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_of(tensor):
-    """(number, count): which of how many shards this rank holds; (0, 1) of a whole tensor."""
+    """(number, count): this rank holds shard `number` of `count`; (0, 1) for a whole tensor."""
     if not isinstance(tensor, DTensor):
         return 0, 1
     shards = tensor.device_mesh["shard"]
@@ -28,7 +28,7 @@ def shard_of(tensor):
 
 
 def is_first_copy(tensor):
-    """Is this the first of the ranks that hold the same?"""
+    """Is this the first of the ranks that hold the same shard?"""
     if not isinstance(tensor, DTensor):
         return dist.get_rank() == 0
     mesh = tensor.device_mesh

@@ -13,12 +13,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from distributed.memory import choose_layout, find_machine, split_flags  # noqa: E402
+from distributed.layout import Job, choose_layout  # noqa: E402
+from distributed.machine import find_machine  # noqa: E402
 from model import ModelConfig  # noqa: E402
-from support.config import configure  # noqa: E402
+from support.config import configure, flags  # noqa: E402
 
 SHAPES = json.loads((HERE / "models.json").read_text())
-LONGEST = 4096  # tokens: a prompt of 1,024 and a response of 3,072
+PROMPT = 1024  # tokens of the longest; a response has up to 3,072
 COLUMNS = ("state", "reference", "sampler", "unsharded", "activations", "graphs")
 
 
@@ -29,22 +30,28 @@ def model_config(name):
         return ModelConfig.from_pretrained(folder)
 
 
-def layout(name, gpus, **flags):
-    """The plan's Layout for a model on GPUs that are not here, with the paper's settings for AIME 2024."""
-    c = configure({"model": name, "data": "aime", "dry_run": True, "gpus": gpus, **flags})
+def job(name, gpus, **given):
+    """A model on GPUs that are not here, with the paper's settings for AIME 2024."""
+    c = configure({"model": name, "data": "aime", "dry_run": True, "gpus": gpus, **given})
     most_rows = max(c.questions_per_step * c.votes, 30 * c.eval_samples)
-    return choose_layout(c, model_config(name), find_machine(c, None), LONGEST, most_rows)
+    return Job(c, model_config(name), find_machine(c, None), PROMPT, most_rows)
+
+
+def layout(name, gpus, **given):
+    """The plan's Layout of that job."""
+    return choose_layout(job(name, gpus, **given))
 
 
 def row(name, gpus):
     """A row of the table: GB of each part on a GPU, tokens of a micro-batch, rows, GB of host memory."""
     plan = layout(name, gpus)
-    flags = " ".join(text for text in split_flags(plan.split._asdict()).values() if text[:4] != "--no")
+    c = plan.config
+    chosen = flags(c, ["shard", "sampler_ranks", *["offload"] * c.offload])
     parts = {**plan.parts, "graphs": plan.parts["graphs"] + plan.rows * plan.row["graphs"]}
     sizes = [f"{parts[part] / 1e9:.1f}" if part in parts else "0" for part in COLUMNS]
     sizes.append(f"{sum(parts.values()) / 1e9:.1f}")
-    tokens = f"{plan.micro_batch_tokens:,}{'' if plan.checkpointing else ', all kept'}"
-    cells = [f"`{name}`", gpus, f"`{flags}`", *sizes, tokens, f"{plan.rows}", f"{plan.host / 1e9:.0f}"]
+    tokens = f"{c.micro_batch_tokens:,}{'' if c.checkpointing else ', all kept'}"
+    cells = [f"`{name}`", gpus, f"`{chosen}`", *sizes, tokens, f"{plan.rows}", f"{plan.host / 1e9:.0f}"]
     return f"| {' | '.join(cells)} |"
 
 

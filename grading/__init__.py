@@ -1,7 +1,7 @@
-r"""How answers are graded: extract_answer finds one, same_answer compares two by value, classes groups many.
+r"""Find the answer in a response (`extract_answer`), and compare two answers (`same_answer`).
 
-Each answer is read once into a value (reading.py). No text is evaluated as code, and what could take long is
-refused by rules that do not depend on time: a refused answer equals only the same spelling.
+Each answer is parsed once into a value (reading.py). No text is evaluated as code. Expensive answers are
+refused by deterministic limits of size; a refused answer equals only the same spelling.
 """
 
 import signal
@@ -16,20 +16,20 @@ from grading.extraction import LETTERS, boxed_letter
 from grading.values import Value
 
 TIME_LIMIT = 5.0  # seconds for reading one answer
-grading_timeouts = 0  # answers that ran into the limit, which the rules of size should make impossible
+grading_timeouts = 0  # answers that hit the time limit; the limits of size should prevent that
 
 
 def extract_answer(text: str, kind: str = "math", truncated: bool = False, letters=LETTERS) -> str | None:
-    """The answer that a response gives, or None: see extraction.py."""
+    """The answer of a response, or None; see extraction.py."""
     return _within_time_limit(lambda: extraction.extract_answer(text, kind, truncated, letters), None)
 
 
 def same_answer(a: str, b: str, kind: str = "math") -> bool:
-    r"""Whether two answers are mathematically equal: exactly, so 0.333 is not 1/3. Symmetric; raises nothing.
+    r"""Whether two answers are mathematically equal, exactly: 0.333 is not 1/3. Symmetric; never raises.
 
-    A percent equals both of its readings (50% is 50 and 0.5), so equality is not transitive. A unit or a
-    name may be left out ("x = 5" equals "5"), but not exchanged ("x = 5" is not "y = 5"). A list is a set:
-    "1, 2" equals "2, 1". Words are compared without case.
+    A percentage equals both of its readings (50% is 50 and 0.5), so equality is not transitive. A unit or a
+    name may be missing ("x = 5" equals "5") but not different ("x = 5" is not "y = 5"). A list is a set:
+    "1, 2" equals "2, 1". Words are compared case-insensitively.
 
     >>> same_answer(r"\frac{1}{2}", "0.50"), same_answer(r"\sqrt{8}", r"2\sqrt{2}"), same_answer("50%", "0.5")
     (True, True, True)
@@ -42,39 +42,29 @@ def same_answer(a: str, b: str, kind: str = "math") -> bool:
 
 
 def classes(answers: Iterable[str | None], kind: str = "math") -> list[list[int]]:
-    """Group equal answers: lists of indices, in the order of their first members; None is in no class.
-
-    Equality is not transitive (50% equals 0.5 and 50, yet 0.5 is not 50), so an answer joins the first class
-    whose *first member* it equals. One pass: tables say which class is the first whose first member has a
-    key or a reading.
+    """Group equal answers as ttrl.vote does, for reports: lists of indices, ordered by first members.
 
     >>> classes(["1/2", "3", "0.5", None])
     [[0, 2], [1]]
     """
-    groups, by_key, by_reading = [], {}, {}
+    groups = []
     for index, answer in enumerate(answers):
-        if answer is None:
-            continue
-        value = _value(answer, kind)
-        equal = [by_key[key] for key in (value.key, *value.also) if key in by_key]
-        equal += [by_reading[key] for key in (value.key, value.second) if key in by_reading]
-        if equal:
-            groups[min(equal)].append(index)
-            continue
-        by_key.setdefault(value.second, by_key.setdefault(value.key, len(groups)))
-        for key in value.also:
-            by_reading.setdefault(key, len(groups))
-        groups.append([index])
+        if answer is not None:
+            firsts = (members for members in groups if same_answer(answers[members[0]], answer, kind))
+            members = next(firsts, None)
+            if members is None:
+                groups.append(members := [])
+            members.append(index)
     return groups
 
 
 def majority(classes: list[list[int]]) -> list[int]:
-    """The largest class; of several the first. [] if there is none."""
+    """The largest class, the first of them in a tie; [] if there are no classes."""
     return max(classes, key=len, default=[])
 
 
 def common_spelling(answers: list[str | None], members: list[int]) -> str | None:
-    """The most frequent spelling among the members of a class, of several the first; None without members.
+    """The most frequent spelling among a class's members, the first in a tie; None without members.
 
     >>> common_spelling(["0.5", "1/2", "1/2"], [0, 1, 2])
     '1/2'
@@ -95,20 +85,20 @@ def _read(answer: str) -> Value:
 
 
 class _OutOfTime(BaseException):
-    """Not an Exception, so that no `except Exception` on the way swallows it."""
+    """A BaseException, so that no `except Exception` swallows it."""
 
 
 def _within_time_limit(read, otherwise):
-    """read(), or `otherwise` after TIME_LIMIT seconds, which is counted. A timer that was running goes on."""
+    """read(), or `otherwise` after TIME_LIMIT seconds. Counts timeouts and restores an outer timer."""
     global grading_timeouts
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         return read()
 
     def stop(*_):
         raise _OutOfTime
 
     began, outer_handler = time.monotonic(), signal.signal(signal.SIGALRM, stop)
-    # Again each second, since the first signal may be swallowed.
+    # Repeat each second, since the first signal may be swallowed.
     outer_delay, outer_interval = signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT, 1.0)
     try:
         return read()

@@ -1,7 +1,7 @@
 # ruff: noqa: RUF001
-r"""The answer in a response: the last \boxed{...}, else what follows "the answer is", else the last formula.
+r"""Find the answer in a response: the last \boxed{...}, else after "the answer is", else the last formula.
 
-A response is hostile text until proven otherwise: every rule is linear in its length.
+Responses are untrusted text, so each rule takes time linear in their length.
 """
 
 import re
@@ -12,7 +12,7 @@ LETTERS = "ABCDEFGHIJabcdefghij"  # that name a choice
 NEXT_QUESTION = re.compile(
     r"(?i)\n\W{0,9}(?:Question|Problem|Q|Human|User)\s?\d{0,3}\W{0,3}:|\n#{1,6}\s(?:Question|Problem)\b"
 )
-# Escaped braces belong to the answer, not the nesting.
+# Escaped braces are part of the answer and do not nest.
 BOX_OR_BRACE = re.compile(
     r"\\(?:f|frame)?box(?:ed)?\s*\{|\\[{}]|[{}]|\\boxed\s*(-?[0-9A-Za-z][0-9A-Za-z.,/]*)(?=[^0-9A-Za-z.,/])"
 )
@@ -41,7 +41,7 @@ FILLER = re.compile(
 NOTHING = r"an?\s[a-z]{2}|(?:not|given|rounded|obtained|found|consistent|correct)\b|[\"')]\s*[,)]"
 SENTENCE = re.compile(r"\n|[.。](?=\s|$)")
 END = re.compile(rf"{SENTENCE.pattern}|\*\*|[,;]?\s(?:because|since|so|which|where|not|as|for)\b")
-BEHIND_NUMBER = re.compile(  # what is said of a number, and no part of it
+BEHIND_NUMBER = re.compile(  # a remark after a number, not part of it
     r",\s(?:or\s(?=about|approx|roughly)|(?=(?:[a-z]{2,}|I|QED)\b)(?!(?:and|or|pi|sqrt)\b))|(?<=%)\s\("
     r"|\s\((?=[a-z]{2})(?!mod)|\s[-–—](?=\s[A-Za-z]{2}|$)|[\u3040-\u9fff∎□]|\s(?:is|are|was|were|when|if)\b"
 )
@@ -73,15 +73,15 @@ JOINT = re.compile(r"\s?(?:,|and\b|or\b|,\s(?:and|or)\b)\s?")
 
 
 def extract_answer(text: str, kind: str = "math", truncated: bool = False, letters=LETTERS) -> str | None:
-    r"""The answer that a response gives, or None. Linear in the length of the text.
+    r"""The answer of a response, or None. Linear in the length of the text.
 
-    The last complete \boxed{...} that is not empty, with those before it that only commas, "and" or "or"
-    part from it (a box behind a sentence corrects the earlier ones); else what stands in <answer>; else what
-    follows the last "answer is" or "answer:"; else the last number with the whole formula around it, but not
-    in a truncated response, where it is whatever was being written. A line "#### 7" ends the response, and so
-    does "Question:". Choices: the letter in the box; else "answer is (X)" after the box; else, without a box
-    and unless truncated, the last of the capital `letters` that stands alone. What follows the last </think>
-    counts first; if it holds no answer, the box or the "answer is" of the thought does.
+    In this order: the last complete, non-empty \boxed{...}, together with those before it that are separated
+    only by commas, "and" or "or" (a box after a sentence replaces earlier ones); the content of <answer>; the
+    text after the last "answer is" or "answer:"; the last number with the whole formula around it, unless the
+    response is truncated, where that is an arbitrary one. A line "#### 7" ends the response, and so does
+    "Question:". For choices: the letter in the box; "answer is (X)" after the box; without a box and unless
+    truncated, the last of the capital `letters` that stands alone. Text after the last </think> takes
+    precedence; if it has no answer, the box or the "answer is" of the thought counts.
 
     >>> extract_answer(r"so \boxed{\frac{1}{2}} it is"), extract_answer(r"$\boxed{2}$ and $\boxed{6}$")
     ('\\frac{1}{2}', '2, 6')
@@ -93,7 +93,7 @@ def extract_answer(text: str, kind: str = "math", truncated: bool = False, lette
     thought, _, conclusion = text.rpartition("</think>")
     another = NEXT_QUESTION.search(conclusion)
     parts = [(conclusion[: another.start()], False)] if another else []
-    parts += [(conclusion, truncated), (thought, True)]  # the last number of a thought is no answer either
+    parts += [(conclusion, truncated), (thought, True)]  # nor is the last number of a thought an answer
     for part, cut in parts:
         found = _choice(part, cut, letters) if kind == "choice" else _answer(part, cut)
         if found is not None:
@@ -108,7 +108,7 @@ def _answer(text: str, truncated: bool) -> str | None:
     if unclosed is not None and not truncated:
         held = re.split(r"\$|\n|\\[\])]", text[unclosed : unclosed + 100])[0].strip().rstrip(".")
         return held if held and held.count("{") == held.count("}") else None
-    text = text[end_of_empty:]  # "put the answer within \boxed{}" begins anew
+    text = text[end_of_empty:]  # what follows an instruction such as "put the answer within \boxed{}"
     for line in re.finditer(r"^####[ \t]*(\S[^\n]{0,80})$", text, re.MULTILINE):  # as in GSM8K
         is_heading = re.search(r"(?<![\\A-Za-z{])[^\W\d_]{2}|[.:]$|^\(?\d+\)$", line[1])
         if re.search(r"[\d\\]|\s[-+]\s", line[1]) and not is_heading:
@@ -126,7 +126,7 @@ def _answer(text: str, truncated: bool) -> str | None:
 
 
 def _boxes(text: str) -> tuple[list, int, int | None]:
-    """[(start, content, its end, end)] of full boxes, end of the last empty one, content of an open one."""
+    """Boxes as [(start, content start, content end, end)], the end of the last empty one, an unclosed one."""
     boxes, end_of_empty, open_braces = [], 0, []
     for match in BOX_OR_BRACE.finditer(text):
         token = match.group()
@@ -163,19 +163,19 @@ def _joined(text: str, boxes: list) -> str:
 
 
 def _phrase(text: str, truncated: bool) -> str | None:
-    """What follows the last "answer is"; "" if nothing does, None without such a phrase or an end to it."""
+    """What follows the last "answer is"; "" if nothing does, None if there is no such phrase or no end."""
     last = None
     for match in reversed(deque(STATED.finditer(text), maxlen=5)):
         statement = _statement(text[match.end() : match.end() + 300], truncated)
         if statement and re.search(r"[\d\\+*/^=]| - ", statement):
             return statement
-        if last is None and not match["be"]:  # "the answer should be positive" is none
+        if last is None and not match["be"]:  # "the answer should be positive" does not count
             last = statement
     return last
 
 
 def _statement(text: str, truncated: bool) -> str | None:
-    """The formulas, the number or the words of the first sentence; None if it has no end or says nothing."""
+    """The formulas, number or words of the first sentence; None if it has no end or no content."""
     text = re.sub(r"</?[a-z]{1,9}\s?/?>", "", text)
     start = FILLER.match(text).end()
     if re.match(r"[A-Z][a-z ]{2,30}:", text[start:]) and "\n" in text[:start]:  # Answer:\nConfidence: 15%
@@ -199,7 +199,7 @@ def _statement(text: str, truncated: bool) -> str | None:
 
 
 def _maths(text: str) -> list[tuple]:
-    """[(start, end, content)] of the formulas in dollars and the like; lists of them are joined."""
+    """[(start, end, content)] of the formulas in dollar signs and the like; lists of them are joined."""
     found, at = [], 0
     while match := MATH.search(text, at):
         start, content, at = match.start(), next(filter(None, match.groups())), match.end()
@@ -208,7 +208,7 @@ def _maths(text: str) -> list[tuple]:
             at = start + 1
             continue
         gap = text[found[-1][1] : start] if found else ""
-        if JOINT.fullmatch(gap):  # 2 and 3, or x = 2 and x = 3; but of m = 3 and m + n = 7 the last
+        if JOINT.fullmatch(gap):  # join 2 and 3, or x = 2 and x = 3, but not m = 3 and m + n = 7
             start, _, before = found.pop()
             names = [re.match(r"\s*(?:([A-Za-z])(?:_\w)?\s*=|[^=]*$)", side) for side in (before, content)]
             if all(names) and bool(names[0][1]) == bool(names[1][1]):
@@ -218,7 +218,7 @@ def _maths(text: str) -> list[tuple]:
 
 
 def _last_formula(text: str) -> str | None:
-    """The last number with the formula around it, of a chain its end; None if that has no clear end."""
+    """The last number with the formula around it, or the end of an equation chain; None if it is unclear."""
     text, maths = text[-2000:], []
     for start, end, content in _maths(text):
         at_end = re.search(r"[-+*/^=]|\\[a-z]", content) and re.fullmatch(LAST, text[end:])
@@ -256,7 +256,7 @@ CHOICE_IS = re.compile(
 )
 OPTION = re.compile(rf"(?i:option|choice)\s[(*$]{{0,3}}{LETTER}")
 IS_CORRECT = re.compile(rf"{LETTER}[)}}\]*$]{{0,4}}\sis\s(?:the\s)?(?i:correct|right|best|answer)")
-# "A planet ..." begins with the article, "I think" with a pronoun; "A is correct" with a choice.
+# "A planet ..." starts with an article, "I think" with a pronoun, "A is correct" with a choice.
 ALONE = re.compile(
     rf"{LETTER}(?!(?<=[AI])\s+(?!is\b|and\b|or\b|because\b|since\b)[a-z])(?P<another>{OR_ANOTHER})?"
 )
@@ -274,7 +274,7 @@ def _choice(text: str, truncated: bool, letters: str) -> str | None:
     if letter or tagged:
         return letter
     tries = [(CHOICE_IS, text), *([] if truncated else [(IS_CORRECT, text), (ALONE, text)])]
-    if boxes:  # of a value: the letter is named behind it, or else before
+    if boxes:  # with a value in the box, the letter is named after it, or else before
         behind = text[boxes[-1][2] :]
         tries = [(CHOICE_IS, behind), (OPTION, behind), (CHOICE_IS, text)]
     for pattern, where in tries:

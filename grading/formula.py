@@ -1,9 +1,9 @@
-r"""A formula in LaTeX or plain text to a tree: parse("2x") is ("product", (("number", 2), ("symbol", "x"))).
+r"""Parse LaTeX or plain text to a tree: parse("2x") is ("product", (("number", 2), ("symbol", "x"))).
 
-A recursive-descent parser for what answers are made of: numbers, letters, + - * / ^, fractions, roots,
-factorials, binomials, absolute values and the elementary functions. Everything else (sums, integrals,
-limits) is no formula here. The time is linear in the length and no text is ever evaluated as code. A
-spelling that can be read in two ways (`\sin x/2`, `3 4`) is refused rather than guessed.
+A recursive-descent parser for the formulas in answers: numbers, letters, + - * / ^, fractions, roots,
+factorials, binomials, absolute values and elementary functions. Anything else (sums, integrals, limits) is
+rejected, and so are ambiguous spellings (`\sin x/2`, `3 4`). Parsing takes linear time and never evaluates
+text as code.
 
     tree = ("number", Fraction) | ("symbol", name) | ("constant", "pi" | "e" | "i")
          | ("sum" | "product", (tree, ...)) | ("power" | "quotient" | "binomial", tree, tree)
@@ -13,11 +13,11 @@ spelling that can be read in two ways (`\sin x/2`, `3 4`) is refused rather than
 import re
 from fractions import Fraction
 
-MAX_DEPTH = 24  # of nested brackets, exponents and arguments
+MAX_DEPTH = 24  # nesting of brackets, exponents and arguments
 
 
 class NotFormula(ValueError):
-    """The text is no formula, or one that is refused because of its size."""
+    """The text is not a formula, or one that is too large."""
 
 
 GREEK = """
@@ -56,7 +56,7 @@ class _Parser:
         self.text, self.at, self.depth, self.bars, self.angle = text, 0, 0, 0, False
 
     def match(self, pattern: str) -> re.Match | None:
-        """What matches here, behind which we then stand."""
+        """Match a pattern at the current position and move past it."""
         match = re.compile(rf"\s*({pattern})").match(self.text, self.at)
         self.at = match.end() if match else self.at
         return match
@@ -69,13 +69,13 @@ class _Parser:
         return re.compile(rf"\s*({pattern})").match(self.text, self.at) is not None
 
     def another_factor(self) -> bool:
-        """Whether a factor without a sign comes next; a number only behind a bracket or a factorial."""
-        bar = not self.bars and self.sees(r"\|")  # elsewhere it closes the absolute value
+        """Whether a factor without a sign comes next; a number counts only after a bracket or a factorial."""
+        bar = not self.bars and self.sees(r"\|")  # inside bars, it closes the absolute value
         behind_bracket = self.text[: self.at].rstrip()[-1:] in (")", "!")
         return bar or self.sees(NEXT_FACTOR) or (behind_bracket and self.sees(r"[\d.]"))
 
     def inside(self, rule, closing: str | None = None):
-        """What the rule reads one level deeper, and the bracket that must close it."""
+        """Apply a rule one level deeper, and require the closing bracket, if given."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise NotFormula("nested too deep")
@@ -86,7 +86,7 @@ class _Parser:
         return tree
 
     def group(self):
-        """What stands in braces, or alone: a sum, or two with \\over or \\choose between them."""
+        """The content of braces, or the whole text: a sum, or two joined by \\over or \\choose."""
         tree = self.sum()
         if self.take(r"\\over(?![a-z])"):
             return ("quotient", tree, self.sum())
@@ -102,7 +102,7 @@ class _Parser:
                 return terms[0] if len(terms) == 1 else ("sum", tuple(terms))
 
     def product(self, in_argument: bool = False):
-        """Factors one after another; `x2` and `3 4` are refused, `(3)4` is a product."""
+        """Consecutive factors; `x2` and `3 4` are rejected, `(3)4` is a product."""
         result = [self.factor()]
         while True:
             if not in_argument and self.take(r"\*(?!\*)|\\cdot(?![a-z])|\\times(?![a-z])"):
@@ -127,7 +127,7 @@ class _Parser:
         return negative(base) if sign == "-" else base
 
     def postfix(self, base):
-        """Factorials and degrees; a degree sign changes the value in the argument of a function only."""
+        """Factorials and degrees; a degree sign converts to radians only in the argument of a function."""
         while True:
             if self.take(r"!(?!\s*!)"):
                 base = ("call", "factorial", base)
@@ -143,7 +143,7 @@ class _Parser:
         return negative(tree) if sign else tree
 
     def argument(self):
-        """What stands behind \\frac, \\sqrt, ^: a group in braces, one digit, one letter or one command."""
+        """The argument of \\frac, \\sqrt or ^: a group in braces, one digit, one letter or one command."""
         if self.take(r"\{"):
             return self.inside(self.group, r"\}")
         if self.sees(r"\d"):
@@ -175,7 +175,7 @@ class _Parser:
         return self.command(command[1:])
 
     def number(self):
-        r"""A decimal, a repeating one, or a mixed number: `\frac34` or ` 3/4` behind a whole one."""
+        r"""A decimal, a repeating decimal, or a mixed number: an integer, then `\frac34` or ` 3/4`."""
         repeating = self.match(REPEATING)
         text = None if repeating else self.take(DECIMAL)
         if repeating:
@@ -201,7 +201,7 @@ class _Parser:
         return ("number", value)
 
     def symbol(self, name: str):
-        """A letter with its index and primes; e and i are numbers, f, g, h before a bracket are functions."""
+        """A letter with its index and primes; e and i are constants, f, g, h before a bracket functions."""
         if self.take(r"_"):
             index = self.take(r"\{[A-Za-z0-9, ]{1,12}\}|[A-Za-z0-9]")
             if index is None:
@@ -246,12 +246,12 @@ class _Parser:
 
     def root(self):
         index = self.inside(self.sum, r"\]") if self.take(r"\[") else ("number", Fraction(2))
-        digits = self.take(r"\d+")  # \sqrt12 is written for the root of 12, nobody writes \sqrt1 \cdot 2 so
+        digits = self.take(r"\d+")  # people write \sqrt12 for the root of 12
         radicand = ("number", Fraction(int(digits))) if digits else self.argument()
         return ("power", radicand, ("quotient", ("number", Fraction(1)), index))
 
     def call(self, build, name: str = ""):
-        r"""A function of what follows: `\sin 2x`, `\sin^2 x`. A bracket is the whole argument: `\sin(x)y`."""
+        r"""A function of what follows: `\sin 2x`, `\sin^2 x`. Brackets hold the argument: `\sin(x)y`."""
         power = self.inside(self.exponent) if self.take(r"\^") else None
         inverse = power == ("number", Fraction(-1))
         if inverse and name in CIRCULAR:
@@ -272,7 +272,7 @@ class _Parser:
 
 
 def negative(tree):
-    """-tree; a number stays a number."""
+    """-tree; the result of a number is a number."""
     return ("number", -tree[1]) if tree[0] == "number" else ("product", (("number", Fraction(-1)), tree))
 
 
@@ -287,7 +287,7 @@ def _repeating(whole: str, fixed: str, period: str) -> Fraction:
 
 
 def _endless(whole: str, digits: str) -> Fraction:
-    """0.777... and 0.2727... as fractions. Raises NotFormula where nothing repeats, as in 1.73..."""
+    """0.777... and 0.2727... as fractions. Raises NotFormula if nothing repeats, as in 1.73..."""
     for start in range(len(digits) - 2):
         rest = digits[start:]
         for length in range(1, len(rest) // 2 + 1):
@@ -297,7 +297,7 @@ def _endless(whole: str, digits: str) -> Fraction:
 
 
 def substitute(tree, values: dict):
-    """The tree with other trees in place of the symbols that `values` names."""
+    """The tree with symbols replaced by the trees in `values`."""
     if tree[:1] == ("symbol",):
         return values.get(tree[1], tree)
     return tuple(substitute(part, values) if isinstance(part, tuple) else part for part in tree)

@@ -1,9 +1,9 @@
-"""Trees of formula.py to numbers, exact fractions or 130 digits, and to keys that equal values share.
+"""Evaluate the trees of formula.py to numbers, exact fractions or 130 digits, and to keys for comparison.
 
-Fractions are compared exactly. Roots, logarithms and the like are taken for equal if they agree to 90
-digits, and formulas with letters if they do so at six fixed points. That is no proof. But formulas of at
-most 300 characters that agree so far and still differ have to be built for it, and an exact decision by
-computer algebra would need a limit of time.
+Fractions are compared exactly. Irrational numbers are equal if they agree to 90 digits, and formulas with
+letters if they do so at six fixed points. That is not a proof, but formulas of at most 300 characters that
+agree this far and still differ have to be constructed on purpose. Computer algebra would decide exactly, but
+would need a time limit.
 """
 
 import hashlib
@@ -15,20 +15,20 @@ import mpmath
 
 from grading.formula import NotFormula
 
-MP = mpmath.mp.clone()  # a context of our own: the precision of other users of mpmath stays as it is
+MP = mpmath.mp.clone()  # our own context leaves the precision of other users of mpmath alone
 MP.dps = 130
-NOISE = MP.mpf(10) ** -115  # a sum that is smaller than this beside its terms is 0
+NOISE = MP.mpf(10) ** -115  # a sum that is smaller than this relative to its terms is 0
 KEY_DIGITS = 90
 LOST = MP.mpf(10) ** -60
-MAX_BITS = 40_000  # of an exact numerator or denominator: 9999! is refused, 2^{9999} is not
+MAX_BITS = 40_000  # of an exact numerator or denominator: rejects 9999!, not 2^{9999}
 MAX_EXPONENT = 10**8  # of an inexact power
-EXACT_KEY = 10**30  # fractions beyond it are their own key, since 90 digits would not tell all of them apart
+EXACT_KEY = 10**30  # larger fractions are their own key, since 90 digits would not distinguish them
 POINTS = 6
 POSITIVE_POINTS = 2  # all letters are positive in the first of them
 
 
 def letter(name: str, point: int):
-    """The fixed value of a letter at a point, small and large; negative at half of the last four points."""
+    """The fixed value of a letter at a point. Sizes vary; half of the last four points are negative."""
     digest = hashlib.sha256(name.encode()).digest()
     noise = int.from_bytes(hashlib.sha512(f"{name} {point}".encode()).digest(), "big")
     size = MP.mpf((0.625, 3, 0.875, 30, 7, 500)[point]) * (1 + MP.mpf(noise) / 2**512)
@@ -37,7 +37,7 @@ def letter(name: str, point: int):
 
 
 def values(tree) -> tuple:
-    """Its number if it has no letters, else its numbers at the fixed points; None where it is not real."""
+    """A tree's number if it has no letters, else its numbers at the fixed points, None if not real."""
     if not letters(tree):
         return (evaluate(tree, lambda name: None, careful=True),)
     found, imaginary = [], bool(re.search("'i'|'cis'", repr(tree)))
@@ -65,12 +65,12 @@ def parts(tree) -> list:
 
 
 def key(numbers: tuple):
-    """What equal formulas have in common, hashable."""
+    """A hashable key that equal formulas share."""
     return ("value", *map(number_key, numbers))
 
 
 def equation_key(numbers: tuple):
-    """What equations `tree = 0` have in common whose trees differ by a constant factor only."""
+    """A key shared by equations `tree = 0` whose trees differ only by a constant factor."""
     first = next((number for number in numbers if number), None)
     if first is None or len(numbers) == 1:
         raise NotFormula("an equation that always or never holds")
@@ -78,7 +78,7 @@ def equation_key(numbers: tuple):
 
 
 def number_key(number):
-    """A fraction of up to 30 digits and a root or the like that equals it have one key: 90 digits of both."""
+    """The first 90 digits, so that a fraction of up to 30 digits and an inexact number equal to it agree."""
     if isinstance(number, Fraction) and max(abs(number.numerator), number.denominator) < EXACT_KEY:
         number = MP.mpf(number.numerator) / number.denominator
     if number is None or isinstance(number, Fraction):
@@ -90,7 +90,7 @@ def number_key(number):
 
 
 def evaluate(tree, letter_value, careful: bool = False):
-    """The number of a tree, letters by letter_value(name). Raises NotFormula for 1/0 and huge numbers."""
+    """The number of a tree; letters are letter_value(name). Raises NotFormula for 1/0 and huge numbers."""
     try:
         return _evaluate(tree, letter_value, careful)
     except (ArithmeticError, ValueError, TypeError, MP.NoConvergence) as error:
@@ -118,13 +118,13 @@ def _evaluate(tree, letter_value, careful: bool):
         return multiply(numbers)
     if kind == "log":
         return divide(call("ln", numbers[1]), call("ln", numbers[0]))
-    if kind == "opaque":  # f(2) is a letter that is named by its argument's value
+    if kind == "opaque":  # f(2) is a letter named by its argument's value
         return letter_value(f"{tree[1]}({[number_key(number) for number in numbers]})")
     return call(tree[1], numbers[0])
 
 
 def _checked(number):
-    """Refuse what is too large; a complex number whose imaginary part is only rounding is real."""
+    """Reject numbers that are too large; drop a real or imaginary part that is only rounding."""
     if isinstance(number, Fraction):
         if max(number.numerator.bit_length(), number.denominator.bit_length()) > MAX_BITS:
             raise NotFormula("a huge number")
@@ -141,7 +141,7 @@ def _checked(number):
 
 
 def inexact(number):
-    """An mpf (or mpc, or a float infinity) that can be compared with any other."""
+    """An mpf (or mpc, or a float infinity), comparable with any other number."""
     return MP.mpf(number.numerator) / number.denominator if isinstance(number, Fraction) else number
 
 
@@ -170,7 +170,7 @@ def divide(number, divisor):
 
 
 def power(base, exponent):
-    """base ^ exponent; a negative number has real odd roots, (-8)^{1/3} = -2."""
+    """base ^ exponent. Odd roots of negative numbers are real: (-8)^{1/3} = -2."""
     if base == 0:
         if isinstance(exponent, Fraction) and exponent > 0:
             return Fraction(0)
@@ -207,7 +207,7 @@ def _exact_root(number: Fraction, index: int) -> Fraction | None:
         return None
     roots = []
     for part in abs(number.numerator), number.denominator:
-        if index > 2 and part.bit_length() > 400:  # beyond what 130 digits hold
+        if index > 2 and part.bit_length() > 400:  # beyond the precision of 130 digits
             return None
         roots.append(math.isqrt(part) if index == 2 else int(MP.nint(MP.root(part, index))))
         if roots[-1] ** index != part:
@@ -262,12 +262,12 @@ def call(name: str, number):
 
 
 def _snapped(number):
-    """0 where a function has a zero and only rounding is left."""
+    """Round a number that is only rounding error to 0."""
     return Fraction(0) if abs(number) <= NOISE else _checked(number)
 
 
 def _whole(name: str, number) -> Fraction:
-    r"""\lfloor and \lceil; what is whole but for rounding is whole."""
+    r"""\lfloor and \lceil; a number within rounding of an integer is that integer."""
     if isinstance(number, MP.mpc):
         raise NotFormula("a complex number is not rounded")
     if isinstance(number, Fraction):

@@ -1,6 +1,7 @@
-r"""One answer, one value: read(r"x = \pm 2") is the value of "x=2, x=-2".
+r"""Parse an answer to a value: read(r"x = \pm 2") is the value of "x=2, x=-2".
 
-An answer is taken apart from the outside: first commas, "and" and "or", then relations, brackets, formulas.
+An answer is split from the outside in: first at commas, "and" and "or", then into relations, brackets and
+formulas.
 """
 
 import itertools
@@ -15,11 +16,11 @@ from grading.spelling import inside, signs, split, without_label
 from grading.values import NONE, Value, interval, named, of_reals, scalar, set_of, tuple_key
 
 MAX_LENGTH = 300  # characters of an answer
-MAX_DEPTH, MAX_ELEMENTS = 6, 64  # of lists and matrices
+MAX_DEPTH, MAX_ELEMENTS = 6, 64  # for lists and matrices
 
 
 def read(answer: str) -> Value:
-    r"""The value of an answer; what is no formula is text. Raises nothing.
+    r"""The value of an answer; anything that is not a formula is text. Never raises.
 
     >>> read("5 1/2").equals(read(r"\frac{11}{2}")), read("(1,2)").equals(read("(2,1)"))
     (True, False)
@@ -29,12 +30,12 @@ def read(answer: str) -> Value:
     text = spelling.clean(answer)
     try:
         return read_list(text, 0)
-    except Exception:  # NotFormula, and nothing else that is known; but no answer may end a run
+    except Exception:  # only NotFormula is expected, but no answer may end a run
         return Value(("text", spelling.plain_text(text)))
 
 
 def read_list(text: str, depth: int, bare: bool = True) -> Value:
-    r"""Elements between commas, "and" or "or"; one element is itself. `bare`: not in the braces of a set."""
+    r"""Elements separated by commas, "and" or "or"; a single one is itself. `bare`: not in a set's braces."""
     if depth > MAX_DEPTH:
         raise NotFormula("nested too deep")
     compound = words.read_compound(text)
@@ -69,7 +70,7 @@ OR, AND = {"or", r"\lor", r"\vee"}, {"and", r"\land", r"\wedge"}
 
 
 def joined(elements: list[Value], joints: set) -> Value:
-    """The value of several elements: reals joined by "or" or "and", values of one name, a system, a set."""
+    """The value of several elements: reals joined by "or" or "and", values of a name, a system or a set."""
     name = elements[0].name
     if name is not None and all(e.name is None and e.key[0] in ("value", "tuple") for e in elements[1:]):
         elements = [elements[0], *(named(name, element) for element in elements[1:])]  # x = 2 or -2
@@ -90,7 +91,7 @@ def joined(elements: list[Value], joints: set) -> Value:
 
 
 def system(elements: list[Value]) -> Value:
-    """Equations or inequalities that hold together; x=2, y=3 may be read as (2, 3), x_1=2, x_2=3 as a set."""
+    """Simultaneous equations or inequalities; x=2, y=3 may be read as (2, 3), x_1=2, x_2=3 as a set."""
     key = ("system", frozenset(element.key for element in elements))
     if not all(e.plain and e.plain.key[0] == "value" and e.name[0] == "symbol" for e in elements):
         return Value(key)
@@ -122,7 +123,7 @@ def read_one(text: str, depth: int) -> Value:
 
 
 def read_brackets(text: str, depth: int) -> Value | None:
-    """(1, 2), [1, 2), {1, 2}; None for brackets of a formula such as (a+1)(b+2) or (3)."""
+    """(1, 2), [1, 2) and {1, 2}; None for brackets inside a formula such as (a+1)(b+2) or (3)."""
     if text == r"\emptyset":
         return set_of([])
     braces, angles = inside(text, r"\{", r"\}"), inside(text, r"\langle", r"\rangle")
@@ -155,7 +156,7 @@ def read_brackets(text: str, depth: int) -> Value | None:
 
 
 def end(text: str):
-    r"""The number of an end of an interval, a Fraction, mpf or \infty."""
+    r"""The end of an interval: a Fraction, an mpf or \infty."""
     if re.fullmatch(r"[+-]? ?\\infty", text.strip()):
         return -values.INFINITY if "-" in text else values.INFINITY
     tree = formula.parse(text)
@@ -166,7 +167,7 @@ def end(text: str):
 
 
 def read_reals(text: str, depth: int) -> Value | None:
-    r"""\infty, \mathbb{R}, unions of intervals, and sets that points are taken from."""
+    r"""\infty, \mathbb{R}, unions and intersections of intervals, and sets without some points."""
     if re.fullmatch(r"[+-]? ?\\infty", text):
         return Value(("infinity", text[0] == "-"))
     if REALS.fullmatch(text.casefold().replace("{r}", "{R}")):
@@ -203,7 +204,7 @@ MATRIX = re.compile(  # factor, environment, entries
 
 
 def read_matrix(text: str, depth: int) -> Value | None:
-    """A matrix, with a factor before it; a column may be read as a tuple."""
+    """A matrix, with an optional factor; a column may be read as a tuple."""
     match = MATRIX.fullmatch(text)
     if match is None:
         return None
@@ -217,7 +218,7 @@ def read_matrix(text: str, depth: int) -> Value | None:
 
 
 def read_vector(text: str, depth: int) -> Value | None:
-    r"""2\hat{i} - 5\hat{j} is (2, -5); \hat, \vec and \mathbf tell a unit vector from the imaginary unit."""
+    r"""2\hat{i} - 5\hat{j} is (2, -5); \hat, \vec or \mathbf marks a vector, not the imaginary unit."""
     axes = [rf"\hat {axis}" for axis in ("ijk" if r"\hat k" in text else "ij")]
     found = [axis for axis in axes if axis in text]
     if not found:
@@ -250,7 +251,7 @@ def read_relation(sides: list[str], signs: list[str], depth: int) -> Value:
 
 
 def read_equation(sides: list[str], depth: int) -> Value:
-    """a = b, or a chain that begins with what is asked for and ends with its value."""
+    """a = b, or a chain that starts with the quantity asked for and ends with its value."""
     left, right = sides[0], sides[-1]
     letters = [letters_in(side) for side in sides]
     if not any(letters) and None not in letters[:-1]:  # 91+9 = 100 means 100
@@ -285,7 +286,7 @@ def read_equation(sides: list[str], depth: int) -> Value:
 
 
 def left_side(text: str):
-    """The tree of the left side of an equation; what stands in the bracket of f(5), P(x) is an argument."""
+    """The tree of the left side of an equation, where f(5) and P(x) are functions of an argument."""
     match = re.fullmatch(r"([A-Za-z](?:_\{?\w+\}?)?'*(?:\^\{-1\})?)(\(.*\))", text)
     if match is None or inside(match[2], "(", ")") is None:
         return formula.parse(text)
@@ -294,7 +295,7 @@ def left_side(text: str):
 
 
 def letters_in(text: str) -> set | None:
-    """Names of the letters in a formula, None if it is none."""
+    """Names of the letters in a formula; None if the text is not a formula."""
     try:
         return numeric.letters(formula.parse(text.rstrip("%")))
     except NotFormula:
@@ -302,7 +303,7 @@ def letters_in(text: str) -> set | None:
 
 
 def name_of(text: str) -> Hashable:
-    """A name for the left side of x = 5: the value of its formula, or its spelling."""
+    """A name for the left side of an equation: the value of its formula, or its spelling."""
     try:
         return values.label(formula.parse(text))
     except NotFormula:

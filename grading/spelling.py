@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001
-r"""One spelling for what is written in several ways: clean(r"$\dfrac{1}{2}$.") -> r"\frac{1}{2}"."""
+r"""Normalize the spelling of answers: clean(r"$\dfrac{1}{2}$.") -> r"\frac{1}{2}"."""
 
 import itertools
 import re
@@ -18,7 +18,7 @@ UNICODE |= {
     "″": "''", "％": "%", "⁄": "/", "∕": "/", "“": "", "”": "", "…": "...", "。": ".", "、": ",",
     "Å": " angstrom", "<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "{:}": ":",
 }  # fmt: skip
-# each command, and the ones that are written for it; those for \relax are dropped
+# Each command with its synonyms; those of \relax are dropped.
 NAMES = r"""
     \frac dfrac tfrac cfrac; \binom dbinom tbinom; \le leq leqq leqslant; \ge geq geqq geqslant; \ne neq;
     \emptyset varnothing; \infty infin; \cup bigcup; \cap bigcap; \{ lbrace; \} rbrace; < lt; > gt; : colon;
@@ -36,7 +36,7 @@ def as_ascii(match: re.Match) -> str:
     return unicodedata.normalize("NFKC", match[0])
 
 
-REWRITES = [  # spelling, not meaning; in this order
+REWRITES = [  # applied in this order; they change the spelling, not the meaning
     (r"[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]", ""),  # zero-width and right-to-left marks
     (r"[\U0001f000-\U0001faff\u2600-\u27bf\ufe0f]|[€£¥₩₽₹]", ""),  # emoji, currencies
     (r"<su([bp])>(.*?)</su[bp]>", lambda m: f"{'_^'[m[1] == 'p']}{{{m[2]}}}"),
@@ -90,7 +90,7 @@ APPROXIMATELY = rf"^\s*(?:[=&]|{ABOUT})|(?:\\approx|\\text\s*\{{\s*\(approx[a-z.
 
 
 def clean(answer: str) -> str:
-    r"""The answer with one spelling of spaces, fractions, brackets, fonts, signs and thousands.
+    r"""Normalize spaces, fractions, brackets, fonts, signs and thousands separators.
 
     >>> clean(r"$\left(\dfrac{1}{2},\ \pi\right)$."), clean(r"\textbf{17}"), clean("62 000"), clean("14 25")
     ('(\\frac{1}{2}, \\pi)', '17', '62000', '14 25')
@@ -104,7 +104,7 @@ def clean(answer: str) -> str:
 
 
 def _unwrapped(match: re.Match) -> str:
-    r"""\text{17} is 17, \text{(B)} is B, \text{ or } is a word; other words keep their \text."""
+    r"""\text{17} becomes 17, \text{(B)} becomes B, \text{ or } a word; other words keep their \text."""
     content = " ".join(match[1].split())
     if re.fullmatch("[A-Za-z]", content):
         unit = re.search(r"(?:[\d)}]|\\circ)\s*$", match.string[: match.start()])  # 3\text{ m}
@@ -120,14 +120,14 @@ def _unwrapped(match: re.Match) -> str:
 
 
 def _joined(match: re.Match) -> str:
-    """62,000 without its comma, but (12,102) is a pair."""
+    """62,000 loses its comma, but (12,102) is a pair."""
     before = match.string[: match.start()]
     pair = len(re.findall(r"[(\[]|\\\{", before)) > len(re.findall(r"[)\]]|\\\}", before))
     return match[0] if pair and "," in match[2] else match[1] + re.sub("[, ]", "", match[2])
 
 
 def plain_text(text: str) -> str:
-    r"""Words without case, spacing and \text: what answers that are no formula are compared by."""
+    r"""Words without case, spacing and \text, for comparing answers that are not formulas."""
     words = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
     if not re.search(r"\\[A-Za-z]", words) and re.search(r"[A-Za-z]{3}|\b[ap]\.? ?m\b", words, re.I):
         words = re.sub(r"\b([ap])\.? ?m\b\.?", r"\1m", words.casefold())
@@ -136,7 +136,7 @@ def plain_text(text: str) -> str:
 
 
 BRACKET = r"\\\\|\\(?:begin|end)\{|\\langle(?![a-z])|\\rangle(?![a-z])|\\[{}]|[()\[\]{}]"
-# of the depth; what \\begin{ opens, its own brace closes again
+# Change of depth; the 2 of \begin{ includes its own brace.
 CHANGE = dict.fromkeys(["(", "[", "{", r"\{", r"\langle"], 1) | {r"\begin{": 2}
 CHANGE |= dict.fromkeys([")", "]", "}", r"\}", r"\rangle"], -1)
 SIGNS = r"\\(?:pm|mp)(?![a-z])"
@@ -147,7 +147,7 @@ LABEL = re.compile(
 
 
 def split(text: str, separator: str) -> list[str]:
-    """The parts of a text between separators outside of all brackets; the pattern's one group is kept."""
+    """Split a text at separators outside of all brackets; the pattern's only group is kept, as in re.split"""
     pieces, depth, start = [], 0, 0
     for match in re.finditer(rf"{separator}|{BRACKET}", text):
         if match[1] is None:
@@ -159,7 +159,7 @@ def split(text: str, separator: str) -> list[str]:
 
 
 def inside(text: str, opening: str, closing: str) -> str | None:
-    """What stands in the brackets that the whole text is in, None if it is not: (1)(2)."""
+    """The content of brackets that enclose the whole text; None if they do not, as in (1)(2)."""
     if not (text.startswith(opening) and text.endswith(closing)):
         return None
     depth = 0
@@ -171,13 +171,13 @@ def inside(text: str, opening: str, closing: str) -> str | None:
 
 
 def without_label(text: str) -> tuple[str, str | None]:
-    r"""The value behind the letter of a choice or a part, and the letter: \textbf{(C)} 42 is ("42", "C")."""
+    r"""Split off the letter of a choice or a part: \textbf{(C)} 42 is ("42", "C")."""
     match = LABEL.fullmatch(text.strip())
     return (match[match.lastindex], match[1] or match[2] or match[4]) if match else (text, None)
 
 
 def signs(text: str) -> list[str]:
-    r"""1 \pm x as its two values; with \mp all signs change together, else each on its own."""
+    r"""The values of 1 \pm x. If there is a \mp, all signs change together, else each independently."""
     places = re.findall(SIGNS, text)
     if not places or r"\{" in text:
         return [text]

@@ -1,8 +1,8 @@
-r"""What an answer is: a value with a key that equal values share, and the keys of its other readings.
+r"""The value of an answer: a key that equal values share, and the keys of alternative readings.
 
-`Value.key` says what it is; `Value.also` are the keys of other readings of the same spelling: 50\% may be
-read as 50 and as 0.5, x = 5 as 5, "1, 2" as (1, 2). Two values are equal if their keys are, or if the key of
-one is among the other readings of the other. So x = 5 is 5, but x = 5 is not y = 5.
+`Value.key` identifies the value; `Value.also` has the keys of alternative readings of the same spelling: 50\%
+may be 50 or 0.5, x = 5 may be 5, "1, 2" may be (1, 2). Two values are equal if their keys are equal, or if
+the key of one is an alternative reading of the other. So x = 5 equals 5, but x = 5 does not equal y = 5.
 """
 
 import math
@@ -20,10 +20,10 @@ from grading.formula import NotFormula
 class Value:
     key: Hashable
     also: frozenset = frozenset()
-    name: Hashable = None  # of what it is the value: x in x = 5
+    name: Hashable = None  # what has this value: x in x = 5
     plain: "Value | None" = None  # the value without the name
     reals: tuple | None = None  # a set of real numbers as (points, inside), see below
-    second: Hashable = None  # a key for readings only: m=2, n=7 is the list 2, 7 but not p=2, q=7
+    second: Hashable = None  # a key matched only with readings: m=2, n=7 is the list 2, 7 but not p=2, q=7
 
     def equals(self, other: "Value") -> bool:
         if {self.key, self.second} & other.also or {other.key, other.second} & self.also:
@@ -36,7 +36,7 @@ def scalar(tree) -> Value:
 
 
 def set_of(elements: list[Value]) -> Value:
-    """A set; one element alone may stand without its braces."""
+    """A set; a single element may be written without braces."""
     keys = [element.key for element in elements]
     alone = keys if len(keys) == 1 and keys[0][0] != "set" else []
     return Value(("set", frozenset(Counter(keys).items())), frozenset(alone))
@@ -47,7 +47,7 @@ def tuple_key(elements: list[Value]) -> tuple:
 
 
 def of_reals(reals: tuple) -> Value:
-    """A union of intervals; one that is open may be read as a pair."""
+    """A union of intervals; an open interval may be read as a pair."""
     points, inside = reals
     keys = [numeric.key((point,)) for point in points]
     also = {("tuple", *keys)} if inside == (False, False, True, False, False) else set()
@@ -56,7 +56,7 @@ def of_reals(reals: tuple) -> Value:
 
 
 def named(name: Hashable, value: Value) -> Value:
-    """name = value, or name in value: equal to the value alone, and to the same name with the same value."""
+    """name = value, or name in value: equals the value alone, or the same name with the same value."""
     also = {value.key, *value.also, *(("named", name, reading) for reading in value.also)}
     return Value(("named", name, value.key), frozenset(also), name, value, value.reals)
 
@@ -66,7 +66,7 @@ def label(tree) -> Hashable:
 
 
 def equation(left, right) -> Value:
-    """left = right, two formulas: the name may be left out of x = 5 and y = 2x + 3, and 2x = 10 is x = 5."""
+    """left = right, two formulas: x = 5 and y = 2x + 3 may lose their left side, and 2x = 10 is x = 5."""
     numbers = numeric.values(right)
     constant, simple = len(numbers) == 1, left[0] in ("symbol", "opaque")
     if constant and simple:
@@ -89,7 +89,7 @@ def equation(left, right) -> Value:
 
 
 def inequality(sides: list, signs: list[str]) -> Value:
-    """Inequalities in one letter, linear or |linear|, as a set of reals; another one as it stands."""
+    """Inequalities in one letter, linear or |linear|, as a set of reals; others by their own key."""
     trees = [side for side in sides if isinstance(side, tuple)]
     names = set().union(*map(numeric.letters, trees))
     if len(names) == 1:
@@ -107,8 +107,9 @@ def inequality(sides: list, signs: list[str]) -> Value:
     return Value(("inequality", signs[0] in ("<", ">"), signs[0] == r"\ne", numeric.key(scaled)))
 
 
-# A set of reals is (points, inside): its ends in order, and whether it holds below the first, at it, between
-# it and the next, and so on: (1, 3] is ((1, 3), (False, False, True, True, False)).
+# A set of reals is (points, inside): its end points in order, and whether it contains what is below the
+# first, the first itself, what is between it and the next, and so on:
+# (1, 3] is ((1, 3), (False, False, True, True, False)).
 INFINITY = math.inf
 ALL, NONE = ((), (True,)), ((), (False,))
 
@@ -132,7 +133,7 @@ def interval(low, low_closed: bool, high, high_closed: bool) -> tuple:
 
 
 def _combined(rule, sets) -> tuple:
-    """The set of the numbers for which rule (any or all) finds that the sets hold them."""
+    """The union (rule any) or intersection (rule all) of sets."""
     points, inside = [], [rule(flags[0] for _, flags in sets)]
     for number in _in_order(point for points, _ in sets for point in points):
         at, above = (rule(_holds(one, number, above) for one in sets) for above in (False, True))
@@ -143,7 +144,7 @@ def _combined(rule, sets) -> tuple:
 
 
 def _holds(one: tuple, number, above: bool) -> bool:
-    """Whether a set holds a number, or what lies directly above it."""
+    """Whether a set contains a number, or the numbers just above it."""
     points, inside = one
     below = sum(numeric.inexact(point) < numeric.inexact(number) for point in points)
     matches = [i for i, point in enumerate(points) if numeric.number_key(point) == numeric.number_key(number)]
@@ -159,7 +160,7 @@ def intersection(*sets: tuple) -> tuple:
 
 
 def line_of(tree) -> tuple | None:
-    """(a, b) of a tree that is a x + b in its only letter, None if it is not linear."""
+    """(a, b) of a tree a x + b in its only letter; None if it is not linear."""
     try:
         at = [numeric.evaluate(tree, lambda _, x=x: Fraction(x)) for x in (0, 1, 2, -7)]
     except NotFormula:
@@ -176,7 +177,7 @@ SIGNS = {"<": (-1,), ">": (1,), r"\le": (-1, 0), r"\ge": (1, 0), r"\ne": (-1, 1)
 
 
 def solve(left, sign: str, right) -> tuple | None:
-    r"""The reals for which `left sign right` holds, both linear or one |ax+b|, else None; \infty is text."""
+    r"""The reals that satisfy `left sign right`, both linear or one |ax+b|, else None; \infty is text."""
     if isinstance(left, str) or isinstance(right, str):  # x < \infty excludes nothing
         return ALL
     sides = [(left, formula.negative(right))]

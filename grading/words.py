@@ -1,4 +1,4 @@
-"""Numbers with words and words alone, to values: 12 cm, 6 million, 50%, 52_8, 4:15 p.m., Monday."""
+"""Values of words, with or without numbers: 12 cm, 6 million, 50%, 52_8, 4:15 p.m., Monday."""
 
 import re
 from dataclasses import replace
@@ -14,9 +14,9 @@ FACTORS = """
     thousand 1000, million 1000000, billion 1000000000, trillion 1000000000000
 """
 MULTIPLIERS = {word: Fraction(factor) for word, factor in map(str.split, FACTORS.split(","))}
-# dropped without a trace, like the signs for dollars and degrees
+# Dropped, like the signs for dollars and degrees.
 NO_UNIT = set("dollar usd degree deg unit".split())
-SYMBOLS = set("m g s h l L N J W V A K C F Hz Pa eV kJ kW kPa MPa mL mA mV".split())  # case counts
+SYMBOLS = set("m g s h l L N J W V A K C F Hz Pa eV kJ kW kPa MPa mL mA mV".split())  # case-sensitive
 UNITS = """
     mm millimeter millimetre, cm centimeter centimetre, m meter metre, km kilometer kilometre, nm nanometer,
     in inch inches, ft foot feet, yd yard, mi mile, mg milligram, g gram, kg kilogram, lb lbs pound, oz
@@ -25,7 +25,7 @@ UNITS = """
     tonne, Hz hertz, N newton, J joule, kJ kilojoule, W watt, kW kilowatt, V volt, A amp ampere, Pa pascal,
     kPa, K kelvin, C celsius, F fahrenheit, mol mole, eV, ohm, calorie
 """
-# behind a number they say something else than what is counted
+# After a number, these words do not name what is counted.
 OTHER_WORDS = set(
     """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
     seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety lakh crore quadrillion
@@ -34,7 +34,7 @@ OTHER_WORDS = set(
     minus over remainder quarter quarters tens to in is are""".split()
     + [name.casefold() for name in GREEK]
 )
-# each with the next smaller one, of which it has so many
+# Unit: (next smaller unit, how many of them)
 SMALLER = dict(week=("day", 7), day=("h", 24), h=("min", 60), min=("s", 60), yd=("ft", 3), ft=("in", 12))
 SMALLER |= dict(lb=("oz", 16), yr=("month", 12), km=("m", 1000), m=("cm", 100), kg=("g", 1000))
 UNIT_OF = {word: words.split()[0] for words in UNITS.split(",") for word in words.split()}
@@ -44,7 +44,7 @@ BARE_WORDS = re.compile(r"(.*?(?:[\d})!%]|\\pi))( *)([^\W\d_]+(?:[ ./]+[^\W\d_]+
 
 
 def words_behind(text: str) -> tuple[str, str]:
-    r"""Split a number from the words behind it: "6\text{ cm}^2" is ("6", "cm^2"), "6x" is ("6x", "")."""
+    r"""Split a number from the words after it: "6\text{ cm}^2" is ("6", "cm^2"), "6x" is ("6x", "")."""
     match = WORDS_IN_TEXT.fullmatch(text)
     if match:
         head, words, exponent = match.groups()
@@ -59,7 +59,7 @@ def words_behind(text: str) -> tuple[str, str]:
 
 
 def known_words(words: str) -> tuple[Fraction, str] | None:
-    """(factor, unit) of words behind a number, None if a word is unknown: north and the like are no units.
+    """(factor, unit) of the words after a number; None if a word is not a unit, such as north.
 
     >>> known_words("square centimeters"), known_words("kilometers per hour")[1], known_words("north")
     ((Fraction(1, 1), 'cm^2'), 'km/h', None)
@@ -83,7 +83,7 @@ def known_words(words: str) -> tuple[Fraction, str] | None:
 
 
 def _unit(word: str) -> str | None:
-    """The unit or the counted thing that a word names, one name for all its forms; None if it names none."""
+    """One name for all forms of the unit or counted thing that a word names; None if it names neither."""
     if len(word) == 1 or word in SYMBOLS:
         return UNIT_OF.get(word) if word in SYMBOLS else None
     forms = (word, word.casefold(), word.casefold().removesuffix("s"))
@@ -97,13 +97,13 @@ SHORT_WORDS = set("yes no odd even all none true red sun one two six ten al bo e
 
 
 def text_value(words: str) -> Value:
-    """Words alone, without case, and in one form where two are common: DNE, "no solutions"."""
+    """Words, case-insensitively, with synonyms such as DNE and plurals such as "no solutions" merged."""
     words = re.sub(r"^(?:there (?:is|are) )?(no .*)s$", r"\1", spelling.plain_text(words).casefold())
     return Value(("text", "does not exist" if words == "dne" else words))
 
 
 def read_words(text: str, depth: int) -> Value | None:
-    r"""Words: \text{No}, No, Monday. Two or three letters that do not look like a name are a product too."""
+    r"""Words: \text{No}, No, Monday. Two or three letters that do not look like a name may be a product."""
     named = r"DNE|(?=.{4})[A-Za-z]{2,}(?:[ -]+[A-Za-z']+|'[A-Za-z]+)*"
     match = re.fullmatch(rf"\\text\{{([^{{}}\\]*)\}}|({named})", text)
     if match:
@@ -129,7 +129,7 @@ COMPOUND = re.compile(rf"{PART}{AND}{PART}(?:{AND}{PART})?")
 
 
 def number_tree(text: str):
-    """formula.parse, but 20-35 is a range and 2023-10-14 a date and no difference. Raises NotFormula."""
+    """formula.parse, but rejects the range 20-35 and the date 2023-10-14. Raises NotFormula."""
     match = RANGE_OR_DATE.fullmatch(text.strip())
     if match and not (match[1] and float(match[1]) >= float(match[2])):
         raise NotFormula("a range or a date")
@@ -137,7 +137,7 @@ def number_tree(text: str):
 
 
 def read_compound(text: str) -> Value | None:
-    """3 hours 20 minutes are 200 minutes, 5 feet 8 inches are 68 inches."""
+    """3 hours 20 minutes is 200 minutes; 5 feet 8 inches is 68 inches."""
     match = COMPOUND.fullmatch(text)
     if match is None:
         return None
@@ -152,7 +152,7 @@ def read_compound(text: str) -> Value | None:
 
 
 def read_number(text: str, depth: int) -> Value | None:
-    """Numbers with more than one reading or with words: percent, other bases, 3e6, 4:15, 6 million, 12 cm."""
+    """Numbers with several readings or with words: percent, other bases, 3e6, 4:15, 6 million, 12 cm."""
     if re.fullmatch(RATIO, text):
         return Value(("ratio", *(Fraction(part) for part in text.replace(" ", "").split(":"))))
     based = BASED.fullmatch(text)
@@ -162,7 +162,7 @@ def read_number(text: str, depth: int) -> Value | None:
             readings = [int(sign + digits, int(base)), *([int(sign + digits)] if digits.isdigit() else [])]
         except ValueError:
             raise NotFormula("no digits of this base") from None
-        # Where the question names the base, answers come with it and without: 52_8 is 42, and may be 52.
+        # If the question names the base, answers may omit it: 52_8 is 42, and may be 52.
         also = frozenset(scalar(("number", Fraction(reading))).key for reading in readings)
         return Value(("base", sign + digits, int(base)), also)
     scientific = SCIENTIFIC.fullmatch(text)
@@ -171,7 +171,7 @@ def read_number(text: str, depth: int) -> Value | None:
         value = scalar(("number", Fraction(f"{sign}{digits}e{exponent}")))
         if "." in digits or "E" in text or not exponent.startswith(("-", "+")):
             return value
-        product = scalar(formula.parse(text))  # 3e-4 may be three times e, less four
+        product = scalar(formula.parse(text))  # 3e-4 may be three times e, minus four
         return replace(product, also=frozenset([value.key]))
     if text.endswith("%"):
         number = number_tree(text[:-1])
@@ -182,7 +182,7 @@ def read_number(text: str, depth: int) -> Value | None:
 
 
 def with_words(head: str, words: str, text: str) -> Value | None:
-    """A number and words: a factor multiplies, a unit may be left out, words like north may not."""
+    """A number and words: factors multiply, units may be omitted, words such as north may not."""
     bare, known = r"\text" not in text, known_words(words)
     strange = known is None or not set(re.findall(r"[^\W\d_]+", known[1])) <= set(UNIT_OF)
     if bare and strange and not re.match(r" .*[^\W\d_]{4}| *[^\0-\x7f]", text[len(head) :]):

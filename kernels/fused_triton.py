@@ -1,15 +1,15 @@
-"""The functions of fused.py in Triton: they read and write any float dtype and compute in fp32."""
+"""The functions of fused.py in Triton. They read and write any float dtype and compute in fp32."""
 
 import torch
 import triton
 from triton import language as tl
 
-HEADS = 16  # of a token, per program of the rotation
-COLUMNS = 1024  # of the MLP's width, per program of SwiGLU
+HEADS = 16  # heads of a token per program of the rotation
+COLUMNS = 1024  # columns of the MLP's width per program of SwiGLU
 
 
 class Rotation(torch.autograd.Function):
-    """rotate of fused.py. The gradient is rotated back: by the same angles with the sign of sin flipped."""
+    """fused.rotate. The gradient is rotated back, by the negative angles."""
 
     @staticmethod
     def forward(ctx, x, cos, signed_sin, dtype):
@@ -23,7 +23,7 @@ class Rotation(torch.autograd.Function):
 
 
 def turned(x, cos, signed_sin, dtype, sign):
-    """Launch rotate_kernel: x [T, H, E] -> a new, contiguous tensor in dtype; sign -1 rotates back."""
+    """Rotate x [T, H, E] into a new contiguous tensor of `dtype`; sign -1 rotates back."""
     (tokens, heads, width), x = x.shape, with_unit_stride(x)
     for angles in (cos, signed_sin):
         fits = angles.shape == (tokens, 1, width) and angles.is_contiguous()
@@ -36,7 +36,7 @@ def turned(x, cos, signed_sin, dtype, sign):
 
 
 class SwiGLU(torch.autograd.Function):
-    """swiglu of fused.py. Only the product is kept; the backward pass computes silu(gate) again."""
+    """fused.swiglu. Saves only its input; the backward pass recomputes silu(gate)."""
 
     @staticmethod
     def forward(ctx, gate_up):
@@ -59,21 +59,21 @@ class SwiGLU(torch.autograd.Function):
 
 
 def with_unit_stride(x):
-    """x, copied unless its last dimension is contiguous (the gradient of a sum is one number, expanded)."""
+    """x, copied unless its last dimension is contiguous (the gradient of a sum is an expanded scalar)."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @triton.jit
 def rotate_kernel(x, cos, signed_sin, out, heads, token_stride, head_stride, sign,
                   HALF: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
-    """Program (token, block of heads): their HALF pairs, PAIRS is the power of two above."""
+    """Program (token, block of heads). A head has HALF pairs; PAIRS is HALF rounded up to a power of 2."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, PAIRS)
     inside = (head < heads) & (pair < HALF)
     angle = token * (2 * HALF) + pair
     c = tl.load(cos + angle, mask=pair < HALF, other=0.0)
-    s = tl.load(signed_sin + (angle + HALF), mask=pair < HALF, other=0.0) * sign  # the half that is +sin
+    s = tl.load(signed_sin + (angle + HALF), mask=pair < HALF, other=0.0) * sign  # the second half is +sin
     x += token * token_stride + head * head_stride + pair
     a = tl.load(x, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x + HALF, mask=inside, other=0.0).to(tl.float32)

@@ -1,4 +1,16 @@
-"""Linear layers: a faster product of few rows on a CPU, and a tied weight with a single gradient.
+"""Linear layers: fast matrix products for decoding on a CPU, and one gradient for a tied weight.
+
+A CPU that decodes a small batch spends its time in the matrix products of the linear layers, and nn.Linear
+is not the fastest way to compute them. The plain form is x @ weight.T + bias. Linear computes it in one of
+three ways, by the number of rows of x:
+
+    1 row         MKL runs a matrix-vector product on one thread, so the weight is cut into parts and
+                  multiplied as a batch, which uses all threads
+    up to 128     oneDNN repacks its second operand at each call, so the small x comes second:
+                  (weight @ x.T).T, a result that is stored column by column
+    more          (or by_row=True) oneDNN with x first and the weight second
+
+With gradients, on a GPU, and in any dtype other than fp32, it is nn.Linear.
 
 Letters in shape comments: T tokens, D width, V vocabulary.
 """
@@ -8,15 +20,16 @@ import math
 import torch
 from torch import nn
 
-# The product's name is a private one of torch: a version without it takes nn.Linear's own.
+# The operator is private to torch. In a version without it, Linear is nn.Linear.
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-FEW_ROWS = 128  # up to here the order of oneDNN's factors matters (measured: from 256 rows on it does not)
+FEW_ROWS = 128  # measured: x second is faster up to here; from 256 rows on the order makes no difference
 
 
 class Linear(nn.Linear):
-    """nn.Linear with a faster product where a CPU decodes: fp32, no gradients, few rows.
+    """nn.Linear with a faster forward pass for decoding on a CPU.
 
-    The result may be stored column by column; with by_row it never is (the sampler reads logits row by row).
+    by_row=True returns a contiguous result; the sampler reads logits row by row. Otherwise the result may be
+    stored column by column.
     """
 
     def __init__(self, *args, by_row=False, **kwargs):
@@ -32,25 +45,25 @@ class Linear(nn.Linear):
             y = one_row_product(x, self.weight, parts)
         elif self.by_row or len(x) > FEW_ROWS:
             y = onednn_product(x.contiguous(), self.weight)
-        else:  # oneDNN repacks its second factor at every call, so that one should be the small one
-            stored_by_column = x.T.is_contiguous()
+        else:
+            stored_by_column = x.T.is_contiguous()  # onednn_product accepts it as it is
             y = onednn_product(self.weight, x if stored_by_column else x.contiguous()).T
         return y if self.bias is None else y.add_(self.bias)
 
 
 def one_row_product(x, weight, parts):
-    """x @ weight.T for one row: on one thread in MKL, but on all as a batch of `parts` of the weight."""
+    """x @ weight.T for a single row, as a batch of `parts` products."""
     weight = weight.view(parts, -1, weight.shape[1])
     return torch.bmm(weight, x.T.expand(parts, -1, 1)).view(1, -1)
 
 
 def onednn_product(a, b):
-    """a @ b.T by oneDNN: [M, D], [N, D] -> [M, N], both contiguous (it is very slow on strided views)."""
+    """a @ b.T: [M, D], [N, D] -> [M, N]. oneDNN is very slow on operands whose rows have gaps."""
     return torch.ops.mkldnn._linear_pointwise.default(a, b, None, "none", [], "")
 
 
 class TiedWeight(torch.autograd.Function):
-    """One weight [V, D] used twice: as the embedding (whose gradient is sparse) and as the output head.
+    """A tied weight [V, D] as two: the embedding, whose gradient is sparse, and the output head.
 
     The few rows of the embedding's gradient are added to the head's gradient in place. Autograd would
     allocate a second [V, D] for the sum.
@@ -63,5 +76,5 @@ class TiedWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx, embedding_grad, head_grad):
         rows, values = embedding_grad._indices()[0], embedding_grad._values()
-        # In fp32: in bf16 the sum of a frequent token stands still at 256 times its addends. Autograd casts.
+        # In fp32: a bf16 sum stops growing at 256 times its addends. Autograd casts the result back.
         return head_grad.float().index_put_((rows,), values.float(), accumulate=True)

@@ -1,12 +1,12 @@
-"""Log-probability and entropy of tokens straight from hidden states: the logits of all tokens never exist.
+"""Log-probability and entropy per token, from hidden states, without materializing the logits.
 
-A policy-gradient step needs two numbers per token, log p(target) and the entropy of p. The plain way builds a
-[T, V] matrix of logits and several copies of it: at T = 4,096 and V = 152k that is 2.5 GB each in fp32. Here
-only a tile of the logits exists at a time (some tokens by some of the vocabulary), and the backward pass
-computes each tile again instead of keeping it.
+A policy-gradient step needs two numbers per token, log p(target) and the entropy of p. The plain way builds
+the logits [T, V] and several copies of them: at T = 4,096 and V = 152k, each takes 2.5 GB in fp32. Here only
+one tile of the logits exists at a time (some tokens by some of the vocabulary), and the backward pass
+recomputes each tile.
 
-Two inner functions have a Triton version (logprob_triton.py): `partials`, there one kernel whose logits never
-leave the registers, and `logits_to_gradient`. Everything else is the same code on every device.
+Two inner functions have Triton versions (logprob_triton.py): `partials`, as one kernel whose logits never
+leave the registers, and `logits_to_gradient`. The rest is the same code on every device.
 
 Letters in shape comments: T tokens, D width, V vocabulary; t, v those of a tile; N pieces of the vocabulary.
 """
@@ -18,23 +18,23 @@ try:
 except ImportError:  # torch's CPU wheels come without triton
     logprob_triton = None
 
-# (tokens, vocabulary) of a tile. CPU: 6 MB, so a tile stays in the cache, and no shape has a faster product
-# (87 GFLOP/s on one core; the whole vocabulary at once reaches 50). GPU: cuBLAS wants large products.
+# (tokens, vocabulary) of a tile. CPU: 6 MB, which fits in the cache; no other shape was faster (87 GFLOP/s on
+# one core, against 50 with the whole vocabulary at once). GPU: cuBLAS needs large products.
 TILE = {"cpu": (2048, 768), "cuda": (8192, 8192)}
 
-# Older versions cannot add a product of bf16 factors to a sum in fp32: it takes a tile of its own there.
+# Older versions cannot accumulate a product of bf16 operands into fp32 in place; they need a temporary tile.
 ADDMM_SUMS_IN_FP32 = torch.__version__ >= (2, 11)
 
 
 def linear_logprob(hidden, weight, targets, temperature=1.0):
-    """Log-probability of each target, and entropy, of softmax(hidden @ weight.T / temperature).
+    """Log-probability of each target, and entropy, under softmax(hidden @ weight.T / temperature).
 
     hidden [T, D], weight [V, D] (cast to hidden's dtype for the product, as autocast does), targets [T] of
     int64. Returns (logprob [T], entropy [T]), both fp32 and in nats, differentiable in hidden and weight.
     Under autocast the hidden states are cast to its dtype first.
 
     >>> hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 5.0]])
-    >>> logprob, entropy = linear_logprob(hidden, weight, torch.tensor([0]))  # both logits are 0: a fair coin
+    >>> logprob, entropy = linear_logprob(hidden, weight, torch.tensor([0]))  # logits 0, 0: a fair coin
     >>> round(logprob.item(), 4), round(entropy.item(), 4)
     (-0.6931, 0.6931)
     """
@@ -58,14 +58,14 @@ class LinearLogprob(torch.autograd.Function):
         max_logit, lse, logprob, entropy = merge(*sums(hidden, weight, targets, temperature), temperature)
         ctx.save_for_backward(hidden, weight, targets, max_logit, lse, entropy)
         ctx.temperature = temperature
-        ctx.set_materialize_grads(False)  # where the loss does not use an output, its gradient is None
+        ctx.set_materialize_grads(False)  # the gradient of an output that the loss does not use is None
         return logprob, entropy
 
     @staticmethod
     def backward(ctx, grad_logprob, grad_entropy):
         hidden, weight, *per_token = ctx.saved_tensors
         want_hidden, want_weight = ctx.needs_input_grad[:2]
-        allocate = torch.empty_like if len(hidden) else torch.zeros_like  # the first tiles fill it, if any
+        allocate = torch.empty_like if len(hidden) else torch.zeros_like  # the first tiles overwrite it
         grad_hidden = allocate(hidden, dtype=torch.float32) if want_hidden else None
         grad_weight = allocate(weight, dtype=torch.float32) if want_weight else None
         if grad_logprob is None:
@@ -87,13 +87,13 @@ def on_gpu(x):
 
 
 def merge(max_logit, sum_exp, sum_exp_c, target, temperature):
-    """Merge the pieces of the vocabulary as online softmax does: [N, T] -> max_logit, lse, logprob, entropy.
+    """Merge the pieces of the vocabulary by online softmax: [N, T] -> max_logit, lse, logprob, entropy.
 
-    With c = (logit - max_logit) / temperature, a piece brings sum_exp = sum(exp(c)), sum_exp_c = sum(exp(c)
-    c) and the target's logit (0 if the target is in another piece). With c under the maximum of all pieces,
+    With c = (logit - max_logit) / temperature, a piece has sum_exp = sum(exp(c)), sum_exp_c = sum(exp(c) c)
+    and the target's logit, 0 if the target is in another piece. Relative to the maximum of all pieces,
     lse = log(sum(exp(c))), and the entropy is lse - E[c], where E[c] = sum(exp(c) c) / sum(exp(c)).
 
-    Log-probabilities are near 0 where logits may be 20: what is centred first loses less to rounding.
+    Subtracting the maximum first reduces rounding error: log-probabilities near 0 come from logits near 20.
     """
     highest = max_logit.amax(0)
     shift = (max_logit - highest) / temperature  # what the new maximum adds to each c of the piece
@@ -106,7 +106,7 @@ def merge(max_logit, sum_exp, sum_exp_c, target, temperature):
 
 
 def tiles(hidden, weight):
-    """Yield (rows, columns, hidden[rows], weight[columns], logits [t, v] in fp32), logits in one buffer."""
+    """Yield (rows, columns, hidden[rows], weight[columns], logits [t, v] in fp32); logits share a buffer."""
     tile_tokens, tile_vocabulary = tile_shape(hidden)
     shape = min(tile_tokens, len(hidden)), min(tile_vocabulary, len(weight))
     buffer = torch.empty(shape, device=hidden.device, dtype=torch.float32)
@@ -127,7 +127,7 @@ def slices(total, size):
 
 
 def product(a, b):
-    """a @ b, on CUDA in fp32: cuBLAS sums in fp32 and can hand out the sums before it rounds them."""
+    """a @ b. On CUDA the result is fp32: cuBLAS accumulates in fp32 and can return that without rounding."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)
@@ -136,7 +136,7 @@ def product(a, b):
 def write_product(out, a, b, add):
     """out = a @ b, or out += a @ b, for out in fp32.
 
-    In place or with out=, so autocast (backward may run under it) leaves it alone.
+    Autocast, under which backward may run, does not touch operations in place or with out=.
     """
     if out.dtype == a.dtype:
         out.addmm_(a, b, beta=int(add))
@@ -153,12 +153,12 @@ def write_product(out, a, b, add):
 
 
 def partials(hidden, weight, targets, temperature):
-    """What `merge` takes, [4, N, T]; a piece is a tile's share of the vocabulary."""
+    """The arguments of `merge`, [4, N, T]; a piece is a tile's part of the vocabulary."""
     size = tile_shape(hidden)[1]
     pieces = -(-len(weight) // size)
     out = torch.empty(4, pieces, len(hidden), device=hidden.device, dtype=torch.float32)
     for rows, columns, _, _, logits in tiles(hidden, weight):
-        max_logit, sum_exp, sum_exp_c, target = out[:, columns.start // size, rows]  # views, filled in below
+        max_logit, sum_exp, sum_exp_c, target = out[:, columns.start // size, rows]  # views, written below
         column, inside = locate(targets[rows], columns.start, logits.shape[1])
         torch.mul(logits.gather(1, column)[:, 0], inside, out=target)
         torch.amax(logits, -1, out=max_logit)
@@ -171,9 +171,9 @@ def partials(hidden, weight, targets, temperature):
 
 def logits_to_gradient(logits, start, targets, max_logit, lse, entropy, grad_logprob, grad_entropy,
                        temperature, dtype):  # fmt: skip
-    """The gradient of logits [t, v] of the vocabulary from `start` on, in dtype; overwrites the logits.
+    """The gradient of logits [t, v], a tile whose first column is `start`, in dtype; overwrites the logits.
 
-    grad_entropy may be None: as a rule the entropy is a metric only.
+    grad_entropy is None if the loss does not use the entropy, which is usually only a metric.
     """
     logp = logits.sub_(max_logit[:, None]).div_(temperature).sub_(lse[:, None])
     column, inside = locate(targets, start, logits.shape[1])
@@ -188,6 +188,6 @@ def logits_to_gradient(logits, start, targets, max_logit, lse, entropy, grad_log
 
 
 def locate(targets, start, size):
-    """Where the targets [t] are among `size` tokens from `start` on: (column [t, 1], inside or not [t])."""
+    """Targets [t] in a tile of `size` columns from `start` on: (column [t, 1], whether it is inside [t])."""
     column = targets - start
     return column.clamp(0, size - 1)[:, None], (column >= 0) & (column < size)

@@ -1,28 +1,28 @@
-"""The two inner functions of logprob.py in Triton: a kernel for the forward pass, one for the gradient."""
+"""The two inner functions of logprob.py in Triton: one kernel for the forward pass, one for the gradient."""
 
 import torch
 import triton
 from triton import language as tl
 
-# bytes of a number -> (tokens, vocabulary, width) of a program's tile: the largest that spills no registers.
+# Bytes per number -> (tokens, vocabulary, width) of a program's tile, the largest that spills no registers.
 # In bf16 a byte from L2 serves 64 operations at 128 x 128 and 85 at 128 x 256; an H100 can do about 107.
 FORWARD = {4: (64, 64, 16), 2: (128, 128, 64)}  # fp32; bf16 and fp16
 FORWARD_ON_H100 = {**FORWARD, 2: (128, 256, 64)}
 WARPS = 8
-COLUMNS = 2048  # of a tile of logits, per program of the gradient kernel
+COLUMNS = 2048  # columns of a tile of logits per program of the gradient kernel
 
 
 def partials_triton(hidden, weight, targets, temperature):
-    """partials, its product included; a piece is the part of the vocabulary that one program runs through."""
+    """partials, including the matrix product; a piece is the part of the vocabulary that a program reads."""
     (tokens, width), vocabulary = hidden.shape, len(weight)
     hidden, weight, targets = hidden.contiguous(), weight.to(hidden.dtype).contiguous(), targets.contiguous()
     BT, BV, BD = forward_tile(hidden)
     token_blocks, vocabulary_blocks = triton.cdiv(tokens, BT), triton.cdiv(vocabulary, BV)
     wanted = triton.cdiv(programs_wanted(hidden.device), max(1, token_blocks))
     size = triton.cdiv(vocabulary_blocks, wanted) * BV
-    pieces = triton.cdiv(vocabulary, size)  # at most as many as wanted, and none of them empty
+    pieces = triton.cdiv(vocabulary, size)  # at most as many as wanted; none is empty
     out = torch.empty(4, pieces, tokens, device=hidden.device, dtype=torch.float32)
-    exact = torch.get_float32_matmul_precision() == "highest"  # as torch.mm does it in the backward pass
+    exact = torch.get_float32_matmul_precision() == "highest"  # like torch.mm in the backward pass
     partials_kernel[(token_blocks, pieces)](
         hidden, weight, targets, out, tokens, width, vocabulary, size, 1 / temperature,
         PRECISION="ieee" if exact else "tf32", BT=BT, BV=BV, BD=BD, num_warps=WARPS,
@@ -36,7 +36,7 @@ def forward_tile(x):
 
 
 def programs_wanted(device):
-    """Sixteen rounds of one program per multiprocessor: a last round that is nearly empty costs little."""
+    """Sixteen waves of one program per multiprocessor, so that a nearly empty last wave costs little."""
     return 16 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -57,13 +57,13 @@ def logits_to_gradient_triton(logits, start, targets, max_logit, lse, entropy, g
 def partials_kernel(hidden, weight, targets, out, tokens, width, vocabulary, size, inverse_temperature,
                     BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
-    """Program (block of BT tokens, piece of `size` of the vocabulary): its row of the partial results."""
-    # Programs that run at the same time share 8 pieces and a few token blocks, which then stay in L2.
+    """Program (block of BT tokens, piece of `size` tokens of the vocabulary): one piece's partial sums."""
+    # Programs that run at the same time share 8 pieces and a few token blocks, which stay in L2.
     piece, block = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8)
     row = block.to(tl.int64) * BT + tl.arange(0, BT)
     first = piece * size
     target_at = tl.load(targets + row, mask=row < tokens, other=-1).to(tl.int32)
-    max_logit = tl.full([BT], -1e30, tl.float32)  # finite, even divided by the temperature
+    max_logit = tl.full([BT], -1e30, tl.float32)  # still finite when divided by the temperature
     sum_exp = tl.zeros([BT], tl.float32)
     sum_exp_c = tl.zeros([BT], tl.float32)
     target = tl.zeros([BT], tl.float32)
@@ -80,7 +80,7 @@ def partials_kernel(hidden, weight, targets, out, tokens, width, vocabulary, siz
         target += tl.sum(tl.where(column == target_at[:, None], z, 0.0), 1)
         z = tl.where(column < vocabulary, z, -1e30)
         higher = tl.maximum(max_logit, tl.max(z, 1))
-        shift = (max_logit - higher) * inverse_temperature  # brings the old sums under the new maximum
+        shift = (max_logit - higher) * inverse_temperature  # rescales the old sums to the new maximum
         c = (z - higher[:, None]) * inverse_temperature
         exp_c = tl.exp(c)
         sum_exp_c = tl.exp(shift) * (sum_exp_c + shift * sum_exp) + tl.sum(exp_c * c, 1)
@@ -97,9 +97,9 @@ def partials_kernel(hidden, weight, targets, out, tokens, width, vocabulary, siz
 @triton.jit(do_not_specialize=["start"])
 def logits_to_gradient_kernel(z, out, targets, top, lse, entropy, grad_logprob, grad_entropy, start, columns,
                               z_stride, out_stride, inverse_temperature, COLUMNS: tl.constexpr):  # fmt: skip
-    """Program (row, block of columns) of the logits z; out may be z, each number has one program.
+    """Program (row, block of columns) of the logits z. out may be z: programs do not overlap.
 
-    Without grad_entropy (None), the kernel is compiled without what belongs to it.
+    With grad_entropy None, the kernel is compiled without the entropy's terms.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,12 +1,12 @@
-"""Packing: the rows of a batch as one flat list of tokens without padding, and which token attends to which.
+"""Packing: the rows of a batch as one flat list of tokens without padding.
 
-Embeddings, norms and linear layers treat each token alone, so they take the tokens of all rows one after
-another, [T, D]. Only attention has to know the rows, and in two ways it does less work than padded rows
-would: nothing is computed for padding, and a prompt is computed once for all its responses. It equals plain
-causal attention over each row alone:
+Embeddings, norms and linear layers process each token independently, so they take the tokens of all rows
+concatenated, [T, D]. Only attention needs to know the rows. Packing saves work in two ways: nothing is
+computed for padding, and a prompt is computed once for all its responses. The result equals causal attention
+over each row alone:
 
 >>> batch = pack_rows(torch.zeros(2, 4, dtype=torch.int64), lengths=torch.tensor([2, 4]), windows=[None])
->>> q, k, v = torch.randn(3, 6, 1, 8)  # six tokens, one head: rows of 2 and of 4
+>>> q, k, v = torch.randn(3, 6, 1, 8)  # six tokens, one head: rows of length 2 and 4
 >>> packed = batch.attend_packed(0, q, k, v)
 >>> for row in (slice(0, 2), slice(2, 6)):
 ...     scores = torch.einsum("qhe,khe->hqk", q[row], k[row]) / 8**0.5
@@ -15,7 +15,7 @@ causal attention over each row alone:
 ...     assert torch.allclose(packed[row], plain, atol=1e-6)
 
 Letters in shape comments: B rows, T tokens (Tp of a prompt, Tq queries, Tk keys), R response tokens, N
-response tokens of all rows, G rows of a group, H heads, K key/value heads, E head width.
+response tokens of all rows together, G rows of a group, H heads, K key/value heads, E head width.
 """
 
 from dataclasses import dataclass
@@ -26,17 +26,17 @@ import torch.nn.functional as F
 
 from kernels.attention import flash_packed, packed_available, sdpa
 
-PREFILL_TOKENS = 8192  # of the prompts that sampling packs into one batch
+PREFILL_TOKENS = 8192  # prompt tokens that sampling packs into one batch
 
 
 @dataclass
 class PackedBatch:
-    """The flat tokens of some rows, the groups in which they attend, and for the learner the targets."""
+    """The flat tokens of some rows, the groups in which they attend, and the learner's targets."""
 
     windows: tuple  # per layer: how many keys a query sees, itself included; None is all of them
     tokens: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]
-    groups: list  # of AttentionGroup, which cover the tokens in order
+    groups: list  # AttentionGroups that cover the tokens in order
     targets: torch.Tensor | None = None  # [N] the response tokens
     logit_positions: torch.Tensor | None = None  # [N] the flat index whose logits predict each target
     unpacked: torch.Tensor | None = None  # [N] the index of each target in [B, R], flattened
@@ -47,16 +47,16 @@ class PackedBatch:
         return torch.cat([group.attend_rows(self.windows[layer], q, k, v) for group in self.groups])
 
     def unpack(self, x):
-        """Numbers of the response tokens, [N] -> [B, R], 0 past the end of a response."""
+        """One number per response token, [N] -> [B, R], zero padded."""
         flat = x.new_zeros(self.shape.numel()).scatter(0, self.unpacked, x)
-        # No view: slices of a model hang their hooks on what it returns, and an in-place operation on a view
+        # Cloned, not a view: FSDP attaches hooks to a model's output, and an in-place operation on a view
         # would lose them.
         return flat.view(self.shape).clone()
 
     def to(self, device):
-        """Move to the model's device: in one copy what is read here, the rest when a group first attends.
+        """Move to the model's device in one copy; a group moves its own indices when it first attends.
 
-        Indices are built on the CPU, where sizes need no wait.
+        Indices are built on the CPU, where reading a size does not synchronize.
         """
         here = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         moved = upload(torch.cat([*here.values()]), device).split([len(value) for value in here.values()])
@@ -67,7 +67,7 @@ class PackedBatch:
 
 
 def pack_rows(tokens, lengths, windows):
-    """Rows that attend only to themselves, tokens [B, T] right-padded, lengths [B]: prefill, plain logits."""
+    """Pack independent rows, for prefill and plain logits: tokens [B, T] right-padded, lengths [B]."""
     index = flat_index(lengths.cumsum(0) - lengths, lengths)  # [B, T]
     real = length_mask(lengths)
     positions = torch.arange(real.shape[1]).expand(real.shape)
@@ -76,9 +76,9 @@ def pack_rows(tokens, lengths, windows):
 
 
 def pack_responses(rows, windows):
-    """The prompt of each question once, then all responses, each behind its prompt. rows: a rollout.Rollout.
+    """Pack each question's prompt once, then all responses, which attend to it. rows: a rollout.Rollout.
 
-    The last token of a response predicts nothing that counts, so it is a target but never an input. Two
+    The last token of a response is a target but not an input, since nothing after it is predicted. Two
     responses, d e and f g h, to one prompt a b c:
 
         flat index       0 1 2 | 3 | 4 5
@@ -86,7 +86,7 @@ def pack_responses(rows, windows):
         targets                  d e | f g h
         logit_positions          2 3 | 2 4 5        c predicts both d and f
 
-    The numbers behind the lines of code, here and in `append_inputs`, are those of this example.
+    Comments with numbers or letters, here and in `append_inputs`, show the values in this example.
     """
     first_row, prompt_of = distinct(rows.question)  # 0, 0 0
     prompts = rows.tokens[first_row, : int(rows.prompt_length.max())]
@@ -105,7 +105,7 @@ def pack_responses(rows, windows):
 
 
 def append_inputs(batch, responses, positions, prompt_start, prompt_length, lengths):
-    """Append the first `lengths` [B] tokens of responses [B, R] to a batch of prompts: their keys [B, Tk]."""
+    """Append the first `lengths` [B] tokens of responses [B, R] to a batch; returns their keys [B, Tk]."""
     is_input = length_mask(lengths)  # [B, R-1]
     width = is_input.shape[1]
     start = len(batch.tokens) + lengths.cumsum(0) - lengths  # [B] the flat index of each first token  3 4
@@ -121,22 +121,22 @@ def append_inputs(batch, responses, positions, prompt_start, prompt_length, leng
 class AttentionGroup:
     """Rows that attend in one call: query [G, Tq] and key [G, Tk] hold flat indices, right-padded.
 
-    Row g has query_length[g] queries, behind offset[g] keys of a prompt: query j sees the keys 0 to offset[g]
-    + j (fewer under a sliding window). Padding lies behind the real keys, so the causal mask hides it.
-    Flash attention takes the same rows without padding. All this stays on the CPU; what the device reads for
-    the one or the other goes there when it is first asked for.
+    Row g has query_length[g] queries, after offset[g] keys of a prompt. Query j sees keys 0 to offset[g] + j,
+    or fewer under a sliding window. Padding comes after the real keys, so the causal mask hides it. Flash
+    attention takes the same rows without padding. The indices stay on the CPU; the ones that the chosen kind
+    of attention needs are copied to the device at its first call.
     """
 
     def __init__(self, query, query_length, key, offset):
         self.query, self.query_length = query, query_length
         self.key, self.key_length = key, offset + query_length
         all_equal = bool((offset == offset[0]).all())
-        self.offset = offset[:1] if all_equal else offset  # one mask for all rows where it is the same
+        self.offset = offset[:1] if all_equal else offset  # equal offsets share one mask
         self.device, self.masks = query.device, {}
 
     @cached_property
     def real(self):
-        """Which of the G x Tq queries are no padding."""
+        """Indices of the G x Tq queries that are not padding."""
         return length_mask(self.query_length).flatten().nonzero()[:, 0]
 
     @cached_property
@@ -146,10 +146,10 @@ class AttentionGroup:
 
     @cached_property
     def flat(self):
-        """For flash attention: which tokens are queries, which are keys, and where rows begin in both."""
-        flat_query = self.query.flatten()[self.real]  # follow each other
+        """For flash attention: which tokens are queries, which are keys, and where rows start in both."""
+        flat_query = self.query.flatten()[self.real]  # consecutive
         tokens = keys = slice(int(flat_query[0]), int(flat_query[-1]) + 1)
-        if self.offset.any():  # behind prompts, which are keys of several rows
+        if self.offset.any():  # prompts are keys of several rows, so keys are gathered
             keys = upload(self.key[length_mask(self.key_length, self.key.shape[1])], self.device)
         begins = torch.stack((cu_seqlens(self.query_length), cu_seqlens(self.key_length)))
         return tokens, keys, upload(begins, self.device)
@@ -162,10 +162,10 @@ class AttentionGroup:
             return flash_packed(q[tokens], k, v, *begins, self.query.shape[1], self.key.shape[1], window)
         query, key, real = self.padded
         out = sdpa(gather_rows(q, query), gather_rows(k, key), gather_rows(v, key), self.mask(window))
-        return gather_rows(out.flatten(0, 1), real)  # of [G, Tq, H, E] what is no padding
+        return gather_rows(out.flatten(0, 1), real)  # drop the padding of [G, Tq, H, E]
 
     def mask(self, window):
-        """Which keys each query sees, [G or 1, 1, Tq, Tk] of bool; made when a layer first asks for it."""
+        """Which keys each query sees, [G or 1, 1, Tq, Tk] of bool; cached per window."""
         if window not in self.masks:
             device = self.device
             place = torch.arange(self.query.shape[1], device=device)[:, None]
@@ -176,11 +176,11 @@ class AttentionGroup:
         return self.masks[window]
 
 
-def micro_batches(rollout, rows, budget):
-    """Cut rows (indices into a Rollout) into lists of at most `budget` tokens.
+def split_by_tokens(rollout, rows, budget):
+    """Split rows (indices into a Rollout) into lists of at most `budget` tokens.
 
-    Tokens are counted as attention computes them without flash attention: padded. The rows of a question stay
-    together, short responses first, so that little is padding. A single row may exceed the budget.
+    Padding counts, as it does for attention without flash attention. Rows are sorted by question, then by
+    response length, to keep padding small. A single row may exceed the budget.
     """
     batches = []
     for row in sorted(rows, key=lambda r: (int(rollout.question[r]), int(rollout.response_length[r]))):
@@ -191,7 +191,7 @@ def micro_batches(rollout, rows, budget):
 
 
 def padded_tokens(rollout, rows):
-    """Tokens of a micro-batch: one prompt per question and all responses, both padded to their longest."""
+    """Tokens of a micro-batch: one prompt per question and all responses, each padded to the longest."""
     questions = len(set(rollout.question[rows].tolist()))
     prompts = questions * int(rollout.prompt_length[rows].max())
     return prompts + len(rows) * int(rollout.response_length[rows].max())
@@ -208,13 +208,13 @@ def pad(prompts):
 
 
 def length_mask(lengths, width=None):
-    """[G, width] of bool, True before lengths[g] in row g; as wide as the longest, one column at least."""
+    """[G, width] of bool, True before lengths[g] in row g. The default width is the longest, at least 1."""
     width = max(int(lengths.max()), 1) if width is None else width
     return torch.arange(width) < lengths[:, None]
 
 
 def flat_index(start, lengths):
-    """[G, longest] of int64: start[g], start[g] + 1, ... for lengths[g] places of row g, then 0.
+    """[G, longest] of int64: row g is start[g], start[g] + 1, ..., lengths[g] of them, then zero padding.
 
     >>> flat_index(torch.tensor([3, 4]), torch.tensor([1, 2])).tolist()
     [[3, 0], [4, 5]]
@@ -224,7 +224,7 @@ def flat_index(start, lengths):
 
 
 def key_index(prompt_start, prompt_length, input_start, input_length):
-    """[B, Tp + R-1]: the flat indices of each row's keys, those of its prompt, then its own, then 0."""
+    """[B, Tp + R-1]: the flat indices of each row's keys: its prompt's, its own, then zero padding."""
     width = int(prompt_length.max()) + max(int(input_length.max()), 1)
     place = torch.arange(width)
     of_prompt, own = prompt_start[:, None] + place, (input_start - prompt_length)[:, None] + place
@@ -233,7 +233,7 @@ def key_index(prompt_start, prompt_length, input_start, input_length):
 
 
 def distinct(question):
-    """The first row of each distinct question [Q], and for each row which of those questions it has [B].
+    """The first row of each distinct question [Q], and for each row the index of its question [B].
 
     >>> distinct(torch.tensor([7, 3, 7]))
     (tensor([1, 0]), tensor([1, 0, 1]))
@@ -243,17 +243,22 @@ def distinct(question):
 
 
 def cu_seqlens(lengths):
-    """Where each row begins if all lie one after another, and the end: [G] -> [G + 1] of int32."""
+    """The start of each row if all are concatenated, and the end: [G] -> [G + 1] of int32."""
     return F.pad(lengths.cumsum(0), (1, 0)).int()
 
 
 def upload(x, device):
-    """Copy a CPU tensor to a device. The host does not wait, as it would for memory that is not pinned."""
+    """Copy a CPU tensor to a device from pinned memory, which does not synchronize."""
     if device.type != "cuda":
         return x.to(device)
-    return x.contiguous().pin_memory().to(device, non_blocking=True)  # strided, it would be copied once more
+    return x.contiguous().pin_memory().to(device, non_blocking=True)  # a strided x would be copied twice
+
+
+def to_host(*numbers):
+    """Numbers on the device as a list of floats: the host waits once for all of them."""
+    return torch.stack([number.double() for number in numbers]).tolist()
 
 
 def gather_rows(x, index):
-    """x[index] over the first dimension, as an embedding look-up: its backward adds up in a fixed order."""
+    """x[index] over the first dimension, as an embedding look-up, whose backward pass is deterministic."""
     return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])

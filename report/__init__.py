@@ -1,1 +1,1 @@
-"""What a run reports: metrics, the ledger of its questions, tables, curves and a page."""
+"""The reports of a run: metrics, the ledger of its questions, tables, curves and an HTML page."""

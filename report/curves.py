@@ -1,4 +1,4 @@
-"""out/curves.png: accuracy, labels and policy by step."""
+"""Draw out/curves.png: accuracy, labels and policy by step."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from report.screen import read_metrics
 
 def draw_curves(out, eval_samples):
     """Redraw out/curves.png from out/metrics.jsonl."""
-    from matplotlib.figure import Figure  # here: the import takes a second
+    from matplotlib.figure import Figure  # imported here, since it takes a second
 
     lines = read_metrics(out)
     figure = Figure(figsize=(15, 4.2), layout="constrained")
@@ -24,7 +24,7 @@ def draw_curves(out, eval_samples):
 
 
 def series(lines, name):
-    """(steps, values) of a metric over the lines that have it."""
+    """(steps, values) of a metric, from the lines that have it."""
     points = [(line["step"], line[name]) for line in lines if name in line]
     return [step for step, _ in points], [value for _, value in points]
 
@@ -50,7 +50,7 @@ def draw_accuracy(axes, lines, maj):
 def draw_labels(axes, lines):
     axes.set_title("training: is the vote right?")
     names = {"label_accuracy": "label accuracy", "reward_accuracy": "reward accuracy",
-             "majority_ratio": "majority ratio", "ground_truth_ratio": "share of right samples"}  # fmt: skip
+             "majority_ratio": "majority ratio", "ground_truth_ratio": "right samples"}  # fmt: skip
     for name, label in names.items():
         steps, values = series(lines, f"train/{name}")
         if steps:
@@ -69,9 +69,9 @@ def draw_policy(axes, lines):
         drawn += axes.plot(
             steps, values, color=color, label=name + (" (nats per token)" if name == "entropy" else "")
         )
-    axes.set_ylim(bottom=1.05 * lowest)  # below 0 only if a mean reward is
+    axes.set_ylim(bottom=1.05 * lowest)  # below 0 only if a mean reward is negative
     lengths = axes.twinx()
     steps, values = series(lines, "train/response_tokens")
     drawn += lengths.plot(steps, values, color="C4", ls=":", label="response tokens (right axis)")
-    lengths.set_ylim(0, 1.2 * max(values, default=1))  # a constant length must not hide in the frame
+    lengths.set_ylim(0, 1.2 * max(values, default=1))  # keeps a constant length off the frame
     axes.legend(handles=drawn, loc="best")

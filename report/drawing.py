@@ -1,6 +1,6 @@
-"""Text and pictures of a page as HTML: texts that only show, curves, and votes as stacked bars.
+"""The parts of an HTML page: escaped text, curves, and votes as stacked bars.
 
-What models and strangers wrote only shows: `text` escapes markup and names control characters.
+Text by models and strangers is untrusted: `text` escapes markup and names control characters.
 """
 
 import html
@@ -11,13 +11,13 @@ from itertools import groupby
 
 import grading
 
-MOST_BARS, MOST_POINTS = 100, 200  # of a question's votes and of a curve; more are thinned out evenly
-LONGEST_TEXT, LONGEST_ANSWER = 2000, 60  # characters; a longer text loses its middle
+MOST_BARS, MOST_POINTS = 100, 200  # of a question's votes, and of a curve; more are thinned out evenly
+LONGEST_TEXT, LONGEST_ANSWER = 2000, 60  # characters; longer texts lose their middle
 
 # -----------------------------------------------------------------------------------------------------------
 # text
 
-# Control and format characters: terminal codes, marks that turn the direction of writing, lone surrogates.
+# Control and format characters: terminal codes, marks that change the writing direction, lone surrogates.
 HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
@@ -25,7 +25,7 @@ HIDDEN = re.compile(
 
 
 def text(value, longest=None):
-    """A string as HTML that only shows: markup is escaped, hidden characters are named, the middle may go.
+    """A string as inert HTML: escapes markup, names hidden characters, shortens the middle.
 
     >>> text("<b>\\x1b[2J")
     '&lt;b&gt;[U+001B][2J'
@@ -38,7 +38,7 @@ def visible(value):
 
 
 def shorten_middle(shown, longest):
-    """At most `longest` characters of a text: its start and its end. A long one says how many are left out.
+    """The start and end of a text, at most `longest` characters, with a note on what is left out.
 
     >>> shorten_middle("abcdefghij", 4)
     'ab … ij'
@@ -55,7 +55,7 @@ def code(value, longest=LONGEST_ANSWER):
 
 
 def marked(response, answer):
-    """A response as HTML, with the answer that was found in it marked where it stands last."""
+    """A response as HTML, with the last occurrence of its answer marked."""
     shown = shorten_middle(visible(response), LONGEST_TEXT)
     wanted = re.escape(visible(answer)) if answer else r"(?!)"
     boxed = list(re.finditer(rf"\\boxed\s*\{{\s*({wanted})\s*\}}", shown))
@@ -70,14 +70,14 @@ def marked(response, answer):
 # -----------------------------------------------------------------------------------------------------------
 # pictures
 
-LEFT, RIGHT, TOP, BOTTOM = 34, 352, 8, 160  # of the plot in a picture of 360 x 180 units
+LEFT, RIGHT, TOP, BOTTOM = 34, 352, 8, 160  # the plot in a picture of 360 x 180 units
 
 
 def chart(title, curves, top, last_step, errors=()):
-    """A figure of curves {label: [(step, value)]} over the steps from 0 to last_step.
+    """A figure with curves {label: [(step, value)]}, from step 0 to last_step.
 
-    Values are shown from 0 to `top`, or to the largest if that is None. errors: (step, value, standard error)
-    of a band behind the first curve.
+    The y-axis runs from 0 to `top`, or to the largest value if that is None. errors: (step, value, standard
+    error) of a band around the first curve.
     """
     top = top or 1.05 * max(value for points in curves.values() for _, value in points) or 1
     last_step = max(1, last_step)
@@ -122,7 +122,7 @@ def ticks(top):
 
 
 def thinned(items, most):
-    """At most `most` of the items, evenly spread, the first and the last among them.
+    """At most `most` of the items, evenly spaced, including the first and the last.
 
     >>> thinned([0, 1, 2, 3, 4], 3)
     [0, 2, 4]
@@ -133,15 +133,15 @@ def thinned(items, most):
 
 
 def size(line):
-    """How many responses voted or had no answer, from a line of votes.jsonl."""
+    """The number of responses in a line of votes.jsonl, including those without an answer."""
     return sum(line["votes"].values()) + line.get("other", 0) + line["none"]
 
 
 def votes(name, lines, truth, kind, planned):
     """A question's votes as stacked bars, one per line of votes.jsonl: (small picture, large one, legend).
 
-    name: an id, by which the large picture shows the small one again. planned: how many bars there will be.
-    The true answer lies at the bottom, then the three most frequent others, then the rest; the strip below
+    name: an id by which the large picture reuses the small one. planned: the number of bars at the end of the
+    run. The true answer is at the bottom, then the three most frequent others, then the rest; the strip below
     has the color of the pseudo-label.
     """
     if not lines:
@@ -157,7 +157,7 @@ def votes(name, lines, truth, kind, planned):
         tops = [top - counts[css] for top, counts in zip(tops, tallies, strict=True)]
         if any(counts[css] for counts in tallies):
             paths[css] = f"M0 {height}{runs(tops)}V{height}z" + marked_runs(marks, css, height + strip, strip)
-    # Each color is painted down to the ground, and what lies below it over it.
+    # Each color is painted down to the baseline, then those below are painted over it.
     drawn = "".join(f'<path class="{css}" d="{path}"/>' for css, path in reversed(paths.items()))
     gaps = f'<path class="gap" d="M0 {height / 2:g}H{len(shown)}"/>'
     width = max(len(shown), min(planned, MOST_BARS))
@@ -175,7 +175,7 @@ def votes(name, lines, truth, kind, planned):
 
 
 def tally(line, classes):
-    """How many votes of a line are drawn in each color."""
+    """The number of votes per color in a line of votes.jsonl."""
     counts = Counter(o=line.get("other", 0))
     for spelling, count in line["votes"].items():
         counts[classes[spelling]] += count
@@ -183,7 +183,7 @@ def tally(line, classes):
 
 
 def runs(tops):
-    """The upper edge of bars that are 1 wide, as part of an SVG path.
+    """The upper edge of bars of width 1, as part of an SVG path.
 
     >>> runs([7, 7, 3])
     'V7h2V3h1'
@@ -202,14 +202,14 @@ def marked_runs(marks, css, y, height):
 
 
 def classes_of(lines, truth, kind):
-    """The CSS class of each spelling that got votes, and {CSS class: what it stands for}, bottom to top."""
+    """The CSS class of each spelling that got votes, and {CSS class: its label}, from bottom to top."""
     total = Counter()
     for line in lines:
         total.update(line["votes"])
         total.update({line["label"]: 0} if line["label"] is not None else {})
     spellings = [truth, *(spelling for spelling, _ in total.most_common())]
     groups = [[spellings[index] for index in group] for group in grading.classes(spellings, kind)]
-    groups = groups[truth is not None :]  # the first class is that of the true answer
+    groups = groups[truth is not None :]  # the first class holds the true answer
     groups.sort(key=lambda group: -sum(total[spelling] for spelling in group))
     labels = {} if truth is None else {"t": f"{code(truth)} (true)"}
     labels.update({css: code(group[0]) for css, group in zip("abc", groups, strict=False)})

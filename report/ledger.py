@@ -1,4 +1,4 @@
-"""Before and after: what became of each question, paired differences, and the best evaluation."""
+"""Before and after training: the fate of each question, paired changes, and the best evaluation."""
 
 import math
 from collections import Counter
@@ -6,26 +6,26 @@ from collections import Counter
 import grading
 from report.metrics import mean, standard_error
 
-# What became of a question, by whether its majority was right before and after. Sharpening is the cheap part
-# of TTRL, learning the real one, corruption its price (TTRL-Guard, arXiv 2605.19444, asks for this).
+# The fate of a question, by whether its majority was right before and after. Sharpening is the easy part of
+# TTRL, learning is the real gain, and corruption is the price (TTRL-Guard, arXiv 2605.19444).
 FATES = {
-    "learned": "majority wrong, then right",
+    "learned": "majority wrong before, right after",
     "sharpened": "right before and after, with a larger lead",
-    "held": "right before and after, no change beyond chance",
+    "still right": "right before and after, no significant change",
     "weakened": "right before and after, with a smaller lead",
-    "missed": "majority wrong before and after",
-    "corrupted": "majority right, then wrong",
-    "unsure": "majority changed, but within chance",
+    "still wrong": "majority wrong before and after",
+    "corrupted": "majority right before, wrong after",
+    "unsure": "majority changed, but not significantly",
 }
-SIGNIFICANCE = 0.05  # of the sign test, both directions together
+SIGNIFICANCE = 0.05  # of the two-sided sign test
 
 
 def lead_changes(before, after):
     """In how many samples the lead of the true answer (rose, fell), from two records of a question.
 
-    A sample counts 1 for the true answer, -1 for the most frequent wrong answer of both evaluations, and 0
-    for any other or none. Both evaluations drew sample i with the same random numbers, so samples are
-    compared in pairs.
+    A sample scores 1 for the true answer, -1 for the most frequent wrong answer of both evaluations together,
+    and 0 otherwise. Both evaluations drew sample i with the same random numbers, so samples are compared in
+    pairs.
     """
     right, answers = [*before["right"], *after["right"]], [*before["answers"], *after["answers"]]
     wrong = [None if r else answer for r, answer in zip(right, answers, strict=True)]
@@ -38,7 +38,7 @@ def lead_changes(before, after):
 
 
 def tail(count, total):
-    """Probability of at least `count` heads in `total` throws of a fair coin.
+    """Probability of at least `count` heads in `total` tosses of a fair coin.
 
     >>> tail(9, 10)  # 11 of 1,024
     0.0107421875
@@ -47,40 +47,40 @@ def tail(count, total):
 
 
 def direction(rises, falls):
-    """1 or -1 if the lead rose or fell beyond chance, else 0: a sign test over the samples that changed."""
+    """1 or -1 if the lead rose or fell significantly, else 0: a sign test over the samples that changed."""
     if tail(max(rises, falls), rises + falls) > SIGNIFICANCE / 2:
         return 0
     return 1 if rises > falls else -1
 
 
 def false_alarms(changes):
-    """Probability that so many changes, up or down by a fair coin, are taken for a rise (or for a fall)."""
+    """Probability that this many changes, each up or down by a fair coin, test as a rise (or as a fall)."""
     for count in range(changes + 1):
         if tail(count, changes) <= SIGNIFICANCE / 2:
             return tail(count, changes)
-    return 0.0  # too few changes to tell
+    return 0.0  # too few changes for any to be significant
 
 
 def fate(before, after):
-    """What became of a question, one of FATES, from its two evaluation records.
+    """The fate of a question, one of FATES, from its two evaluation records.
 
     >>> sure = {"kind": "math", "right": [1.0] * 8, "answers": ["7"] * 8, "majority_right": True}
     >>> wrong = {"kind": "math", "right": [0.0] * 8, "answers": ["5"] * 8, "majority_right": False}
     >>> fate(wrong, sure), fate(sure, wrong), fate(sure, sure)
-    ('learned', 'corrupted', 'held')
+    ('learned', 'corrupted', 'still right')
     """
     change = direction(*lead_changes(before, after))
     if not before["majority_right"] and not after["majority_right"]:
-        return "missed"
+        return "still wrong"
     if before["majority_right"] and after["majority_right"]:
-        return {1: "sharpened", 0: "held", -1: "weakened"}[change]
+        return {1: "sharpened", 0: "still right", -1: "weakened"}[change]
     if change == (1 if after["majority_right"] else -1):
         return "learned" if after["majority_right"] else "corrupted"
     return "unsure"
 
 
 def ledger(before, after):
-    """A row for each question whose answer is known: its fate, pass@1 and majority before and after."""
+    """A row for each question with a known answer: its fate, and pass@1 and majority before and after."""
     return [
         {
             "id": b["id"],
@@ -96,10 +96,10 @@ def ledger(before, after):
 
 
 def paired_changes(before, after, names):
-    """Mean change of metrics and its standard error, from pairs: the same question before and after.
+    """Mean change of metrics and its standard error, paired by question.
 
-    names: {metric: field of the records}. Questions differ more from each other than each of them changes, so
-    the standard error is smaller than those of `before` and `after` suggest.
+    names: {metric: field of the records}. Questions differ more from each other than from themselves before
+    training, so this standard error is smaller than those of `before` and `after` suggest.
     """
     changes = {}
     for name, field in names.items():
@@ -115,8 +115,8 @@ def paired_changes(before, after, names):
 def better(best, step, records):
     """The best evaluation so far: `best`, or this one. None without true answers, or with a single sample.
 
-    The largest of many noisy evaluations is too large. So the even samples choose, and the odd ones, which
-    had no part in the choice, are reported.
+    The maximum of many noisy evaluations is biased upwards. So even samples choose the evaluation, and odd
+    samples, which are independent of the choice, measure it.
     """
     known = [row["right"] for row in records if row["truth"] is not None and len(row["right"]) > 1]
     chosen_by = mean(mean(right[::2]) for right in known) if known else None
@@ -132,12 +132,12 @@ def better(best, step, records):
 
 
 def summarize(state):
-    """The numbers of a finished run for summary.json: metrics before, after, change, best and ledger."""
+    """The contents of summary.json for a finished run."""
     before, after = state["before"], state["after"]
     rows = ledger(before["records"], after["records"])
     counts = Counter(row["fate"] for row in rows)
     samples = len(before["records"][0]["answers"])
-    names = {name: name for name in before["metrics"] if name in before["records"][0]}  # a value per question
+    names = {name: name for name in before["metrics"] if name in before["records"][0]}  # per-question metrics
     names.update({f"maj@{samples}": "majority_right", f"pass@{samples}": "any_right"} if samples > 1 else {})
     return {
         "steps": state["step"],

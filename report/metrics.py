@@ -1,9 +1,11 @@
-"""What is measured: of responses, of votes and their truth, and of learning.
+"""Metrics of votes, responses, training and the machine.
 
-True answers are read here and nowhere else (but for --reward gold): training cannot look at them by accident.
+Except with --reward gold, no reward or gradient reads a true answer: they are graded here.
 """
 
 import math
+import platform
+import resource
 import time
 from collections import Counter
 
@@ -12,13 +14,14 @@ import torch.distributed as dist
 
 import grading
 from distributed.ranks import all_reduce
+from kernels.packing import to_host
 
 # -----------------------------------------------------------------------------------------------------------
 # responses and votes
 
 
 def standard_error(values):
-    """The standard error of the mean of independent values, variance with ddof 1; 0 for a single value.
+    """The standard error of the mean of independent values (ddof 1); 0 for a single value.
 
     >>> round(standard_error([0.0, 1.0, 1.0, 0.0]), 4)
     0.2887
@@ -29,24 +32,14 @@ def standard_error(values):
     return math.sqrt(sum((v - center) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
-def describe(groups):
-    """Metrics of responses that need neither a vote nor a true answer."""
-    flat = [response for group in groups for response in group]
-    return {
-        "response_tokens": mean(len(r.tokens) for r in flat),
-        "truncated": mean(not r.finished for r in flat),
-        "no_answer": mean(r.answer is None for r in flat),
-    }
-
-
 def reward_accuracy(right, agreeing):
     """The share of responses whose reward by the vote equals their reward by the true answer.
 
-    It may be high under a wrong label, the paper's "lucky hit": a wrong answer that differs from the wrong
-    label gets the 0 that it deserves.
+    It can be high even if the label is wrong, the paper's "lucky hit": a wrong answer that differs from the
+    label rightly gets 0.
 
-    right: 1 or 0 for each response, its reward by the true answer. agreeing: the indices of the responses in
-    the majority, which the vote rewards with 1, and all others with 0.
+    right: each response's reward by the true answer, 1 or 0. agreeing: indices of the responses in the
+    majority, which the vote rewards with 1; the others get 0.
 
     >>> reward_accuracy([0.0, 0.0, 1.0, 0.0], agreeing=[0, 1])  # answers 4 4 7 9, truth 7: only the 9 agrees
     0.25
@@ -64,51 +57,68 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def grade(question, responses, voted):
-    """The record of one question, from its responses and their vote (label, classes).
+def grade(group):
+    """The record of one question, from its responses and their vote (a rewards.Group).
 
-    A response is "right" if it equals the true answer. Metrics describe the vote, whatever the reward is.
+    A response is "right" if its answer equals the true one. The metrics describe the vote under any --reward.
     """
-    label, classes = voted
-    agreeing = grading.majority(classes)
-    typical = responses[agreeing[0] if agreeing else 0]
-    record = {"id": question.id, "prompt": question.prompt, "kind": question.kind, "truth": question.answer}
-    record.update(response=typical.text, answer=typical.answer)
-    record.update(answers=[response.answer for response in responses], majority=label)
-    record.update(majority_ratio=len(agreeing) / len(responses))
-    record["distinct_answers"] = len(classes)
+    question, majority = group.question, grading.majority(group.classes)
+    typical = group.responses[majority[0] if majority else 0]
+    record = {"id": question.id, "prompt": question.prompt, "kind": question.kind, "truth": question.answer,
+              "response": typical.text, "answer": typical.answer, "answers": group.answers,
+              "majority": group.label, "majority_ratio": len(majority) / len(group.answers),
+              "distinct_answers": len(group.classes)}  # fmt: skip
     if question.answer is not None:
-        right = [float(is_right(question, response.answer)) for response in responses]
+        right = [float(is_right(question, answer)) for answer in group.answers]
         record.update({"right": right, "pass@1": mean(right), "any_right": any(right)})
-        record["majority_right"] = is_right(question, label)
-        record["reward_accuracy"] = reward_accuracy(right, agreeing)
+        record["majority_right"] = is_right(question, group.label)
+        record["reward_accuracy"] = reward_accuracy(right, majority)
     return record
 
 
-def of_votes(records):
-    """Means of what a vote alone tells: how many agree with it, and how many different answers there are."""
-    return {name: mean(record[name] for record in records) for name in ("majority_ratio", "distinct_answers")}
-
-
-def training_metrics(records, votes):
-    """Metrics of a step's vote from its records, by their names in training; see `evaluation_metrics`."""
-    metrics = of_votes(records)
-    known = [record for record in records if record["truth"] is not None]
-    names = {"ground_truth_ratio": "pass@1", "label_accuracy": "majority_right",
-             "reward_accuracy": "reward_accuracy", f"pass@{votes}": "any_right"}  # fmt: skip
-    return {
-        **metrics,
-        **{name: mean(record[field] for record in known) for name, field in names.items() if known},
+def means(records, fields):
+    """{metric: mean over the records that have its field}, for fields {metric: field}."""
+    values = {
+        name: [record[field] for record in records if field in record] for name, field in fields.items()
     }
+    return {name: mean(found) for name, found in values.items() if found}
+
+
+OF_VOTES = {"majority_ratio": "majority_ratio", "distinct_answers": "distinct_answers"}
+
+
+def of_responses(groups):
+    """Metrics of responses that need no vote and no true answer."""
+    flat = [response for group in groups for response in group.responses]
+    return {
+        "response_tokens": mean(len(response.tokens) for response in flat),
+        "truncated": mean(not response.finished for response in flat),
+        "no_answer": mean(response.answer is None for response in flat),
+    }
+
+
+def of_training(groups, rewards, trained, last_labels):
+    """Metrics of a training step's votes and rewards [P][N]; {} without groups (on all ranks except 0).
+
+    trained: M, the number of responses per group to train on. last_labels: see `compared_with_last`.
+    """
+    if not groups:
+        return {}
+    records = [grade(group) for group in groups]
+    fields = {**OF_VOTES, "ground_truth_ratio": "pass@1", "label_accuracy": "majority_right",
+              "reward_accuracy": "reward_accuracy", f"pass@{len(rewards[0])}": "any_right"}  # fmt: skip
+    metrics = {**means(records, fields), **of_responses(groups), **compared_with_last(records, last_labels)}
+    metrics["reward"] = mean(map(mean, rewards))
+    metrics["zero_variance_groups"] = mean(len(set(row[:trained])) == 1 for row in rewards)
+    return metrics
 
 
 def compared_with_last(records, last):
     """Metrics of the questions that were asked before, from a step's records; {} if there are none.
 
-    last: {question id: label of its last vote}, brought up to date here. flip_rate is the share of questions
-    whose label changed, by value and not by spelling. locked_wrong is the share of those with a known answer
-    whose label is wrong, and the same wrong one as last time. To have no label is one value of a label, but
-    never a wrong one.
+    last: {question id: label of its last vote}, updated in place. flip_rate is the share of questions whose
+    label changed in value, not only in spelling. locked_wrong is the share, among questions with a known
+    answer, whose label is wrong and the same as last time. None is a label like any other, but never wrong.
     """
     again = [(record, unchanged(record, last[record["id"]])) for record in records if record["id"] in last]
     last.update({record["id"]: record["majority"] for record in records})
@@ -122,28 +132,42 @@ def compared_with_last(records, last):
 
 
 def unchanged(record, label):
-    """Whether the majority of a record equals an earlier label of its question; None equals None alone."""
+    """Whether the majority of a record equals an earlier label of its question; None equals only None."""
     if label is None or record["majority"] is None:
         return label is record["majority"]
     return grading.same_answer(label, record["majority"], record["kind"])
 
 
-def evaluation_metrics(records, samples):
-    """Metrics of an evaluation from its records. Those that need the truth count questions that have one.
+def of_evaluation(groups):
+    """(metrics, a record per question) of an evaluation; ({}, []) on all ranks except 0.
 
-    pass@1 is the mean over samples (the paper's avg@16). Its standard error is clustered by question, since
-    the questions vary, not the samples of one question. maj@N is the plain vote over the N samples, pass@N
-    whether any of them is right.
+    groups: {name: groups}; the first is the evaluation itself, the others, at other temperatures, report only
+    pass@1. Metrics that need true answers average over the questions that have one. pass@1 is the mean over
+    samples (the paper's avg@16); its standard error is clustered by question, since the samples of a question
+    are not independent. maj@N is the vote over the N samples, pass@N whether any of them is right.
     """
-    metrics = of_votes(records)
-    known = [record for record in records if record["truth"] is not None]
-    if known:
-        each = [record["pass@1"] for record in known]
-        metrics.update({"pass@1": mean(each), "pass@1_se": standard_error(each)})
-    if known and samples > 1:
-        metrics[f"maj@{samples}"] = mean(record["majority_right"] for record in known)
-        metrics[f"pass@{samples}"] = mean(record["any_right"] for record in known)
-    return metrics
+    own = next(iter(groups.values()))
+    records = [grade(group) for group in own]
+    if not records:
+        return {}, []
+    metrics, n = means(records, OF_VOTES), len(records[0]["answers"])
+    add_accuracy(metrics, records, "pass@1")
+    if n > 1:
+        metrics.update(means(records, {f"maj@{n}": "majority_right", f"pass@{n}": "any_right"}))
+    metrics.update(of_responses(own))
+    for name, other in list(groups.items())[1:]:
+        for record, group in zip(records, other, strict=True):
+            if record["truth"] is not None:
+                record[name] = grade(group)["pass@1"]
+        add_accuracy(metrics, records, name)
+    return metrics, records
+
+
+def add_accuracy(metrics, records, name):
+    """Add the mean of a field of the records and its standard error, if any record has the field."""
+    values = [record[name] for record in records if name in record]
+    if values:
+        metrics.update({name: mean(values), f"{name}_se": standard_error(values)})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -151,32 +175,60 @@ def evaluation_metrics(records, samples):
 
 
 class Stopwatch:
-    """Seconds that the stages of a step take: lap(name) ends a stage."""
+    """Wall-clock seconds, total and by stage; lap(name) ends a stage. before: those of earlier processes."""
 
-    def __init__(self):
-        self.last, self.seconds = time.perf_counter(), {}
+    def __init__(self, before=0.0):
+        self.start = self.last = time.perf_counter()
+        self.before, self.seconds = before, {}
 
     def lap(self, name):
         now = time.perf_counter()
         self.seconds[name], self.last = now - self.last, now
 
-    def metrics(self):
-        return {f"seconds_{name}": seconds for name, seconds in self.seconds.items()}
+    def minutes(self):
+        """Minutes since the start, without `before`."""
+        return (time.perf_counter() - self.start) / 60
+
+    def total(self):
+        return self.before + time.perf_counter() - self.start
+
+
+def of_machine(groups, watch, trained_tokens):
+    """Speed and memory of a step, from the groups on rank 0 and the trained tokens of all ranks."""
+    metrics = {f"seconds_{name}": seconds for name, seconds in watch.seconds.items()}
+    metrics["peak_memory_gb"] = peak_memory_gb()
+    metrics["grading_timeouts"] = grading.grading_timeouts
+    metrics["train_tokens_per_s"] = trained_tokens / watch.seconds["learning"]
+    sampled = sum(len(response.tokens) for group in groups for response in group.responses)
+    metrics["rollout_tokens_per_s"] = sampled / watch.seconds["sampling"]
+    return metrics
+
+
+def peak_memory_gb():
+    """Peak memory: allocated by torch on the GPU, or used by this process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class Tally:
-    """What the updates of a step report: sums over this rank's tokens, on the device until `metrics`."""
+    """Accumulates the metrics of a step's updates: sums over this rank's tokens, on the device until read."""
 
     def __init__(self, device):
         self.sums = Counter()  # over all micro-batches
-        self.gaps = (
-            Counter()
-        )  # sampler against learner: over those before the first update, while both are one
+        # Sampler against learner: only before the first update, while both have the same weights.
+        self.gaps = Counter()
         self.gap_max = torch.zeros((), device=device)
-        self.norms, self.skipped = [], 0
+        self.norms, self.rates, self.skipped = [], [], 0
+
+    def updated(self, norm, learning_rate):
+        """Record an update of the weights."""
+        self.norms.append(norm)
+        self.rates.append(learning_rate)
 
     def add(self, sums, difference, entropy, mask):
-        """Note a micro-batch: sums by grpo_loss, difference of log-probabilities and entropy [B, R]."""
+        """Record a micro-batch: sums of grpo_loss, difference of log-probabilities and entropy [B, R]."""
         tokens = mask.sum()
         self.sums.update({**sums, "tokens": tokens, "entropy": torch.where(mask, entropy, 0.0).sum()})
         if not self.norms:
@@ -185,7 +237,7 @@ class Tally:
             self.gap_max = torch.maximum(self.gap_max, gap.max())
 
     def metrics(self):
-        """Means over all ranks' tokens; only the counts of updates if no mini-batch had anything to learn."""
+        """Means over the tokens of all ranks; only the counts of updates if there was nothing to learn."""
         counts = {"updates": len(self.norms), "skipped_updates": self.skipped}
         if not self.sums:
             return counts
@@ -199,10 +251,5 @@ class Tally:
         metrics["logprob_gap_max"] = all_reduce({"max": gap_max}, dist.ReduceOp.MAX)["max"]
         metrics.update({name: value / tokens for name, value in sums.items()})  # entropy, clip_fraction, ...
         if self.norms:
-            metrics.update(grad_norm=mean(self.norms), grad_norm_max=max(self.norms))
+            metrics.update(grad_norm=mean(self.norms), grad_norm_max=max(self.norms), lr=self.rates[-1])
         return {**metrics, **counts, "trained_tokens": tokens}
-
-
-def to_host(*numbers):
-    """Numbers on the device as floats: one wait for all of them."""
-    return torch.stack([number.double() for number in numbers]).tolist()

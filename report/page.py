@@ -1,7 +1,7 @@
 """A run as a page, out/report.html: one file that needs no server, no network and hardly any script.
 
-What is shown of questions, answers and responses is text that a model or a stranger wrote. `text` escapes it,
-and the page's Content-Security-Policy allows no script but the one that sorts the table.
+Questions, answers and responses are untrusted text. `text` escapes it, and the page's Content-Security-Policy
+allows no script except the one that sorts the table.
 """
 
 import base64
@@ -21,7 +21,7 @@ from report.screen import CHANCE, cells_of, read_lines, read_metrics
 from support.config import flag_name, papers_values
 
 TEMPLATE = Path(__file__).with_name("page.html")
-MOST_QUESTIONS = 500  # on a page; of more, those whose majority changed come first
+MOST_QUESTIONS = 500  # on a page; those that changed take precedence
 
 
 class Row(NamedTuple):
@@ -31,21 +31,21 @@ class Row(NamedTuple):
     prompt: str
     truth: str | None
     kind: str
-    before: dict | None  # records of the evaluation; None for a question that is only trained on
+    before: dict | None  # evaluation record; None for a question that is only trained on
     after: dict | None
-    fate: str  # "" where it is not known
-    votes: list  # lines of votes.jsonl
+    fate: str  # "" if unknown
+    votes: list  # its lines of votes.jsonl
 
 
 def write_page(out, state, c, train_set, about):
-    """Write out/report.html from the run's files and state; about: {name: text} of commit and versions."""
+    """Write out/report.html from the run's files and state. about: {name: text}, the commit and versions."""
     out = Path(out)
     write_whole(out / "report.html", page(read_metrics(out), read_lines(out / "votes.jsonl"), state, c,
                                           train_set, about))  # fmt: skip
 
 
 def page(lines, votes, state, c, train_set, about):
-    """The whole page as text, a pure function of its arguments: the same run gives the same bytes."""
+    """The HTML of the page, a pure function of its arguments: the same run gives the same bytes."""
     template = TEMPLATE.read_text(encoding="utf-8")
     summary = summarize(state) if "after" in state else None
     rows = rows_of(state, summary, votes, None if c.data == c.eval_data else train_set)
@@ -54,8 +54,8 @@ def page(lines, votes, state, c, train_set, about):
         style_hash=hash_of(template, "style"),
         script_hash=hash_of(template, "script"),
         title=text(f"{Path(c.model).name} on {Path(c.data).name}"),
-        subtitle=f"Test-time reinforcement learning (arXiv 2504.16084): {c.votes} responses to each question "
-        f"are sampled, and rewarded by “{text(c.reward)}”.",
+        subtitle=f"Test-time reinforcement learning (arXiv 2504.16084): {c.votes} responses per question, "
+        f"rewarded by “{text(c.reward)}”.",
         facts=facts(state, c, train_set),
         warnings=warning_box(warnings(lines, c, state)),
         charts="\n".join(charts(lines, c)),
@@ -71,7 +71,7 @@ def page(lines, votes, state, c, train_set, about):
 
 
 def hash_of(template, tag):
-    """The source of the page's one <tag> as a Content-Security-Policy names it."""
+    """The Content-Security-Policy source of the page's only <tag>."""
     content = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1].encode()
     return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
 
@@ -81,7 +81,7 @@ def hash_of(template, tag):
 
 
 def facts(state, c, train_set):
-    """The few numbers that a reader looks for first."""
+    """The numbers that a reader looks for first."""
     newest = state.get("after", state["before"])
     pairs = [
         (f"{name}, before → after", f"{state['before']['metrics'][name]:.3f} → {value:.3f}")
@@ -95,7 +95,7 @@ def facts(state, c, train_set):
 
 
 def trend(lines, name):
-    """(mean over the first fifth of the steps, mean over the last fifth) of a metric; (0, 0) without two."""
+    """A metric's means over the first and the last fifth of the steps; (0, 0) with fewer than 2 values."""
     values = [line[f"train/{name}"] for line in lines if f"train/{name}" in line]
     if len(values) < 2:
         return 0.0, 0.0
@@ -104,7 +104,7 @@ def trend(lines, name):
 
 
 def warnings(lines, c, state):
-    """What a reader should know before trusting the numbers, a sentence each."""
+    """What a reader should know before trusting the numbers, one sentence each."""
     (agreed, agree), (was_right, right) = trend(lines, "majority_ratio"), trend(lines, "label_accuracy")
     (wide, narrow), (_, same) = trend(lines, "entropy"), trend(lines, "zero_variance_groups")
     (_, cut), (_, unanswered) = trend(lines, "truncated"), trend(lines, "no_answer")
@@ -112,7 +112,7 @@ def warnings(lines, c, state):
         state.get(when, state["before"])["metrics"].get("pass@1", 0) for when in ("before", "after")
     )
     gap = max((line.get("train/logprob_gap", 0) for line in lines), default=0)
-    most_gap = 0.05 if c.device == "cuda" else 1e-4  # nats; docs/metrics.md says what is usual
+    most_gap = 0.05 if c.device == "cuda" else 1e-4  # nats; see docs/metrics.md for usual values
     timeouts = max((line.get("train/grading_timeouts", 0) for line in lines), default=0)
     skipped, updates = state["skipped_updates"], state["updates"] + state["skipped_updates"]
     found = [
@@ -120,15 +120,15 @@ def warnings(lines, c, state):
          f"Collapse: the votes agree more (majority ratio {agreed:.2f} → {agree:.2f}) and are right less "
          f"often (label accuracy {was_right:.2f} → {right:.2f})."),
         (narrow < 0.2 * wide,
-         f"Entropy fell from {wide:.3f} to {narrow:.3f} nats per token: samples hardly differ any more."),
+         f"Entropy fell from {wide:.3f} to {narrow:.3f} nats per token: samples hardly vary any more."),
         (after < before - 0.02, f"pass@1 fell from {before:.3f} to {after:.3f}."),
-        (cut > 0.2, f"{cut:.0%} of the responses are cut at --max-new-tokens {c.max_new_tokens}."),
+        (cut > 0.2, f"{cut:.0%} of the responses are truncated at --max-new-tokens {c.max_new_tokens}."),
         (unanswered > 0.2, f"No answer was found in {unanswered:.0%} of the responses."),
         (same > 0.8, f"{same:.0%} of the questions teach nothing: their samples all have the same reward."),
-        (skipped, f"{skipped} of {updates} updates were skipped, their gradient was not finite."),
+        (skipped, f"{skipped} of {updates} updates were skipped because their gradient was not finite."),
         (gap > most_gap,
-         f"Sampler and learner differ: logprob_gap is up to {gap:.1e}, and should be below {most_gap:g}."),
-        (timeouts, f"{timeouts} answers ran into the time limit of grading."),
+         f"Sampler and learner differ: logprob_gap reaches {gap:.1e}; it should be below {most_gap:g}."),
+        (timeouts, f"{timeouts} answers hit the time limit of grading."),
     ]  # fmt: skip
     return [sentence for holds, sentence in found if holds]
 
@@ -142,7 +142,7 @@ def warning_box(sentences):
 # curves and tables
 
 
-# The pictures: {title: {metric: label}}. Shares are drawn from 0 to 1, numbers from 0 to their largest.
+# The charts: {title: {metric: label}}. Shares are drawn from 0 to 1, numbers from 0 to their maximum.
 SHARES = {
     "training: is the vote right?": {
         "train/label_accuracy": "label right",
@@ -151,13 +151,13 @@ SHARES = {
         "train/ground_truth_ratio": "samples right",
     },
     "training: what is lost": {
-        "train/truncated": "cut at the limit",
-        "train/no_answer": "without an answer",
+        "train/truncated": "truncated responses",
+        "train/no_answer": "responses without an answer",
         "train/zero_variance_groups": "questions that teach nothing",
     },
     "training: does the vote settle?": {
-        "train/flip_rate": "another label than last time",
-        "train/locked_wrong": "wrong, and the same as last time",
+        "train/flip_rate": "label changed since last time",
+        "train/locked_wrong": "label wrong and unchanged",
     },
 }
 NUMBERS = {
@@ -167,7 +167,7 @@ NUMBERS = {
 
 
 def charts(lines, c):
-    """A picture with its legend for each group of metrics that the run has."""
+    """A chart with its legend for each group of metrics that the run has."""
     names = {"eval/pass@1": "pass@1", f"eval/maj@{c.eval_samples}": f"maj@{c.eval_samples}"}
     if not any("eval/pass@1" in line for line in lines):
         names = {"eval/majority_ratio": "agreement with the majority"}
@@ -188,7 +188,7 @@ def charts(lines, c):
 
 
 def metrics_table(state, summary):
-    """Before, after and change; before the second evaluation only the first column."""
+    """The columns before, after and change; only the first until there is a second evaluation."""
     columns = {"before": state["before"]["metrics"]}
     if summary:
         columns = {name: summary[name] for name in ("before", "after", "change")}
@@ -199,11 +199,11 @@ def metrics_table(state, summary):
 
 
 def fates(summary):
-    """How many questions were learned, corrupted and so on, with what the words mean."""
+    """The number of questions per fate, with what each fate means."""
     if not summary or not summary["questions"]:
         return ""
     items = "".join(
-        f'<dt>{count}</dt><dt class="{name}">{name}</dt><dd class="soft">{FATES[name]}</dd>'
+        f'<dt>{count}</dt><dt class="{name.replace(" ", "-")}">{name}</dt><dd class="soft">{FATES[name]}</dd>'
         for name, count in summary["ledger"].items()
     )
     chance = text(CHANCE.format(summary["expected_by_chance"]))
@@ -211,16 +211,14 @@ def fates(summary):
 
 
 def settings_table(c):
-    """Every flag with its value, and the paper's where it differs."""
+    """Every flag with its value, and the paper's value if it differs."""
     paper = papers_values(c)
     rows = [
         f"<tr><th scope=row>{flag_name(name)}</th><td>{code(value, 200)}</td>"
         f"<td>{code(paper[name]) if name in paper else ''}</td></tr>"
         for name, value in vars(c).items()
     ]
-    head = "".join(
-        f"<th scope=col>{name}</th>" for name in ("flag", "here", "in the paper, where it differs")
-    )
+    head = "".join(f"<th scope=col>{name}</th>" for name in ("flag", "here", "in the paper, if different"))
     return f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
 
 
@@ -229,7 +227,7 @@ def settings_table(c):
 
 
 def rows_of(state, summary, votes, trained_on):
-    """A Row per question. trained_on: the questions of training, None if evaluation asks the same ones."""
+    """A Row per question. trained_on: the training questions, None if evaluation uses the same ones."""
     by_question = defaultdict(list)
     for line in votes:
         by_question[line["question"]].append(line)
@@ -245,7 +243,7 @@ def rows_of(state, summary, votes, trained_on):
 
 
 def most_interesting(rows):
-    """At most MOST_QUESTIONS rows in their order: first those that changed."""
+    """At most MOST_QUESTIONS rows, in their order; those that changed take precedence."""
     order = ["learned", "corrupted", "weakened", "sharpened", "unsure"]
     places = sorted(range(len(rows)), key=lambda i: order.index(rows[i].fate) if rows[i].fate in order else 9)
     return [rows[index] for index in sorted(places[:MOST_QUESTIONS])]
@@ -253,11 +251,12 @@ def most_interesting(rows):
 
 def about_ledger(count, shown, c):
     """What the table shows, and what it leaves out."""
-    part = f" The page has {shown} of {count} questions, those that changed first." if shown < count else ""
+    part = f" This page shows {shown} of {count} questions, preferring those that changed."
+    part = part if shown < count else ""
     return (
-        f'<p class="soft">Each question opens to its responses.{part} Bars are its votes, one each time it '
-        "was drawn: at the bottom the true answer where it is known, above it the others; what stays empty "
-        "are responses without an answer. The strip below has the color of the pseudo-label.</p>"
+        f'<p class="soft">Click a question to see its responses.{part} Each bar is one vote on the question: '
+        "the true answer, if known, at the bottom, the others above it, and the empty rest for responses "
+        "without an answer. The strip below has the color of the pseudo-label.</p>"
         '<ul class="key"><li><i class="t"></i>true answer</li><li><i class="a"></i><i class="b"></i>'
         '<i class="c"></i>three others, by frequency</li><li><i class="o"></i>the rest</li>'
         '<li><i class="n"></i>no answer</li></ul>'
@@ -277,7 +276,7 @@ def ledger_table(rows, c):
 
 
 def body(number, row, heads, c):
-    """A question as a <tbody>: its row in the table, and below it what opens."""
+    """A question as a <tbody>: its row in the table, and the details below it."""
     score = "pass@1" if "truth" in heads else "majority_ratio"
     before, after = ((record or {}).get(score) for record in (row.before, row.after))
     records = [record for record in (row.before, row.after) if record]
@@ -307,7 +306,7 @@ def number_cell(label, shown):
 
 
 def share_of_label(votes):
-    """The share of the last vote that the pseudo-label has, by which the table sorts; "" without votes."""
+    """The pseudo-label's share of the last vote, the sort key of the column; "" without votes."""
     if not votes:
         return ""
     line = votes[-1]
@@ -315,7 +314,7 @@ def share_of_label(votes):
 
 
 def opened(row, bars, key):
-    """What a question opens to: the whole prompt, its votes large, the responses before and after."""
+    """The details of a question: the whole prompt, large bars, the responses before and after."""
     parts = (
         [f"<pre>{text(row.prompt, LONGEST_TEXT)}</pre>"]
         if len(row.prompt) > 160 or "\n" in row.prompt
@@ -334,9 +333,9 @@ def opened(row, bars, key):
 
 
 def agreement(record):
-    """What the response beside it stands for."""
+    """The caption of a response: how many responses agree with it."""
     if record["majority"] is None:
-        return "no response has an answer. One of them:"
+        return "no response has an answer. Example:"
     count, of = round(record["majority_ratio"] * len(record["answers"])), len(record["answers"])
     verdict = "" if record["truth"] is None else " (right)" if record["majority_right"] else " (wrong)"
-    return f"{count} of {of} responses say {code(record['majority'])}{verdict}. One of them:"
+    return f"{count} of {of} responses say {code(record['majority'])}{verdict}. Example:"

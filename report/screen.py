@@ -1,44 +1,77 @@
-"""What a run shows: the progress line, the before/after table, the ledger, a few responses, its speed."""
+"""The screen output of a run (progress, table, ledger, responses), and the lines of its .jsonl files."""
 
 import json
 from pathlib import Path
 
+from tqdm import tqdm
+
 import grading
+from distributed.ranks import is_rank0, print0
 from report.ledger import FATES, fate
 from report.metrics import mean
 
-MOST_CLASSES = 20  # of a question in votes.jsonl
+MOST_CLASSES = 20  # answer classes per question in votes.jsonl
 
-# -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # on the screen
 
 
+class Progress:
+    """The progress bar of training, on rank 0."""
+
+    def __init__(self, step, steps):
+        self.bar = tqdm(total=steps, initial=step, disable=not is_rank0(), unit="step", dynamic_ncols=True)
+
+    def say(self, what):
+        self.bar.set_description(what)
+
+    def update(self, line, state, c):
+        """Advance by a step: its line of metrics.jsonl, and the state after it."""
+        if not is_rank0():
+            return
+        if line["train/skipped_updates"]:
+            self.bar.write(f"step {line['step']}: {line['train/skipped_updates']} updates skipped because "
+                           "their gradient was not finite")  # fmt: skip
+        nothing = taught_nothing([line], c)
+        if nothing and state["empty_steps"] in (1, 10, 100, 1000):
+            self.bar.write(nothing)
+        newest = state.get("after", state["before"])
+        self.bar.update()
+        self.say("")
+        self.bar.set_postfix_str(progress(line, newest["metrics"]))
+
+    def close(self, why=None):
+        self.bar.close()
+        if why:
+            print0(why)
+
+
 def progress(line, evaluation):
-    """The end of the progress bar: newest pass@1, and majority ratio, reward and speed of this step."""
-    parts = [f"pass@1 {evaluation['pass@1']:.3f}"] if "pass@1" in evaluation else []
-    parts.append(f"majority {line['train/majority_ratio']:.2f}" if "train/majority_ratio" in line else "")
-    parts.append(f"reward {line['train/reward']:.2f}" if "train/reward" in line else "")
-    parts.append(
-        f"{line['train/rollout_tokens_per_s']:,.0f} tok/s" if "train/rollout_tokens_per_s" in line else ""
-    )
-    return ", ".join(part for part in parts if part)
+    """The end of the progress bar: the newest pass@1, and this step's majority ratio, reward and speed."""
+    parts = {
+        "pass@1 {:.3f}": evaluation.get("pass@1"),
+        "majority {:.2f}": line.get("train/majority_ratio"),
+        "reward {:.2f}": line.get("train/reward"),
+        "{:,.0f} tok/s": line.get("train/rollout_tokens_per_s"),
+    }
+    return ", ".join(text.format(value) for text, value in parts.items() if value is not None)
 
 
 def unanswered(no_answer, truncated, c):
-    """Why most responses have no answer, and what to try, from two shares of them; None if most have one."""
+    """Why most responses have no answer, and what to try; None if most have one. Arguments are shares."""
     if no_answer <= 0.5:
         return None
     if truncated > 0.5:
         limit = f"--max-new-tokens {c.max_new_tokens}"
-        return f"{truncated:.0%} of the responses were cut at {limit}; try a larger one"
+        return f"{truncated:.0%} of the responses were truncated at {limit}; try a larger limit"
     ask = "the prompt in the plan should ask for \\boxed{} (--prompt-suffix, --template)"
     return f"no answer was found in {no_answer:.0%} of the responses; {ask}"
 
 
 def taught_nothing(lines, c):
-    """Which of these steps (lines of metrics.jsonl) taught nothing, and why; None if it is not most of them.
+    """Which of these steps (lines of metrics.jsonl) taught nothing, and why; None unless most did.
 
-    A step teaches nothing if the trained samples of each question have equal rewards: all advantages are 0.
+    A step teaches nothing if all trained samples of a question have the same reward: all advantages are 0.
     """
     empty = [line for line in lines if line["train/zero_variance_groups"] == 1]
     if 2 * len(empty) <= len(lines):
@@ -50,10 +83,9 @@ def taught_nothing(lines, c):
 
 
 def table(columns):
-    """Metrics side by side as text: columns is {heading: metrics}.
+    """Metrics side by side as text; columns is {heading: metrics}.
 
-    `name_se` is the standard error of `name`. The column "change" holds differences, shown
-    with their sign.
+    `name_se` is the standard error of `name`. Values in the column "change" have a sign.
 
     >>> after, change = {"pass@1": 0.5, "pass@1_se": 0.04}, {"pass@1": 0.25, "pass@1_se": 0.03}
     >>> print(table({"after": after, "change": change}))
@@ -67,9 +99,9 @@ def table(columns):
 
 
 def cells_of(columns):
-    """The rows of `table`: for each metric its name, and a cell of text per column, "" where it has none."""
+    """The rows of `table`: each metric's name and one cell of text per column, "" if it has no value."""
 
-    def rank(name):  # accuracies first, pass@1 before all
+    def rank(name):  # accuracies first, pass@1 before the others
         return not name.startswith(("pass@1", "maj", "pass", "greedy")), name != "pass@1"
 
     names = dict.fromkeys(name for metrics in columns.values() for name in metrics)
@@ -85,30 +117,30 @@ def cells_of(columns):
     return rows
 
 
-CHANCE = """A change counts if the true answer's lead over the most frequent wrong one changed beyond chance
-(sign test over paired samples, 5 %). If nothing had changed, chance would be expected to show up to {:.1f}
-questions as learned or sharpened, and as many as corrupted or weakened."""
+CHANCE = """A change counts only if the true answer's lead over the most frequent wrong one changed
+significantly (sign test over paired samples, 5 %). If nothing had changed, up to {:.1f} questions would be
+expected to show as learned or sharpened by chance, and as many as corrupted or weakened."""
 
 
 def render(summary, state):
-    """All that is printed at the end of a run: table, ledger, three responses before and after."""
+    """The output at the end of a run: table, ledger, three responses before and after."""
     parts = ["", table({heading: summary[heading] for heading in ("before", "after", "change")})]
     if summary["best"]:
         best = summary["best"]
         parts.append(
             f"\nBest evaluation: step {best['step']}, pass@1 {best['pass@1']:.3f} ± {best['pass@1_se']:.3f} "
-            "(chosen by the even samples, measured on the odd ones)"
+            "(chosen on the even samples, measured on the odd ones)"
         )
     if summary["questions"]:
         parts += ["", f"What became of the {len(summary['questions'])} questions:"]
-        parts += [f"  {count:4d} {name:<10} {FATES[name]}" for name, count in summary["ledger"].items()]
+        parts += [f"  {count:4d} {name:<12} {FATES[name]}" for name, count in summary["ledger"].items()]
         parts.append(CHANCE.format(summary["expected_by_chance"]))
     parts.append(responses(state["before"]["records"], state["after"]["records"]))
     return "\n".join(parts)
 
 
 def responses(before, after, how_many=3):
-    """The majority's response to a few questions, before and after; a learned and a corrupted one first."""
+    """The majority's response to a few questions before and after; first a learned and a corrupted one."""
 
     def interest(pair):
         order = ["learned", "corrupted", "sharpened"]
@@ -116,7 +148,7 @@ def responses(before, after, how_many=3):
         return order.index(what) if what in order else len(order)
 
     pairs = sorted(zip(before, after, strict=True), key=interest)
-    firsts = {interest(pair): pair for pair in reversed(pairs)}  # one of each kind, then whatever is left
+    firsts = {interest(pair): pair for pair in reversed(pairs)}  # one of each kind, then the others
     chosen = list(firsts.values())[::-1] + [pair for pair in pairs if pair not in firsts.values()]
     blocks = []
     for b, a in chosen[:how_many]:
@@ -131,17 +163,17 @@ def responses(before, after, how_many=3):
 
 
 def shorten(text, length=160):
-    """One line of a text: its start and, since the answer stands there, its end."""
+    """A text on one line: its start and its end, where the answer is."""
     text = " ".join(text.split())
     return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
 
 
 # ----------------------------------------------------------------------------------------------------------
-# from a run's files
+# a run's files
 
 
 def read_lines(path):
-    """The lines of a .jsonl file, a dict each; [] if there is no such file."""
+    """The lines of a .jsonl file as dicts; [] if there is no such file."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.split("\n") if line]
 
@@ -152,7 +184,7 @@ def read_metrics(out):
 
 
 def speeds(out):
-    """Means over the steps of a run for summary.json; {} if it made none."""
+    """A run's mean speeds and peak memory for summary.json; {} if it has no steps."""
     lines = [line for line in read_metrics(out) if "train/rollout_tokens_per_s" in line]
     if not lines:
         return {}
@@ -163,30 +195,32 @@ def speeds(out):
     return {**means, "peak_memory_gb": max(line["train/peak_memory_gb"] for line in lines)}
 
 
-def shown_responses(step, asked, responses, votes, rewards, how_many=4):
-    """A response to each of a few questions, for rollouts.jsonl."""
-    shown, rows = [], list(zip(asked, responses, votes, rewards, strict=True))
-    for question, group, (label, _), row in rows[:how_many]:
-        line = {"step": step, "id": question.id, "prompt": question.prompt, "response": group[0].text}
-        shown.append({**line, "answer": group[0].answer, "label": label, "reward": row[0]})
-    return shown
+def shown_responses(step, groups, rewards, how_many=4):
+    """One response to each of a few questions, for rollouts.jsonl."""
+    lines = []
+    for group, reward in list(zip(groups, rewards, strict=True))[:how_many]:
+        line = {"step": step, "id": group.question.id, "prompt": group.question.prompt}
+        line.update(response=group.responses[0].text, answer=group.answers[0])
+        lines.append({**line, "label": group.label, "reward": reward[0]})
+    return lines
 
 
-def counted_votes(step, asked, responses, votes):
-    """How the responses to each question voted, for votes.jsonl: a line per question.
+def counted_votes(step, groups):
+    """The votes on each question, for votes.jsonl: a line per question.
 
-    "votes" holds the size of each class by its most frequent spelling, the largest first: so the first is the
-    label. Classes beyond the MOST_CLASSES largest are summed up as "other", a key that is there only then;
-    "none" counts responses without an answer. Both stand beside "votes", so no answer can be taken for them.
+    "votes" maps the most frequent spelling of each class to its size, largest first, so the first is the
+    label. "none" counts responses without an answer. "other" is the sum of the classes beyond the
+    MOST_CLASSES largest, and present only if there are any. Both are outside "votes", so they cannot collide
+    with an answer.
     """
     lines = []
-    for question, group, (label, classes) in zip(asked, responses, votes, strict=True):
-        answers = [response.answer for response in group]
-        ordered = sorted(classes, key=len, reverse=True)  # of equally large ones the first stays first
+    for group in groups:
+        answers, classes = group.answers, group.classes
+        ordered = sorted(classes, key=len, reverse=True)  # stable: ties keep their order
         counts = {
             grading.common_spelling(answers, members): len(members) for members in ordered[:MOST_CLASSES]
         }
-        line = {"step": step, "question": question.id, "label": label, "votes": counts}
+        line = {"step": step, "question": group.question.id, "label": group.label, "votes": counts}
         line["none"] = answers.count(None)
         if len(ordered) > MOST_CLASSES:
             line["other"] = sum(map(len, ordered[MOST_CLASSES:]))

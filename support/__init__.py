@@ -1,1 +1,1 @@
-"""What makes the lesson real: files, names, settings, processes. Nothing here imports the lesson."""
+"""What makes the lesson real: settings, questions, prompts, model files, and the run that holds them."""

@@ -1,8 +1,8 @@
-"""A model's name -> its local folder: fetched from the Hugging Face hub once, then found in its cache.
+"""From a model's name to its local folder, downloaded once from the Hugging Face hub into its cache.
 
-In two steps, so that a run that cannot work is refused before anything large is downloaded: config.json and
-the tokenizer (`fetch_config`), then the weights (`fetch_weights`). For the name of a folder both return that
-folder.
+There are two steps, so that an invalid run is refused before anything large is downloaded: config.json and
+the tokenizer (`fetch_config`), then the weights (`fetch_weights`). If the name is a local folder, both return
+it.
 """
 
 import errno
@@ -14,7 +14,7 @@ from huggingface_hub import errors as hub_errors
 
 from support.pretrained import one_line
 
-OWNERS = {  # how a bare model name starts -> who publishes it on the hub
+OWNERS = {  # prefix of a bare model name -> its owner on the hub
     "Qwen": "Qwen", "Llama-3.2-3B-Oat-Zero": "sail", "Llama": "meta-llama", "Meta-Llama": "meta-llama",
     "Mistral": "mistralai", "Ministral": "mistralai", "DeepSeek": "deepseek-ai", "Skywork": "Skywork",
     "SmolLM": "HuggingFaceTB",
@@ -28,27 +28,25 @@ WEIGHT_FILES = ["model*.safetensors", "model.safetensors.index.json"]
 def fetch_config(name):
     """The local folder of a model, with config.json and the tokenizer; its weights may be missing.
 
-    A bare name gets its owner: Qwen2.5-Math-1.5B is Qwen/Qwen2.5-Math-1.5B. Raises FileNotFoundError, which
-    says what to do.
+    A bare name gets its owner: Qwen2.5-Math-1.5B is Qwen/Qwen2.5-Math-1.5B. Raises FileNotFoundError with
+    advice.
     """
     return local_folder(name) or download(repo_of(name), CONFIG_FILES + TOKENIZER_FILES)
 
 
 def fetch_weights(name):
-    """The local folder of a model, complete. Raises FileNotFoundError, which says what to do."""
-    # all files, not only the weights: the repository may have changed, and then the folder is another one
+    """The complete local folder of a model. Raises FileNotFoundError with advice."""
+    # All files: if the repository has changed since fetch_config, they go to another folder.
     return local_folder(name) or download(repo_of(name), CONFIG_FILES + TOKENIZER_FILES + WEIGHT_FILES)
 
 
 def local_folder(name):
-    """The folder `name`, or None if it can only be on the hub."""
+    """The folder `name` as a Path, or None if the name can only be on the hub."""
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return Path(path)
     if os.path.exists(path):
-        raise FileNotFoundError(
-            f"{name}: a file; a model is the folder that holds config.json and the weights"
-        )
+        raise FileNotFoundError(f"{name}: is a file; a model is the folder with config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: no such folder")
     return None
@@ -61,13 +59,11 @@ def repo_of(name):
     for start, owner in OWNERS.items():
         if name.lower().startswith(start.lower()):
             return f"{owner}/{name}"
-    raise FileNotFoundError(
-        f"{name}: neither a folder nor a model name whose owner is known; give owner/name"
-    )
+    raise FileNotFoundError(f"{name}: neither a folder nor a model name with a known owner; give owner/name")
 
 
 def download(repo, patterns):
-    """The folder in the hub's cache with the files that match; goes on with what was broken off."""
+    """The folder in the hub's cache with the files that match; resumes an interrupted download."""
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
     except (OSError, RuntimeError, hub_errors.HTTPError, hub_errors.HFValidationError) as error:
@@ -75,7 +71,7 @@ def download(repo, patterns):
 
 
 def download_advice(repo, error):
-    """What to do about a failed download, by its error: the hub's own, the network's or the disk's."""
+    """What to do about a failed download: errors of the hub, the network or the disk."""
     if isinstance(error, hub_errors.GatedRepoError):
         return f"gated; accept its licence at https://huggingface.co/{repo} and set HF_TOKEN"
     if isinstance(error, hub_errors.RepositoryNotFoundError):
@@ -83,18 +79,18 @@ def download_advice(repo, error):
     if isinstance(error, hub_errors.HFValidationError):
         return "neither a folder here nor a hub id, which is owner/name"
     if isinstance(error, (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled)):
-        cause = "not complete in the local cache, and the hub cannot be reached"
+        cause = "incomplete in the local cache, and the hub cannot be reached"
         return f"{cause}; download it elsewhere and give its folder"
     if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
         return f"the hub refuses access ({one_line(error)}); check HF_TOKEN"
-    return disk_advice(error) or f"the download broke off ({one_line(error)}); run again: it resumes"
+    return disk_advice(error) or f"the download failed ({one_line(error)}); rerun to resume it"
 
 
 def disk_advice(error):
-    """What to do if the disk is to blame, else None. hf_xet reports it as a RuntimeError, only in words."""
+    """What to do if the disk is to blame, else None. hf_xet reports disk errors as text in a RuntimeError."""
     code, text = getattr(error, "errno", None), str(error)
     if code == errno.ENOSPC or "No space left" in text:
-        return "the disk is full; free some space or set HF_HOME to a larger disk, then run again: it resumes"
+        return "the disk is full; free some space or set HF_HOME to a larger disk, then rerun to resume"
     if code in (errno.EACCES, errno.EPERM, errno.EROFS) or "Permission denied" in text or "Read-only" in text:
         where = getattr(error, "filename", None) or constants.HF_HUB_CACHE
         return f"cannot write to {where}; set HF_HOME to a folder that you may write to"

@@ -1,7 +1,7 @@
-"""Models in Hugging Face format, in and out: config.json and safetensors, and everything in them checked.
+"""Read, check and write models in Hugging Face format: config.json and safetensors.
 
-Only safetensors are read, nothing is unpickled and no code of a model is run. Every refusal names the file
-and the field or tensor. What the fields mean to the forward pass is written at model.ModelConfig.
+Nothing is unpickled and no code of a model is run. Each error names the file and the field or tensor. What
+the fields mean for the forward pass is documented in model.ModelConfig.
 """
 
 import json
@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "ministral")  # of config.json's model_type
-ROPE_TYPES = {  # rope_type: the fields that it cannot do without
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "ministral")  # supported model_types
+ROPE_TYPES = {  # rope_type: its required fields
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -26,8 +26,8 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
          "num_key_value_heads", "head_dim", "max_position_embeddings")  # fmt: skip
 POSITIVE = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
             "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")  # fmt: skip
-MAY_BE_NULL = ("attention_factor", "beta_fast", "beta_slow")  # as if they were not there
-FILE_SIZE = 5 * 10**9  # bytes of the largest safetensors file that is written
+MAY_BE_NULL = ("attention_factor", "beta_fast", "beta_slow")  # null means absent
+FILE_SIZE = 5 * 10**9  # maximum bytes of a safetensors file that we write
 
 # -----------------------------------------------------------------------------------------------------------
 # config.json
@@ -36,16 +36,16 @@ FILE_SIZE = 5 * 10**9  # bytes of the largest safetensors file that is written
 def read_config(folder):
     """The fields of model.ModelConfig from `folder`/config.json, as a dict.
 
-    Raises FileNotFoundError, or ValueError naming the field that we cannot honour.
+    Raises FileNotFoundError, or ValueError naming the field that we do not support.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no config.json here; a model is a folder in Hugging Face format")
     check_fields(read_json(path), path)
     try:
-        hf = AutoConfig.from_pretrained(folder)  # fills in what older files omit, and gathers the rope fields
+        hf = AutoConfig.from_pretrained(folder)  # fills in defaults for older files and gathers rope fields
     except Exception as error:  # its checks raise a dozen types
-        raise ValueError(f"{path}: transformers refuses it ({one_line(error)})") from None
+        raise ValueError(f"{path}: transformers rejects it ({one_line(error)})") from None
     family = hf.model_type
     attention_bias = family in ("qwen3", "llama") and hf.attention_bias  # the others ignore the field
     fields = dict(
@@ -71,18 +71,18 @@ def read_config(folder):
 
 
 def check_heads(fields, path):
-    """Raise ValueError for heads that attention or rotary positions cannot work with."""
+    """Raise ValueError for numbers of heads or a head_dim that the model cannot use."""
     heads, kv_heads, head_dim = fields["heads"], fields["kv_heads"], fields["head_dim"]
     if heads % kv_heads:
         raise ValueError(
-            f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+            f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
     if head_dim % 2 or not head_dim:
-        raise ValueError(f"{path}: head_dim {head_dim} is not even, but rotary positions turn pairs")
+        raise ValueError(f"{path}: head_dim {head_dim} is not even; rotary positions need pairs")
 
 
 def check_fields(raw, path):
-    """Raise ValueError naming the first field of config.json that the model would get wrong."""
+    """Raise ValueError naming the first field of config.json that the model does not support."""
     if raw.get("model_type") not in FAMILIES:
         raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not one of {', '.join(FAMILIES)}")
     for field in ("quantization_config", "auto_map"):
@@ -102,9 +102,9 @@ def check_fields(raw, path):
 
 
 def check_numbers(fields, path):
-    """Raise ValueError for a size that is no whole number in range, or a factor that is not positive."""
+    """Raise ValueError for a size that is not an integer in range, or a factor that is not positive."""
     for field in SIZES:
-        largest = 1024 if field == "num_hidden_layers" else 2**24  # positions are exact in fp32 up to there
+        largest = 1024 if field == "num_hidden_layers" else 2**24  # up to here, positions are exact in fp32
         value = fields.get(field)
         if value is not None and not (type(value) is int and 1 <= value <= largest):
             raise ValueError(f"{path}: {field} {value!r} is not a whole number from 1 to {largest}")
@@ -117,9 +117,9 @@ def check_numbers(fields, path):
 
 
 def check_rope(rope, path):
-    """Raise ValueError for a type of rotary positions that we do not have, or that lacks a field."""
+    """Raise ValueError for a rope_type that we do not support, or that lacks a required field."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in list(ROPE_TYPES):  # a list: kind may be anything, also unhashable
+    if kind not in list(ROPE_TYPES):  # a list, because kind may be unhashable
         raise ValueError(f"{path}: rope_type {kind!r} is not one of {', '.join(ROPE_TYPES)}")
     missing = [field for field in ROPE_TYPES[kind] if rope.get(field) is None]
     if missing:
@@ -129,25 +129,25 @@ def check_rope(rope, path):
 
 
 def layer_windows(hf, path):
-    """For each layer how many keys a query sees, itself included, None for all. hf: transformers' config."""
+    """For each layer, how many keys a query sees, itself included; None is all. hf: transformers' config."""
     window = None if hf.model_type == "llama" else hf.sliding_window
     kinds = ["full_attention" if window is None else "sliding_attention"] * hf.num_hidden_layers
-    if hf.model_type in ("qwen2", "qwen3", "ministral"):  # layers may differ
+    if hf.model_type in ("qwen2", "qwen3", "ministral"):  # their layers may differ
         kinds = hf.layer_types
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(
-                f"{path}: layer_types has {kind!r}; only full_attention and sliding_attention are known"
+                f"{path}: layer_types has {kind!r}; only full_attention and sliding_attention are supported"
             )
         if kind == "sliding_attention" and (window is None or window < 1):
             raise ValueError(
-                f"{path}: sliding_window {window} is not a positive number, but there are layers that use it"
+                f"{path}: sliding_window {window} is not a positive number, but some layers use it"
             )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def check_vocabulary(config, tokenizer):
-    """Raise ValueError if the tokenizer has ids without an embedding; the other way round is usual."""
+    """Raise ValueError if the tokenizer has ids without an embedding. (Spare embeddings are common.)"""
     ids = max(tokenizer.get_vocab().values()) + 1
     if ids > config.vocab_size:
         raise ValueError(
@@ -161,9 +161,9 @@ def check_vocabulary(config, tokenizer):
 
 
 def hf_tensors(config, tensors):
-    """Tensors under our parameters' names -> under Hugging Face's, where q, k, v, gate and up are separate.
+    """Rename tensors from our parameters' names to Hugging Face's, where q, k, v, gate and up are separate.
 
-    What is one matrix for us and several there comes as views of its rows.
+    Our fused matrices become views of their rows.
     """
     q_rows, kv_rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
     inner = config.intermediate_size
@@ -182,9 +182,9 @@ def hf_tensors(config, tensors):
 
 
 def read_weights(folder, config, shapes):
-    """Yield (our name, tensor as the files have it) for all `shapes` (our name -> shape), one after another.
+    """Yield (our name, tensor with the files' dtype) for all `shapes` {our name: shape}, one at a time.
 
-    Raises where the files do not fit.
+    Raises ValueError or FileNotFoundError if the files do not match.
     """
     file_of = weight_files(folder)
     files = {path: open_safetensors(path) for path in set(file_of.values())}
@@ -212,46 +212,46 @@ def read_weights(folder, config, shapes):
 
 
 def check_tensor(tensor, shape, name, path):
-    """Raise ValueError if a file's tensor is not as config.json says, or not finite."""
+    """Raise ValueError if a file's tensor does not match config.json or is not finite."""
     if tensor.shape != shape:
-        raise ValueError(f"{path}: {name} is {list(tensor.shape)}, config.json says {list(shape)}")
+        raise ValueError(f"{path}: {name} is {list(tensor.shape)}, but config.json says {list(shape)}")
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{path}: {name} is {tensor.dtype}; only float32, float16 and bfloat16 are read")
+        raise ValueError(f"{path}: {name} is {tensor.dtype}, not float32, float16 or bfloat16")
     if not is_finite(tensor):
         raise ValueError(f"{path}: {name} has entries that are infinite or not numbers; the file is damaged")
 
 
 def is_finite(tensor):
-    """Are all entries finite? A sum, which NaN and infinity survive, is the fast way to say yes."""
+    """Are all entries finite? A finite sum proves it fast, since a NaN or an infinity survives summing."""
     total = tensor.sum(dtype=torch.float32)  # fp16 would overflow above 65,504
     return bool(total.isfinite() or tensor.isfinite().all())  # a sum of finite entries may overflow too
 
 
 def check_names(folder, wanted, held):
-    """Raise ValueError unless the files hold exactly the tensors that the model has parameters for."""
+    """Raise ValueError unless the files hold exactly the model's parameters."""
     missing, extra = sorted(wanted - held), sorted(held - wanted)
-    # old Llama files hold their rotary frequencies, and some files of tied models the head a second time
+    # Old Llama files hold rotary frequencies, and some files of tied models hold the head again.
     extra = [name for name in extra if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
     if missing:
         fault = f"lacks the tensor {missing[0]}"
     elif extra:
-        fault = f"has a tensor that config.json leaves no place for, {extra[0]}"
+        fault = f"has a tensor that config.json does not provide for, {extra[0]}"
     else:
         return
-    counts = f"{len(missing)} missing, {len(extra)} left over"
-    raise ValueError(f"{folder}: {fault} ({counts}); do weights and config belong together?")
+    counts = f"{len(missing)} missing, {len(extra)} unexpected"
+    raise ValueError(f"{folder}: {fault} ({counts}); the weights do not belong to this config.json")
 
 
 def weight_files(folder):
     """{Hugging Face tensor name: path of the safetensors file that holds it}."""
     folder = Path(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.is_file():  # it wins where both exist, as in transformers
+    if single.is_file():  # takes precedence over the index, as in transformers
         return dict.fromkeys(open_safetensors(single).keys(), single)
     if not index.is_file():
         raise FileNotFoundError(
-            f"{folder}: no model.safetensors and no {index.name}; pickled weights (pytorch_model.bin) are not"
-            " read, transformers' from_pretrained and save_pretrained convert them"
+            f"{folder}: no model.safetensors and no {index.name}; convert pickled weights (pytorch_model.bin)"
+            " with transformers' from_pretrained and save_pretrained"
         )
     try:
         file_of = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
@@ -262,12 +262,12 @@ def weight_files(folder):
     absent = sorted({path for path in file_of.values() if not path.is_file()})
     if absent:
         raise FileNotFoundError(
-            f"{absent[0]}: this shard is missing, {index.name} names it; copy or download it again"
+            f"{absent[0]}: is missing, but {index.name} names it; copy or download it again"
         )
     held = {path: set(open_safetensors(path).keys()) for path in set(file_of.values())}
     lost = sorted(name for name, path in file_of.items() if name not in held[path])
     if lost:
-        raise ValueError(f"{file_of[lost[0]]}: lacks the tensor {lost[0]} that {index.name} says it has")
+        raise ValueError(f"{file_of[lost[0]]}: lacks the tensor {lost[0]}, which {index.name} puts there")
     return file_of
 
 
@@ -276,15 +276,15 @@ def open_safetensors(path):
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path}: not a whole safetensors file ({one_line(error)}); copy or download it again"
+            f"{path}: not a complete safetensors file ({one_line(error)}); copy or download it again"
         ) from None
 
 
 def write_model(folder, source, config, shapes, tensors):
     """Write fp32 safetensors to `folder`, with the config.json of `source`.
 
-    tensors yields (name, tensor) under our names in the order of `shapes`. Host memory holds one file of
-    FILE_SIZE bytes at a time.
+    tensors yields (our name, tensor) in the order of `shapes`. Host memory holds one file, of FILE_SIZE bytes
+    at most, at a time.
     """
     folder, source = Path(folder), Path(source)
     folder.mkdir(parents=True, exist_ok=True)
@@ -299,7 +299,7 @@ def write_model(folder, source, config, shapes, tensors):
     file_of = plan_files({name: 4 * part.numel() for name, part in hf_tensors(config, planned).items()})
     parts = (item for name, tensor in tensors for item in hf_tensors(config, {name: tensor}).items())
     for file, group in groupby(parts, key=lambda item: file_of[item[0]]):
-        # copies, because views cannot be saved
+        # copied, because safetensors cannot save views
         held = {name: part.to("cpu", torch.float32, copy=True) for name, part in group}
         save_file(held, folder / file, {"format": "pt"})
     if len(set(file_of.values())) > 1:
@@ -308,7 +308,7 @@ def write_model(folder, source, config, shapes, tensors):
 
 
 def plan_files(sizes):
-    """{tensor: bytes} -> {tensor: name of its file}, in order, each file at most FILE_SIZE or one tensor.
+    """{tensor: bytes} -> {tensor: file name}, in order; a file has at most FILE_SIZE bytes or one tensor.
 
     >>> plan_files({"a": 3 * 10**9, "b": 3 * 10**9})
     {'a': 'model-00001-of-00002.safetensors', 'b': 'model-00002-of-00002.safetensors'}
@@ -324,11 +324,11 @@ def plan_files(sizes):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# what both files of this kind need
+# errors and JSON
 
 
 def one_line(error):
-    """The last line of what an exception says: wrappers put the reason there."""
+    """The last line of an exception's message, which states the reason if it is wrapped."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1].strip()
 

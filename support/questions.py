@@ -1,4 +1,4 @@
-"""What is asked: load("aime") -> list[Question]; a benchmark is downloaded once, checked and cached."""
+"""Load questions: load("aime") -> list[Question]. A benchmark is downloaded once, checked and cached."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ from grading.extraction import LETTERS, boxed_letter
 
 @dataclass(frozen=True)
 class Question:
-    """One question; `answer` is for reports only, `kind` ("math" or "choice") is that of its answers."""
+    """A question. `answer` is the true one, for reports only; `kind` is "math" or "choice"."""
 
     prompt: str
     answer: str | None = None
@@ -28,7 +28,7 @@ class Question:
     def letters(self) -> str:
         """Letters that may name a choice: the capitals that the prompt lists, or A to J if it lists none.
 
-        Small ones do so too, unless the prompt has statements of its own, a), b).
+        Lower-case letters count too, unless the prompt uses them for a list of its own, a), b).
 
         >>> Question("Which star? A) the Sun B) Vega C) Rigel", kind="choice").letters
         'ABCabc'
@@ -39,7 +39,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The settings that come with a question set of the paper (paper, section 3.1)."""
+    """The settings of one of the paper's question sets (section 3.1)."""
 
     folder: str  # under verl/data/ of the authors' repository
     sha256: str
@@ -64,12 +64,12 @@ BENCHMARKS = {
     ),
 }
 USER_FILE_EPOCHS = 10
-PROMPT_KEYS = ("prompt", "question", "problem")  # the first that a row has
+PROMPT_KEYS = ("prompt", "question", "problem")  # the first one in a row counts
 SOURCE = "https://raw.githubusercontent.com/PRIME-RL/TTRL/3e2cc9376dc7486256f6021b37c4353d0e1abe2b/verl/data"
 
 
 def _listed(prompt: str, letters: str) -> str:
-    """The first of these letters as far as a prompt lists them, A) B) C); "" if it does not."""
+    """The first of these letters, as many as a prompt lists, A) B) C); "" if it lists none."""
     count = 0
     for match in re.finditer(r"(?:^|[\s(])([A-Ja-j])[).:]", prompt):
         count += match[1] == letters[count : count + 1]
@@ -77,12 +77,12 @@ def _listed(prompt: str, letters: str) -> str:
 
 
 def load(name_or_file: str) -> list[Question]:
-    """The questions of a benchmark (a name in BENCHMARKS), of "tiny", or of a local file.
+    """Load the questions of a benchmark (a name in BENCHMARKS), of "tiny", or of a local file.
 
-    A file is a .json array or .jsonl lines of {"prompt", optional "answer", "id", "kind" ("math" or
-    "choice")}. The prompt may have any name in PROMPT_KEYS, and may be a chat of one user turn; in an answer
-    such as GSM8K's, "2+2=4 #### 4", only the part after the last "####" counts. Raises ValueError or
-    FileNotFoundError, one sentence that names the file, the place and what would be right.
+    A file is a .json array or .jsonl lines of objects with "prompt" and optional "answer", "id" and "kind"
+    ("math" or "choice"). The prompt may use any key in PROMPT_KEYS, and may be a chat of one user turn. Of an
+    answer such as GSM8K's, "2+2=4 #### 4", only the part after the last "####" counts. Raises ValueError or
+    FileNotFoundError with one sentence: the file, the place and what would be right.
     """
     benchmark = BENCHMARKS.get(name_or_file)
     if benchmark:
@@ -97,7 +97,7 @@ def load(name_or_file: str) -> list[Question]:
             f"{path}: a question file ends in .json or .jsonl; known names: tiny, {', '.join(BENCHMARKS)}"
         )
     if path.is_dir():
-        raise ValueError(f"{path}: is a folder; a .json or .jsonl file is needed")
+        raise ValueError(f"{path}: is a folder; give a .json or .jsonl file")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such question file")
     benchmark = benchmark_of(name_or_file)
@@ -105,7 +105,7 @@ def load(name_or_file: str) -> list[Question]:
 
 
 def benchmark_of(name_or_file: str) -> Benchmark | None:
-    """Settings of a benchmark, by its name or for a local copy by its SHA-256; None for any other file.
+    """The settings of a benchmark, by its name, or by the SHA-256 of a local copy; None for other files.
 
     >>> benchmark_of("aime").epochs
     80
@@ -121,27 +121,27 @@ def _local(file: str) -> Path:
 
 
 def _download(name: str, benchmark: Benchmark) -> bytes:
-    """The benchmark's bytes from the cache, else from GitHub at the pinned commit; checked both times."""
+    """The benchmark's bytes, from the cache or from GitHub at the pinned commit, checked against SHA-256."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cached, url = root / "ttrl" / f"{name}.json", f"{SOURCE}/{benchmark.folder}/train.json"
     try:
         data = cached.read_bytes() if cached.is_file() else b""
     except OSError:
-        data = b""  # a cache that cannot be read cannot be written either, which is said below
+        data = b""  # if the cache is not writable either, writing it below raises
     try:
         if hashlib.sha256(data).hexdigest() == benchmark.sha256:
             return data
         with urllib.request.urlopen(url, timeout=30) as response:
             data = response.read()
         if hashlib.sha256(data).hexdigest() != benchmark.sha256:
-            raise OSError(f"{len(data)} bytes came whose SHA-256 is not {benchmark.sha256}")
+            raise OSError(f"the SHA-256 of the {len(data)} bytes received is not {benchmark.sha256}")
     except (OSError, http.client.HTTPException) as error:
         raise FileNotFoundError(
             f"{name}: cannot fetch {url} ({error}); save that file yourself and pass --data FILE"
         ) from error
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: a reader, another rank for one, sees the whole file or none.
+        # Written aside and renamed, so that readers such as other ranks see the whole file or none.
         with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
             file.write(data)
         os.replace(file.name, cached)
@@ -153,13 +153,13 @@ def _download(name: str, benchmark: Benchmark) -> bytes:
 
 
 def _read(data: bytes, where: str, kind: str) -> list[Question]:
-    """Parse the bytes of a question file; `kind` holds for rows that do not name their own."""
+    """Parse the bytes of a question file; `kind` is the default of its rows."""
     try:
         text = data.decode("utf-8-sig")  # with or without a byte-order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: is not UTF-8 text (byte {error.start})") from None
     if where.lower().endswith(".jsonl"):
-        lines = enumerate(text.split("\n"), 1)  # not splitlines: U+2028 may stand inside a JSON string
+        lines = enumerate(text.split("\n"), 1)  # not splitlines: a JSON string may contain U+2028
         rows = [
             (f"{where}, line {i}", _json(line, f"{where}, line {i}")) for i, line in lines if line.strip()
         ]
@@ -175,7 +175,7 @@ def _read(data: bytes, where: str, kind: str) -> list[Question]:
         question = _question(row, place, index, kind)
         if question.id in seen:
             raise ValueError(
-                f'{place}: "id" {question.id!r} is that of {seen[question.id]} too; ids must differ'
+                f'{place}: "id" {question.id!r} is also that of {seen[question.id]}; ids must differ'
             )
         seen[question.id] = place
         questions.append(question)
@@ -190,22 +190,22 @@ def _json(text: str, where: str):
 
 
 def _question(row, place: str, index: int, kind: str) -> Question:
-    """Check one row and turn it into a Question; a missing id becomes the row's index."""
+    """Check a row and turn it into a Question. The default id is the row's index."""
     if not isinstance(row, dict):
         raise ValueError(f'{place}: is not an object like {{"prompt": ..., "answer": ...}}')
     prompt, kind = _prompt(row, place), row.get("kind", kind)
     if kind not in ("math", "choice"):
         raise ValueError(f'{place}: "kind" must be "math" or "choice", not {kind!r}')
-    answer, identity = row.get("answer"), row.get("id", row.get("unique_id"))  # MATH says unique_id
+    answer, identity = row.get("answer"), row.get("id", row.get("unique_id"))  # as in MATH
     for key, value in ("answer", answer), ("id", identity):
         plain = isinstance(value, (str, int, float, type(None))) and not isinstance(value, bool)
         if not plain or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(f'{place}: "{key}" must be a text or a finite number, not {value!r}')
+            raise ValueError(f'{place}: "{key}" must be a string or a finite number, not {value!r}')
     answer = None if answer is None else str(answer).rpartition("####")[2].strip() or None
     identity = str(index) if identity in (None, "") else str(identity)
     for key, value in ("prompt", prompt), ("answer", answer or ""), ("id", identity):
         if lone := lone_surrogate(value):
-            raise ValueError(f"{place}: the {key} holds {lone!r}, half of a character; write the whole one")
+            raise ValueError(f"{place}: the {key} holds {lone!r}, half of a surrogate pair; write both")
     question = Question(prompt, answer, identity, kind)
     if kind == "choice" and answer is not None and boxed_letter(answer, question.letters) is None:
         last = max(filter(str.isupper, question.letters))
@@ -214,7 +214,7 @@ def _question(row, place: str, index: int, kind: str) -> Question:
 
 
 def _prompt(row: dict, place: str) -> str:
-    """The text that a row asks, under one of PROMPT_KEYS: a string, or a chat of one user turn."""
+    """The prompt of a row, under one of PROMPT_KEYS: a string, or a chat of one user turn."""
     key = next((key for key in PROMPT_KEYS if key in row), None)
     if key is None:
         there = ", ".join(map(json.dumps, row)) or "none"
@@ -223,10 +223,10 @@ def _prompt(row: dict, place: str) -> str:
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], dict):
         prompt = prompt[0].get("content") if prompt[0].get("role") == "user" else None
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f'{place}: "{key}" must be a text that is not empty, or a chat of one user turn')
+        raise ValueError(f'{place}: "{key}" must be a non-empty string, or a chat of one user turn')
     return prompt
 
 
 def lone_surrogate(text: str) -> str | None:
-    """The first half of a surrogate pair, which can be neither tokenized nor written to a file; or None."""
+    """The first lone surrogate in a text, which cannot be tokenized or written to a file; or None."""
     return next((character for character in text if "\ud800" <= character <= "\udfff"), None)

@@ -26,4 +26,4 @@ if __name__ == "__main__":
     try:
         ttrl.main(sys.argv[2:])
     finally:
-        ttrl.dist.destroy_process_group()
+        torch.distributed.destroy_process_group()

@@ -12,6 +12,8 @@ import subprocess
 import tempfile
 import time
 
+import pytest
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TIMEOUT = 60  # seconds for an answer
 
@@ -19,6 +21,8 @@ TIMEOUT = 60  # seconds for an answer
 @contextlib.contextmanager
 def opened():
     """A Page in a Chromium of its own, which ends with the block."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on PATH (on Debian: apt-get install chromium)")
     ours_in, theirs_out = os.pipe()
     theirs_in, ours_out = os.pipe()
     # Chromium reads commands from 3 and answers on 4; from 10 on, the shell can move both without a clash.
@@ -106,6 +110,10 @@ class Page:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
+    def count(self, selector):
+        """How many elements of the page match a selector."""
+        return self.evaluate(f"document.querySelectorAll({json.dumps(selector)}).length")
+
     def click(self, selector):
         """A click of the mouse in the middle of an element."""
         box = self.evaluate(
@@ -120,14 +128,9 @@ class Page:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                   mobile=width < 600)  # fmt: skip
 
-    def dark(self, on=True):
-        feature = {"name": "prefers-color-scheme", "value": "dark" if on else "light"}
+    def dark(self):
+        feature = {"name": "prefers-color-scheme", "value": "dark"}
         self.call("Emulation.setEmulatedMedia", features=[feature])
-
-    def picture(self, whole=True):
-        """The page as a PNG."""
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
-        return base64.b64decode(data)
 
     def pdf(self):
         return base64.b64decode(self.call("Page.printToPDF", printBackground=False, paperWidth=8.27,

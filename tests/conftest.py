@@ -43,6 +43,18 @@ def few_questions(tmp_path_factory):
     return path
 
 
+def rollout_of(prompts, responses, room=1):
+    """A Rollout of made-up `responses`, (question, tensor of token ids) each, that did not finish."""
+    from rollout import empty_rollout
+
+    asked = [question for question, _ in responses]
+    pairs = [(question, asked[:row].count(question)) for row, question in enumerate(asked)]
+    rows = empty_rollout(prompts, pairs, max(room, *(len(tokens) for _, tokens in responses)))
+    for row, (_, tokens) in enumerate(responses):
+        rows.fill(row, tokens, torch.zeros(len(tokens)), eos_ids=())
+    return rows
+
+
 SMALL = """--votes 8 --samples 6 --questions-per-step 3 --questions-per-update 2 --epochs 2 --eval-samples 4
     --eval-every 2 --save-every 1 --lr 1e-3 --max-new-tokens 48""".split()
 
@@ -60,18 +72,17 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
-def program(*arguments, ranks=None, script="ttrl.py", code=0):
-    """Run the real program to its end and return it; fails unless it exits with `code`."""
-    done = subprocess.run(
-        command(*arguments, ranks=ranks, script=script),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd="/",
-    )
+def execute(line, code=0, **options):
+    """Run a command line to its end and return it with its output; fails unless it exits with `code`."""
+    options = {"env": environment(), "timeout": 900, "cwd": "/", **options}
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, **options)
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def program(*arguments, ranks=None, script="ttrl.py", code=0):
+    """Run the real program to its end and return it; fails unless it exits with `code`."""
+    return execute(command(*arguments, ranks=ranks, script=script), code)
 
 
 def lines_of(path):

@@ -11,9 +11,9 @@ Only for a process of its own: `install` swaps torch's CUDA hooks, for good.
 
 import contextlib
 import ctypes
+import importlib.util
 import inspect
 import shutil
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -22,6 +22,7 @@ from unittest import mock
 
 import flash_attention
 import torch
+from conftest import execute
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import arg_tree_leaves
 
@@ -69,24 +70,13 @@ COMPILER = shutil.which("c++") or shutil.which("g++")
 
 
 def install(folder):
-    """Compile the device in `folder` (5 seconds) and put it into this process. Before the first backward
-    pass.
-    """
+    """Compile the device in `folder` (5 seconds) and put it into this process, before any backward pass."""
     torch_folder = Path(torch.__file__).parent
     source, library = Path(folder) / "fake_cuda.cpp", Path(folder) / "fake_cuda.so"
     source.write_text(SOURCE)
-    flags = [
-        "-std=c++20",
-        "-O0",
-        "-fPIC",
-        "-shared",
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-    ]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     where = [f"-I{torch_folder}/include", f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu"]
-    done = subprocess.run(
-        [COMPILER, *flags, str(source), "-o", str(library), *where], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    execute([COMPILER, "-std=c++20", "-O0", "-fPIC", "-shared", abi, source, "-o", library, *where])
     assert ctypes.CDLL(str(library)).install() == 1
 
 
@@ -109,9 +99,7 @@ class FakeCuda(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.may_read = self.recording = False
         self.packed_calls = 0  # of torch's flash attention
-        self.slow_uploads = (
-            0  # copies to the device that would wait until it has done all that it was told before
-        )
+        self.slow_uploads = 0  # copies to the device that wait until it has done all it was told before
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         leaves = arg_tree_leaves(*args, **(kwargs or {}))
@@ -143,16 +131,12 @@ class FakeCuda(FakeTensorMode):
                 raise Waits(f"{func}: copies from the device to the host")
             if (target, source) == ("cuda", "cpu"):
                 if self.recording:
-                    raise Waits(
-                        f"{func}: copies from the host to the device in a step that a CUDA graph records"
-                    )
+                    raise Waits(f"{func}: copies from the host to the device in a recorded step")
                 queued = kwargs.get("non_blocking") or True in args[2:]
                 source = tensors[-1]
                 self.slow_uploads += not (queued and hasattr(source, "pinned") and source.is_contiguous())
         elif self.recording and "cpu" in sides:
-            raise AssertionError(
-                f"{func}: a CPU tensor in a step that a CUDA graph records; its value would stay what it was"
-            )
+            raise AssertionError(f"{func}: a CPU tensor in a step that a CUDA graph records")
 
     def check_indices(self, x, indices, values=None, *_):
         for index in (index for index in indices if index is not None):
@@ -219,23 +203,16 @@ class Kernel:
         self.name, self.check, self.arity, self.launches = name, check, arity, 0
 
     def __getitem__(self, grid):
-        assert all(type(n) is int and n >= 1 for n in grid) and max(grid[1:], default=1) <= 65535, (
-            f"{self.name}: grid {grid}"
-        )
+        sizes_fit = all(type(n) is int and n >= 1 for n in grid) and max(grid[1:], default=1) <= 65535
+        assert sizes_fit, f"{self.name}: grid {grid}"
 
         def launch(*args, num_warps=4, num_stages=3, **constants):
-            assert self.arity in (None, len(args) + len(constants)), (
-                f"{self.name}: {len(args)} + {len(constants)} arguments"
-            )
+            count = len(args) + len(constants)
+            assert self.arity in (None, count), f"{self.name}: {count} arguments"
             for index, x in enumerate(args):
-                if isinstance(x, torch.Tensor):
-                    assert isinstance(x, FakeTensor) and x.is_cuda, (
-                        f"{self.name}: argument {index} is on {x.device}"
-                    )
-                else:
-                    assert x is None or type(x) in (int, float), (
-                        f"{self.name}: argument {index} is a {type(x).__name__}"
-                    )
+                on_device = isinstance(x, FakeTensor) and x.is_cuda
+                is_number = x is None or type(x) in (int, float)
+                assert on_device or is_number, f"{self.name}: argument {index} is {x!r}"
             self.check(grid, *args, **constants)
             self.launches += 1
 
@@ -243,26 +220,19 @@ class Kernel:
 
 
 def triton_halves():
-    """kernels/*_triton.py, also where triton is not installed: launches are replaced, the rest needs only
-    its names.
-    """
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        stub = ModuleType("triton")
-        stub.jit = lambda function=None, **options: function or stub.jit
-        stub.language = SimpleNamespace(constexpr=None)
-        with mock.patch.dict(sys.modules, triton=stub):
-            from kernels import attention_triton, fused_triton, logprob_triton, sampler_triton
-    else:
+    """kernels/*_triton.py, also without triton: launches are replaced, the rest needs only its names."""
+    with contextlib.ExitStack() as stack:
+        if importlib.util.find_spec("triton") is None:
+            stub = ModuleType("triton")
+            stub.jit = lambda function=None, **options: function or stub.jit
+            stub.language = SimpleNamespace(constexpr=None)
+            stack.enter_context(mock.patch.dict(sys.modules, triton=stub))
         from kernels import attention_triton, fused_triton, logprob_triton, sampler_triton
     return attention_triton, fused_triton, logprob_triton, sampler_triton
 
 
 def plant(monkeypatch, where, name, old, new):
-    """A planted mistake: change the source of a function of the program, and put the changed one in its
-    place.
-    """
+    """A planted mistake: put a function of the program with a change of its source in its place."""
     function = inspect.getattr_static(where, name)
     function = getattr(function, "func", function)  # of a cached property
     source = textwrap.dedent(inspect.getsource(function))

@@ -1,7 +1,7 @@
-"""Test-only: the bytes that a forward and backward pass would allocate, without allocating any.
+"""Test-only: the bytes that operations hold, and those of a forward and backward pass that allocates none.
 
-torch's FakeTensorMode runs the real model on tensors without numbers, `parallel.shard` cuts it for a process
-group that exchanges nothing. `Held` adds up the storages that are alive after each operation.
+torch's FakeTensorMode runs the real model on tensors without numbers; `parallel.shard` cuts it for a process
+group that exchanges nothing.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from conftest import rollout_of
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,21 +20,25 @@ import model as model_module
 from distributed import parallel
 from kernels.logprob import TILE
 from model import Transformer
-from rollout import empty_rollout
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations return, as long as these live, and their peak."""
+    """Counts the bytes of the tensors that operations return, as long as these live, and their peak.
 
-    def __init__(self):
+    only: count storages of just so many bytes.
+    """
+
+    def __init__(self, only=None):
         super().__init__()
-        self.storages, self.peak = weakref.WeakSet(), 0
+        self.only, self.storages, self.peak = only, weakref.WeakSet(), 0
 
     def now(self):
         return sum(storage.nbytes() for storage in list(self.storages))
 
     def count(self, tensor):
-        self.storages.add(getattr(tensor, "_local_tensor", tensor).untyped_storage())
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+        if self.only in (None, storage.nbytes()):
+            self.storages.add(storage)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -46,10 +51,7 @@ class Held(TorchDispatchMode):
 
 def made_up_rollout(prompt, responses, length):
     """`responses` responses of `length` tokens to a prompt of `prompt` tokens."""
-    rows = empty_rollout([[1] * prompt], [(0, sample) for sample in range(responses)], length)
-    for row in range(responses):
-        rows.fill(row, torch.ones(length, dtype=torch.int64), torch.zeros(length), [7])
-    return rows.trim()
+    return rollout_of([[1] * prompt], [(0, torch.ones(length, dtype=torch.int64))] * responses).trim()
 
 
 class FusedNorm(torch.autograd.Function):

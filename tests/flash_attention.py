@@ -16,12 +16,11 @@ import torch
 SIGNATURES = {  # as text, so that a change of ours to the functions below is seen
     "flash_attn_with_kvcache": "(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, "
     "cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, "
-    "causal=False, window_size=(-1, -1), "
-    "softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False)",
+    "causal=False, window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, "
+    "num_splits=0, return_softmax_lse=False)",
     "flash_attn_varlen_func": "(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, "
     "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, "
-    "deterministic=False, "
-    "return_attn_probs=False, block_table=None)",
+    "deterministic=False, return_attn_probs=False, block_table=None)",
 }
 SCHEMAS = {  # of torch 2.8 to 2.11; later versions have more behind the last argument
     "_flash_attention_forward": "(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, "
@@ -45,18 +44,15 @@ def check(q, k, v):
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, (
         "Input tensor must have contiguous last dimension"
     )
-    assert q.shape[-1] == k.shape[-1] == v.shape[-1] <= 256 and q.shape[-1] % 8 == 0, (
-        "head width: a multiple of 8 up to 256"
-    )
-    assert k.shape == v.shape and q.shape[-2] % k.shape[-2] == 0, (
-        "heads of the query must be a multiple of those of the key"
-    )
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1], "query, key and value must have the same head width"
+    assert q.shape[-1] % 8 == 0 and q.shape[-1] <= 256, "head width: a multiple of 8 up to 256"
+    assert k.shape == v.shape, "key and value must have the same shape"
+    assert q.shape[-2] % k.shape[-2] == 0, "heads of the query must be a multiple of those of the key"
 
 
 def check_lengths(lengths, count, like):
-    assert lengths.dtype == torch.int32 and lengths.shape == (count,) and lengths.device == like.device, (
-        "lengths: int32"
-    )
+    right = lengths.dtype == torch.int32 and lengths.shape == (count,) and lengths.device == like.device
+    assert right, "lengths: int32"
     assert lengths.is_contiguous(), "lengths must be contiguous"
 
 
@@ -75,11 +71,8 @@ def check_rows(q, k, v, ends_q, ends_k, longest_q, longest_k, window):
 def only_these(arguments, *names):
     """flash-attn's other arguments must keep their defaults: the reference below knows nothing of them."""
     for name, parameter in inspect.signature(globals()[arguments.pop("function")]).parameters.items():
-        assert (
-            name in names
-            or parameter.default is inspect.Parameter.empty
-            or arguments[name] == parameter.default
-        ), name
+        needed = parameter.default is inspect.Parameter.empty
+        assert needed or name in names or arguments[name] == parameter.default, name
 
 
 @torch.autocast("cpu", enabled=False)  # in fp32 inside as in the kernel
@@ -120,13 +113,12 @@ def probabilities(q, k, causal, window_size):
     return scores.masked_fill(~seen, float("-inf")).softmax(-1)
 
 
-def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None,
-                            cache_seqlens=None,
-                            cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None,
-                            causal=False,
-                            window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None,
-                            num_splits=0,
-                            return_softmax_lse=False):  # fmt: skip
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+    cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
+    return_softmax_lse=False,
+):  # fmt: skip
     """q [B, Tq, H, E], caches [B, T, K, E], k and v [B, Tn, K, E] -> [B, Tq, H, E].
 
     k and v are written into the caches.
@@ -147,11 +139,11 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None
     return torch.stack(out)
 
 
-def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
-                           softmax_scale=None,
-                           causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-                           deterministic=False,
-                           return_attn_probs=False, block_table=None):  # fmt: skip
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+    causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+    return_attn_probs=False, block_table=None,
+):  # fmt: skip
     """q [sum of Tq, H, E], k and v [sum of Tk, K, E] -> [sum of Tq, H, E], differentiable.
 
     The rows lie one after another.
@@ -186,11 +178,11 @@ def backward(grad, q, k, v, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, 
     window = window_of(dropout_p, scale, **options)
     rows = check_rows(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, window)
     assert grad.dtype == out.dtype == q.dtype and grad.shape == q.shape
-    gradients = [
+    gradients = (
         gradients_of_one_row(grad[mine], q[mine], k[theirs], v[theirs], is_causal, window)
         for mine, theirs in rows
-    ]
-    return tuple(torch.cat(of_rows) for of_rows in zip(*gradients, strict=True))
+    )
+    return tuple(map(torch.cat, zip(*gradients, strict=True)))
 
 
 ON_CPU = torch.library.Library("aten", "IMPL")

@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 import torch
 import triton
-from test_flash_attention import check_decoding, small_model
+from test_flash_attention import attended_exactly, check_decoding, small_model
+from test_logprob import DTYPES, inputs, plain, test_temperatures, test_values_and_gradients  # noqa: F401
 from test_sampler import check_sampled, nucleus_by_sort, some_logits
 from triton import language as tl
 from triton.runtime import interpreter
 
-import rollout as engine
-from kernels import attention_triton, fused, logprob, logprob_triton, sampler, sampler_triton
+from kernels import attention_triton, fused, kv_cache, logprob, logprob_triton, sampler, sampler_triton
 from rollout import generate
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Builder = interpreter.InterpreterBuilder
 
 # -----------------------------------------------------------------------------------------------------------
@@ -46,9 +45,7 @@ def mended():
 
     def cast_impl(self, x, dtype):
         if dtype.scalar != tl.bfloat16:
-            return (
-                cast(self, widened(x), dtype) if dtype.scalar != tl.float32 or not is_bf16(x) else widened(x)
-            )
+            return widened(x) if dtype.scalar == tl.float32 and is_bf16(x) else cast(self, widened(x), dtype)
         rounded = torch.from_numpy(np.ascontiguousarray(widened(x).data, dtype=np.float32)).bfloat16()
         return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
 
@@ -62,9 +59,7 @@ def mended():
     def create_fp_to_fp(self, x, dtype, rounding):
         return self.cast_impl(x, dtype)
 
-    return dict(
-        cast_impl=cast_impl, create_dot=create_dot, binary_op=binary_op, create_fp_to_fp=create_fp_to_fp
-    )
+    return {f.__name__: f for f in (cast_impl, create_dot, binary_op, create_fp_to_fp)}
 
 
 STOCK = {name: getattr(Builder, name) for name in mended()}
@@ -111,95 +106,7 @@ def on_gpu(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# linear_logprob
-
-
-def plain(hidden, weight, targets, temperature):
-    logp = (
-        (hidden @ weight.T)
-        .to(max(hidden.dtype, torch.float32, key=lambda d: d.itemsize))
-        .div(temperature)
-        .log_softmax(-1)
-    )
-    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-
-
-def results(function, hidden, weight, targets, temperature, grads, dtype):
-    """[logprob, entropy, gradient of hidden, gradient of weight] in float64.
-
-    An output whose entry in grads is None stays unused.
-    """
-    hidden, weight = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
-    outputs = function(hidden, weight, targets, temperature)
-    sum((x * g.to(x.dtype)).sum() for x, g in zip(outputs, grads, strict=True) if g is not None).backward()
-    return [x.detach().double() for x in (*outputs, hidden.grad, weight.grad)]
-
-
-def inputs(tokens, width, vocabulary, dtype):
-    """Values that dtype holds exactly, with targets at both ends of the vocabulary.
-
-    The logits of the last tokens are far apart.
-    """
-    generator = torch.Generator().manual_seed(tokens + vocabulary)
-    hidden = torch.randn(tokens, width, generator=generator) * torch.linspace(0.3, 6, tokens)[:, None]
-    weight = torch.randn(vocabulary, width, generator=generator) / width**0.5
-    targets = torch.randint(vocabulary, (tokens,), generator=generator)
-    targets[0], targets[-1] = 0, vocabulary - 1
-    grads = torch.randn(2, tokens, generator=generator)
-    return hidden.to(dtype).double(), weight.to(dtype).double(), targets, grads
-
-
-def assert_close(exact, eager, got, rounding=0.0):
-    """Gradients are allowed more: they rest on torch's product, which rounds otherwise than the kernel's.
-
-    rounding: of the largest logit, in units of the temperature.
-    """
-    of_gradients = 2e-5 + 2 * rounding
-    tolerances = {"logprob": 1e-6, "entropy": 1e-6, "grad_hidden": of_gradients, "grad_weight": of_gradients}
-    for (name, tolerance), *values in zip(tolerances.items(), exact, eager, got, strict=True):
-        scale = max(1.0, values[0].abs().max().item())
-        eager_error, error = ((x - values[0]).abs().max().item() / scale for x in values[1:])
-        assert error <= eager_error + tolerance, (
-            f"{name}: {error:.1e} from float64, the plain formula {eager_error:.1e}"
-        )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens, width, vocabulary, used", [
-    (1, 8, 5, "both"), (37, 70, 301, "both"), (37, 70, 301, "logprob"), (37, 70, 301, "entropy"),
-    (130, 96, 700, "both"),
-])  # fmt: skip
-def test_values_and_gradients(tokens, width, vocabulary, used, dtype, monkeypatch):
-    # several tiles of the backward pass, the last ones smaller
-    monkeypatch.setattr(logprob, "TILE", {"cpu": (100, 200)})
-    hidden, weight, targets, grads = inputs(tokens, width, vocabulary, dtype)
-    grads = [
-        g if used in ("both", name) else None for name, g in zip(("logprob", "entropy"), grads, strict=True)
-    ]
-    exact, eager, got = (
-        results(function, hidden, weight, targets, 0.7, grads, precision)
-        for function, precision in ((plain, torch.float64), (plain, dtype), (logprob.linear_logprob, dtype))
-    )
-    assert_close(exact, eager, got)
-
-
-@pytest.mark.parametrize("used", ["both", "logprob"])
-@pytest.mark.parametrize("far", [1, 1000])
-@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.2, 0.29, 0.6, 5.0])
-def test_temperatures(temperature, far, used, monkeypatch):
-    """Low ones, where the logits of a block's padding are divided by little; logits up to 10^4."""
-    monkeypatch.setattr(logprob, "TILE", {"cpu": (100, 200)})
-    hidden, weight, targets, grads = inputs(9, 24, 301, torch.float32)
-    weight, grads = weight * far, [grads[0], grads[1] if used == "both" else None]
-    exact, eager, got = (
-        results(function, hidden, weight, targets, temperature, grads, precision)
-        for function, precision in (
-            (plain, torch.float64),
-            (plain, torch.float32),
-            (logprob.linear_logprob, torch.float32),
-        )
-    )
-    assert_close(exact, eager, got, 2**-24 * (hidden @ weight.T).abs().max().item() / temperature)
+# linear_logprob: test_values_and_gradients and test_temperatures of test_logprob.py, and its kernels
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -209,37 +116,34 @@ def test_temperatures(temperature, far, used, monkeypatch):
 def test_partial_results_by_the_plain_formula(tokens, width, vocabulary, programs, dtype, monkeypatch):
     """The pieces of the vocabulary put together in float64: log-probability, entropy, the largest logit."""
     monkeypatch.setattr(logprob_triton, "programs_wanted", lambda device: programs)
-    hidden, weight, targets, _ = inputs(tokens, width, vocabulary, dtype)
-    pieces = logprob_triton.partials_triton(hidden.to(dtype), weight.to(dtype), targets, 0.7)
+    hidden, weight, targets = inputs(tokens, width, vocabulary, dtype)
+    pieces = logprob_triton.partials_triton(hidden, weight, targets, 0.7)
     max_logit, sum_exp, sum_exp_c, target = pieces.double()  # [pieces, T] each
-    logits = hidden @ weight.T
-    assert (max_logit.amax(0) - logits.amax(1)).abs().max() < 1e-5
+    exact = hidden.double(), weight.double()
+    assert (max_logit.amax(0) - (exact[0] @ exact[1].T).amax(1)).abs().max() < 1e-5
     lse = (max_logit / 0.7 + sum_exp.log()).logsumexp(0)
     scale = (max_logit / 0.7 - lse).exp()  # what a piece's exponentials are worth in all
     entropy = -(scale * (sum_exp_c + (max_logit / 0.7 - lse) * sum_exp)).sum(0)
     got = target.sum(0) / 0.7 - lse, entropy
-    for expected, x in zip(plain(hidden, weight, targets, 0.7), got, strict=True):
+    for expected, x in zip(plain(*exact, targets, 0.7), got, strict=True):
         assert (x - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("programs", [1, 1000])
 def test_however_the_vocabulary_is_split(programs, monkeypatch):
     monkeypatch.setattr(logprob_triton, "programs_wanted", lambda device: programs)
-    hidden, weight, targets, _ = inputs(5, 24, 333, torch.float32)
-    pieces = logprob_triton.partials_triton(hidden.float(), weight.float(), targets, 0.7)
-    again = logprob_triton.partials_triton(hidden.float(), weight.float(), targets, 0.7)
+    hidden, weight, targets = inputs(5, 24, 333)
+    pieces, again = (logprob_triton.partials_triton(hidden, weight, targets, 0.7) for _ in range(2))
     assert pieces.shape[1] == (1 if programs == 1 else 6) and torch.equal(pieces, again)
     _, _, *got = logprob.merge(*pieces, 0.7)
-    for expected, x in zip(plain(hidden, weight, targets, 0.7), got, strict=True):
+    for expected, x in zip(plain(hidden.double(), weight.double(), targets, 0.7), got, strict=True):
         assert (x - expected).abs().max() < 5e-6
 
 
 def test_gradient_is_written_over_the_logits():
-    z, per_token = torch.randn(3, 50), torch.rand(5, 3)
-    out = logprob_triton.logits_to_gradient_triton(
-        z, 7, torch.tensor([7, 8, 60]), *per_token, 0.7, torch.float32
-    )
-    assert out is z
+    z, targets = torch.randn(3, 50), torch.tensor([7, 8, 60])
+    rest = 7, targets, *torch.rand(5, 3), 0.7, torch.float32
+    assert logprob_triton.logits_to_gradient_triton(z, *rest) is z
 
 
 def test_an_entropy_without_gradient_is_not_read():
@@ -279,10 +183,8 @@ def picks(mass, target, place, rest, N: tl.constexpr):
 
 def test_a_place_without_mass_is_never_picked():
     """Targets below 0 and below the first mass, on an edge, and at and above the total."""
-    target, mass = (
-        torch.tensor([-0.5, 0.0, 0.5, 1.0, 2.5, 3.0, 3.5]),
-        torch.tensor([0.0, 0, 1, 0, 2, 0, 0, 0]).repeat(7, 1),
-    )
+    target = torch.tensor([-0.5, 0.0, 0.5, 1.0, 2.5, 3.0, 3.5])
+    mass = torch.tensor([0.0, 0, 1, 0, 2, 0, 0, 0]).repeat(7, 1)
     place, rest = torch.empty(7, dtype=torch.int64), torch.empty(7)
     picks[(7,)](mass, target, place, rest, N=8)
     for got_place, got_rest in ((place, rest), sampler.inverse_cdf(mass, target)):
@@ -327,19 +229,6 @@ def test_draw_never_leaves_the_vocabulary():
 # attention of decoding
 
 
-def attended(q, k, v, keys, values, length, window):
-    """By the plain formula in float64: [B, H, E]."""
-    out = torch.empty(q.shape, dtype=torch.float64)
-    for row, filled in enumerate(length.tolist()):
-        seen = slice(0 if window is None else max(0, filled + 1 - window), filled)
-        for head in range(q.shape[1]):
-            of = head // (q.shape[1] // k.shape[1])
-            these = torch.cat((keys[row, of, seen], k[row, of][None])).double()
-            those = torch.cat((values[row, of, seen], v[row, of][None])).double()
-            out[row, head] = (these @ q[row, head].double() / q.shape[2] ** 0.5).softmax(0) @ those
-    return out
-
-
 def cached_rows(heads, kv_heads, width, lengths, capacity, dtype):
     """What attention is given: heads of one product, as model.Attention cuts them, and a cache with NaN where
     nothing has been written yet."""
@@ -369,7 +258,7 @@ def test_attention_over_a_cache(
     """Against float64 it errs no more than its own rounding, stores one token a row and touches no other."""
     monkeypatch.setattr(attention_triton, "splits_wanted", lambda *_: splits)
     q, k, v, keys, values, length = cached_rows(heads, kv_heads, width, lengths, capacity, dtype)
-    exact = attended(q, k, v, keys, values, length, window)
+    exact = attended_exactly(q, k, v, keys, values, length, window)
     before = keys.clone(), values.clone()
     out = attention_triton.attend_cached_triton(q, k, v, keys, values, length, window)
     assert out.dtype == dtype and out.shape == q.shape
@@ -403,7 +292,7 @@ def test_rollouts_are_those_of_plain_attention(monkeypatch):
     whole = small_model(torch.float32, windows=(None, 9))
     rollouts = []
     for in_triton in (False, True):
-        monkeypatch.setattr(engine, "triton_available", lambda x, answer=in_triton: answer)
+        monkeypatch.setattr(kv_cache, "triton_available", lambda x, answer=in_triton: answer)
         how = dict(max_new_tokens=12, eos_ids=range(12), seed=1, stream="train", step=1, budget_tokens=4 * 17)
         rollouts.append(generate(whole, [[5, 17, 3], [7, 7, 9, 60, 2]], 3, **how))
     a, b = rollouts

@@ -22,20 +22,15 @@ from support.pretrained import FAMILIES, ROPE_TYPES
 # a correct model differs by less than the first, a wrong one by more than the second
 TOLERANCE, NOTICED = 1e-4, 1e-3
 MAX_POSITIONS = 64
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 
 
 def examples(count):
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-    return settings(
-        max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=checks
-    )
+    plain = settings(derandomize=True, database=None, deadline=None, suppress_health_check=checks)
+    return settings(plain, max_examples=count)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -60,34 +55,25 @@ def rope_fields(draw):
         return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **scaling}}
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
-    return {
-        "rope_theta": theta,
-        "rope_scaling": {draw(st.sampled_from(["type", "rope_type"])): kind, **scaling},
-    }
+    scaling[draw(st.sampled_from(["type", "rope_type"]))] = kind
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 @st.composite
 def window_fields(draw, family, layers):
     window = draw(st.integers(1, 9))
-    kinds = st.lists(
-        st.sampled_from(["full_attention", "sliding_attention"]), min_size=layers, max_size=layers
-    )
+    kind = st.sampled_from(["full_attention", "sliding_attention"])
+    kinds = st.lists(kind, min_size=layers, max_size=layers)
     if family == "llama":
         return {}
     if family == "mistral":
         return {"sliding_window": draw(st.sampled_from([None, window]))}
     if family == "ministral":  # as the hub has it: a mistral whose layers differ
-        return {
-            "model_type": draw(st.sampled_from(["mistral", "ministral"])),
-            "sliding_window": window,
-            "layer_types": draw(kinds),
-        }
+        name = draw(st.sampled_from(["mistral", "ministral"]))
+        return {"model_type": name, "sliding_window": window, "layer_types": draw(kinds)}
     used = draw(st.booleans())
-    fields = {
-        "use_sliding_window": used,
-        "sliding_window": window,
-        "max_window_layers": draw(st.integers(0, layers)),
-    }
+    fields = {"use_sliding_window": used, "sliding_window": window}
+    fields["max_window_layers"] = draw(st.integers(0, layers))
     return fields | ({"layer_types": draw(kinds)} if used and draw(st.booleans()) else {})
 
 
@@ -122,28 +108,17 @@ def configs(draw, families=FAMILIES):
 
 
 FIXED = {  # one ordinary configuration, for the tests that need no draw
-    "model_type": "llama",
-    "vocab_size": 40,
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": MAX_POSITIONS,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
+    "model_type": "llama", "vocab_size": 40, "hidden_size": 24, "intermediate_size": 32,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": MAX_POSITIONS, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+}  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------
 # the two models, and how far they are apart
 
 
 def redraw(reference, seed):
-    """Draw every parameter anew, with norms and biases far from neutral.
-
-    Scores get a deviation of about 2, logits of about 3.
-    """
+    """Draw every parameter anew, norms and biases far from neutral; logits get a deviation of about 3."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in reference.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
@@ -160,15 +135,11 @@ def redraw(reference, seed):
 def write_model(folder, config, seed=0):
     """Write a Hugging Face folder whose config.json is just `config`; returns transformers' model of it."""
     (folder / "config.json").write_text(json.dumps(config))
-    reference = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(folder), attn_implementation="eager"
-    ).eval()
+    read = AutoConfig.from_pretrained(folder)
+    reference = AutoModelForCausalLM.from_config(read, attn_implementation="eager").eval()
     redraw(reference, seed)
-    save_file(
-        {name: p.data for name, p in reference.named_parameters()},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
+    weights = {name: p.data for name, p in reference.named_parameters()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return reference
 
 

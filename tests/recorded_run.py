@@ -23,20 +23,15 @@ def main(folder, flags):
     def recording_generate(*arguments, **options):
         rollout = generate(*arguments, **options)
         if options["stream"] == "train" and not first:
-            first.append(
-                {
-                    (int(rollout.question[i]), int(rollout.sample[i])): rollout.response(i)
-                    for i in range(len(rollout))
-                }
-            )
+            pairs = zip(rollout.question.tolist(), rollout.sample.tolist(), strict=True)
+            first.append({pair: rollout.response(row) for row, pair in enumerate(pairs)})
         return rollout
 
     torch.nn.utils.clip_grad_norm_, ttrl.generate = recording_clip, recording_generate
     ttrl.main(flags)
-    torch.save(
-        {"norms": torch.stack(norms), "first": first[0]}, Path(folder) / f"rank-{ttrl.dist.get_rank()}.pt"
-    )
-    ttrl.dist.destroy_process_group()
+    seen = {"norms": torch.stack(norms), "first": first[0]}
+    torch.save(seen, Path(folder) / f"rank-{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests:  bash tests/run.sh [--all] [arguments of pytest]      --all adds the long tier
+# Run the tests:  bash tests/run.sh [--all] [pytest arguments]      --all adds the long tier
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tier=(-m "not long")
@@ -14,4 +14,4 @@ else
     echo "tests/run.sh: the style is not checked, since $PYTHON has no ruff (pip install '.[dev]')" >&2
 fi
 "$PYTHON" -m pytest ${tier[@]+"${tier[@]}"} --doctest-modules --durations=10 "$@" \
-    *.py kernels support exercises/make.py exercises/mutants.py tests
+    *.py distributed grading kernels report support exercises/make.py tests

@@ -2,7 +2,7 @@
 
     python tests/several_ranks.py FOLDER RANK COUNT     one of the COUNT processes of test_parallel.py
 
-Models are built by run.build_models, sampled by ttrl.sample, learned from by ttrl.learn, refreshed by
+Models are built by run.build_run, sampled by ttrl.sample, learned from by ttrl.learn, refreshed by
 run.refresh_sampler, saved and resumed by distributed/checkpoint.py. A process takes longer to start than all
 of its cases take, so it runs one after another and leaves rank-K.pt in FOLDER: {case: what it saw}.
 """
@@ -29,29 +29,23 @@ import fake_cuda
 import parity
 
 import ttrl
-from distributed import checkpoint, parallel
-from distributed.memory import Split
+from distributed import checkpoint, parallel, weights
 from distributed.shards import local, unshard
 from model import Transformer
 from support import pretrained
 from support import run as run_module
-from support.config import configure
+from support.config import Config, configure
+from support.inputs import Inputs
 from support.questions import Question
 
 CPU = torch.device("cpu")
 TIMEOUT = datetime.timedelta(minutes=5)  # of a case that hangs
 ENDS = list(range(3, 331, 9))  # many: responses differ in length
 PROMPTS = [[11, 12, 13, 14, 15], [21, 22], [31] * 9]
-SIZE = {
-    "vocab_size": 331,  # does not divide by any number of ranks
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-}
+SIZE = {  # 331 does not divide by any number of ranks
+    "vocab_size": 331, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
+}  # fmt: skip
 MODELS = {  # with the names that say what is particular
     "tied, biases": dict(model_type="qwen2", tie_word_embeddings=True, num_key_value_heads=2),
     "untied, biases": dict(model_type="qwen2", tie_word_embeddings=False),
@@ -64,9 +58,19 @@ MODELS = {  # with the names that say what is particular
 }
 
 
+class Split(NamedTuple):
+    """Flags of what the ranks share out beside the rows."""
+
+    shard: int = 1
+    sampler_ranks: int = 1
+    offload: bool = False
+
+
 class InSlices(Split):
     """Shards even where a rank holds all of them: fully_shard on a mesh (ranks, 1)."""
 
+
+class AlwaysSharded(Config):
     sharded = True
 
 
@@ -144,14 +148,16 @@ def open_case(case, models):
         model=str(models / case.model), data="amc", device="cpu", votes=6, questions_per_step=3,
         questions_per_update=case.questions_per_update, samples=4, max_new_tokens=12, temperature=1.0,
         kl=case.kl, lr=1e-2, warmup=0.0, checkpointing=case.checkpointing, grad_clip=case.grad_clip,
+        micro_batch_tokens=case.micro_batch_tokens, **case.split._asdict(),
+        rollout_tokens=5 * 21,  # five rows at a time: finished ones are replaced
     ))  # fmt: skip
     c = dataclasses.replace(c, samples=case.samples)
+    if isinstance(case.split, InSlices):
+        c = AlwaysSharded(**dataclasses.asdict(c))
     asked = [Question("", id=str(index)) for index in range(3)]
-    data = (asked, PROMPTS, asked, PROMPTS)
-    # five rows at a time: finished ones are replaced
-    budgets = (5 * 21, case.micro_batch_tokens, case.checkpointing)
-    run = run_module.Run(c, CPU, models / case.model, None, ENDS, *data, 21, *budgets, case.split)
-    run_module.build_models(run, CPU)
+    run = run_module.build_run(
+        Inputs(c, CPU, models / case.model, None, ENDS, asked, PROMPTS, asked, PROMPTS)
+    )
     # Adam divides a gradient by its own size. Where that is nothing but rounding, so would the update be.
     run.optimizer.param_groups[0]["eps"] = 1e-4
     return run
@@ -173,20 +179,20 @@ def train(case, models):
     with pytest.MonkeyPatch.context() as monkeypatch:
         norms = record_norms(monkeypatch)
         if isinstance(case.split, InSlices):
-            monkeypatch.setattr(ttrl, "exchange_gradients", exchange_as_ddp)
+            monkeypatch.setattr(parallel, "exchange_gradients", exchange_as_ddp)
         undo_late = PLANTED[case.planted](monkeypatch) if case.planted else None
         run, rollout = begin(case, models)
         if undo_late:
             undo_late(run)
         addresses = [p.data_ptr() for p in run.sampler.parameters()]
         metrics = [learn(run, rollout, step) for step in (1, 2)]
-    weights = dict(run.policy.whole_parameters())
+    learned = dict(weights.whole_parameters(run.policy))
     return {
         "tokens": {pair: rollout.response(row) for row, pair in enumerate(pairs(rollout))},
         "norms": torch.stack(norms),
         "metrics": metrics,
-        "weights": {name: tensor.clone() for name, tensor in weights.items()},
-        "sampler": stale(run.sampler, weights),
+        "weights": {name: tensor.clone() for name, tensor in learned.items()},
+        "sampler": stale(run.sampler, learned),
         "moved": addresses != [p.data_ptr() for p in run.sampler.parameters()],
     }
 
@@ -195,13 +201,13 @@ def pairs(rollout):
     return list(zip(rollout.question.tolist(), rollout.sample.tolist(), strict=True))
 
 
-def stale(sampler, weights):
+def stale(sampler, learned):
     """Names of the sampler's parameters that are not the part of the policy's that this rank holds."""
     config, group = sampler.whole_config, sampler.group
     return [
         name
         for name, held in sampler.named_parameters()
-        if not held.equal(parallel.rank_weight(config, name, weights[name], group))
+        if not held.equal(parallel.rank_weight(config, name, learned[name], group))
     ]
 
 
@@ -259,8 +265,8 @@ def tied_head_stays_on_rank_1(monkeypatch):
 
 def no_refresh_on_rank_1(monkeypatch):
     def keep(run):
-        fill = Transformer.fill
-        monkeypatch.setattr(Transformer, "fill", lambda *a: None if dist.get_rank() == 1 else fill(*a))
+        fill = weights.fill
+        monkeypatch.setattr(weights, "fill", lambda *a: None if dist.get_rank() == 1 else fill(*a))
 
     return keep
 
@@ -313,7 +319,7 @@ SPLITS = {"DDP": Split(1), "shards": Split(2), "host": Split(2, 1, True)}
 
 def whole_state(run):
     """{name: tensor} of all weights and moments."""
-    state = {f"weight {name}": tensor.clone() for name, tensor in run.policy.whole_parameters()}
+    state = {f"weight {name}": tensor.clone() for name, tensor in weights.whole_parameters(run.policy)}
     for name, parameter in run.policy.named_parameters():
         for key, value in run.optimizer.state[parameter].items():
             state[f"{key} {name}"] = unshard(value).clone()
@@ -334,7 +340,7 @@ def resume(models, root, split):
     """Restore into models just built, train the second step: the state before and after."""
     run, rollout = begin(Case("even", split), models)  # the rollout is of the weights that step 1 began with
     checkpoint.restore(checkpoint.newest(root), run.policy, run.optimizer)
-    run_module.refresh_sampler(run)
+    run.refresh_sampler()
     saved = whole_state(run)
     learn(run, rollout, 2)
     return {"saved": saved, "end": whole_state(run)}
@@ -384,7 +390,7 @@ def load_and_export(models, out, split):
     run = open_case(Case("deep", split), models)  # mesh and groups exist from here on
     grid = parallel.shard_mesh(CPU, split.shard)
     cut = partial(parallel.shard, grid=grid, device=CPU, compute_dtype=torch.float32)
-    shard = cut if split.sharded else None
+    shard = cut if run.config.sharded else None
     with Held() as loading:
         policy = Transformer.from_pretrained(run.folder, torch.float32, CPU, shard)
     sizes = [p.numel() * 4 for p in Transformer.from_pretrained(run.folder).parameters()]
@@ -392,7 +398,7 @@ def load_and_export(models, out, split):
     run.config = dataclasses.replace(run.config, out=str(out))
     with pytest.MonkeyPatch.context() as monkeypatch, Held() as exporting:
         monkeypatch.setattr(pretrained, "FILE_SIZE", FILE_SIZE)
-        run_module.save_model(run)
+        run.save_model()
     return {
         "own": own, "whole": sum(sizes), "largest": max(sizes), "loading": loading.peak,
         "exporting": exporting.peak,

@@ -2,20 +2,26 @@
 
 import contextlib
 import itertools
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 
+import grading
 import ttrl
+from distributed import parallel
 from kernels import packing
 from model import Transformer
 from report import metrics
+from rewards import Group, Response
 from rollout import Rollout
 from support import config
 from support.prompts import load_tokenizer
 from support.questions import Question
+from support.schedule import Schedule
 from tiny import make
 
 # -----------------------------------------------------------------------------------------------------------
@@ -25,7 +31,7 @@ from tiny import make
 def voted(answers, kind="math"):
     """(label, rewards) of the vote."""
     label, classes = ttrl.vote(answers, kind)
-    return label, ttrl.vote_reward(ttrl.Group(answers, classes))
+    return label, ttrl.vote_reward(Group(answers, classes))
 
 
 @pytest.mark.parametrize(
@@ -61,26 +67,36 @@ def test_vote_over_answers_whose_equality_is_not_transitive():
 
 
 def test_vote_counts_choices_by_letter():
-    assert voted(["B", "C", "B", None], kind="choice") == ("B", [1.0, 0.0, 1.0, 0.0])
+    assert voted(["B", "C", "b", None], kind="choice") == ("B", [1.0, 0.0, 1.0, 0.0])
 
 
 def test_vote_gives_the_classes_in_the_order_of_their_first_members():
-    assert ttrl.vote(["3", None, "4", "6/2", "4"]) == ("3", [[0, 3], [2, 4]])
+    assert ttrl.vote(["3", None, "4", "6/2", "4", "4"]) == ("4", [[0, 3], [2, 4, 5]])
+
+
+def test_reports_group_answers_as_the_vote_does():
+    lines = (ROOT / "tests" / "answer_pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    pairs = [json.loads(line) for line in lines[::40]]
+    answers = [None, "50%", *(pair[side] for pair in pairs for side in "ab"), "0.5", "50", None]
+    classes = ttrl.vote(answers)[1]
+    assert classes == grading.classes(answers) and 10 < len(classes) < len(answers) - 10
 
 
 def test_every_reward_is_a_number_per_answer_and_metrics_do_not_depend_on_it(monkeypatch):
     """A reward of one's own: a function in REWARDS, and nothing else."""
     monkeypatch.setitem(ttrl.REWARDS, "half", lambda group: [0.5 for _ in group.answers])
     question = Question("?", "3")
-    group = [ttrl.Response(answer, answer, [7], True) for answer in ("3", "4", "3")]
+    group = [Response(answer, answer, [7], True) for answer in ("3", "4", "3")]
     measured = {}
     for name in ttrl.REWARDS:
         c = config.Config(**config.parse(["--reward", name, "--votes", "3", "--samples", "2"], ttrl.REWARDS))
-        votes, rewards, measured[name] = ttrl.score(c, 1, [question], [group], {})
-        assert votes == [("3", [[0, 2], [1]])] and len(rewards[0]) == 3
+        [voted] = ttrl.vote_on([question], [group], ttrl.toss_coins(c.seed, 1, 1, 3))
+        rewards = [ttrl.REWARDS[name](voted)]
+        measured[name] = metrics.of_training([voted], rewards, c.samples, {})
+        assert (voted.label, voted.classes) == ("3", [[0, 2], [1]]) and len(rewards[0]) == 3
         assert measured[name].pop("reward") == sum(rewards[0]) / 3
         assert measured[name].pop("zero_variance_groups") == (rewards[0][0] == rewards[0][1])
-    assert rewards[0] == [0.5] * 3 and all(metrics == measured["vote"] for metrics in measured.values())
+    assert rewards[0] == [0.5] * 3 and all(other == measured["vote"] for other in measured.values())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -244,12 +260,15 @@ def test_the_embedded_model_is_measured_by_this_vote(monkeypatch, capsys):
 
 
 def test_learning_rate_rises_then_falls_to_zero_and_the_first_update_moves():
-    c = config.Config(lr=1.0, warmup=0.1)
-    rates = [ttrl.learning_rate(c, update, 100) for update in range(100)]
+    """100 updates: 10 epochs of 10 questions, in a step of 6 and one of 4."""
+    schedule = Schedule(config.Config(lr=1.0, warmup=0.1, epochs=10, questions_per_step=6), 10)
+    numbers = [(step, number) for step in range(1, 21) for number in range(6 if step % 2 else 4)]
+    rates = [schedule.learning_rate(*number) for number in numbers]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[55] == pytest.approx(0.5) and 0 < rates[-1] < 1e-3
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
-    assert ttrl.learning_rate(config.Config(lr=1.0, warmup=0.0), 0, 1) == 1.0
+    c = config.Config(lr=1.0, warmup=0.0, epochs=1, questions_per_step=1)
+    assert Schedule(c, 1).learning_rate(1, 0) == 1.0
 
 
 @pytest.mark.parametrize("count, per_step", [(30, 8), (8, 8), (5, 8), (64, 8)])
@@ -288,26 +307,27 @@ def rows_of(lengths, prompt=10):
 
 def test_micro_batches_keep_to_the_budget_and_count_a_prompt_once():
     rollout = rows_of({0: [5, 20, 7], 1: [8, 3]})
-    assert packing.micro_batches(rollout, range(5), 1000) == [[0, 2, 1, 4, 3]]
+    assert packing.split_by_tokens(rollout, range(5), 1000) == [[0, 2, 1, 4, 3]]
     # 10+2*7, then 10+20 (alone over it), then 10+2*8
-    assert packing.micro_batches(rollout, range(5), 26) == [[0, 2], [1], [4, 3]]
-    assert packing.micro_batches(rollout, [], 25) == []
+    assert packing.split_by_tokens(rollout, range(5), 26) == [[0, 2], [1], [4, 3]]
+    assert packing.split_by_tokens(rollout, [], 25) == []
 
 
 def test_a_rank_without_more_micro_batches_repeats_its_shortest_row(monkeypatch):
     """Of two real rows and three passes, as another rank has them: prompt and response both count."""
     rollout, seen = rows_of({0: [3000, 8], 1: [7]}), []
     rollout.prompt_length[2] = 12
-    monkeypatch.setattr(ttrl.ranks, "all_reduce", lambda numbers, *_: {**numbers, "passes": 3})
+    monkeypatch.setattr(ttrl.ranks, "all_reduce", lambda numbers, *_: numbers)
+    monkeypatch.setattr(parallel, "all_reduce", lambda numbers, *_: {"passes": 3})
     monkeypatch.setattr(ttrl.ranks, "world_size", lambda: 2)
-    monkeypatch.setattr(ttrl, "exchange_gradients", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(parallel, "exchange_gradients", lambda *_, **__: contextlib.nullcontext())
 
     def loss(run, micro_batch, mask, *_):
         seen.append((micro_batch.response_length.tolist(), bool(mask.any())))
         return torch.zeros((), requires_grad=True)
 
     monkeypatch.setattr(ttrl, "micro_batch_loss", loss)
-    run = SimpleNamespace(micro_batch_tokens=100, learner=None)
+    run = SimpleNamespace(config=config.Config(micro_batch_tokens=100), learner=None)
     ttrl.accumulate_gradients(run, rollout, torch.tensor([0, 2]), None, None)
     assert seen == [([3000], True), ([7], True), ([8], False)]
 
@@ -315,7 +335,7 @@ def test_a_rank_without_more_micro_batches_repeats_its_shortest_row(monkeypatch)
 def test_micro_batches_count_padding():
     """60 responses of 1 token and one of 3,000 are 3,060 tokens, but 61 x 3,000 when padded together."""
     rollout = rows_of({0: [1] * 60, 1: [1] * 59 + [3000]})
-    batches = packing.micro_batches(rollout, range(120), 4000)
+    batches = packing.split_by_tokens(rollout, range(120), 4000)
     assert (
         sorted(itertools.chain(*batches)) == list(range(120)) and batches[-1] == [119] and len(batches) == 2
     )

@@ -46,22 +46,10 @@ def test_there_is_no_flag_to_truncate_the_softmax_in_training():
 
 def test_defaults_are_the_papers():
     c = config.configure({"model": "Qwen2.5-Math-1.5B"})
-    assert (c.data, c.epochs, c.votes, c.samples, c.questions_per_step, c.questions_per_update) == (
-        "aime",
-        80,
-        64,
-        32,
-        8,
-        1,
-    )
+    assert (c.data, c.epochs, c.votes, c.samples) == ("aime", 80, 64, 32)
+    assert (c.questions_per_step, c.questions_per_update, c.eval_samples) == (8, 1, 16)
     assert (c.lr, c.warmup, c.clip, c.kl, c.weight_decay, c.grad_clip) == (5e-7, 0.03, 0.2, 0.001, 0.01, 1.0)
-    assert (c.temperature, c.max_new_tokens, c.eval_samples, c.eval_temperature, c.eval_top_p) == (
-        1.0,
-        3072,
-        16,
-        0.6,
-        0.95,
-    )
+    assert (c.temperature, c.max_new_tokens, c.eval_temperature, c.eval_top_p) == (1.0, 3072, 0.6, 0.95)
     assert config.configure({"model": "Llama-3.1-8B-Instruct"}).temperature == 0.6
     qwen3 = config.configure({"model": "Qwen3-8B", "data": "math"})
     assert (qwen3.questions_per_step, qwen3.epochs, qwen3.temperature) == (32, 10, 0.6)

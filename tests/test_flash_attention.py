@@ -6,36 +6,39 @@ that what we hand over is what signatures and checks ask for, and means what SDP
 
 import copy
 import inspect
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import flash_attention
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, environment, execute, rollout_of
 from fake_cuda import plant
 
 import rollout
-import rollout as engine
-from kernels import attention, packing
+from kernels import attention, kv_cache, packing
+from kernels.kv_cache import KVCache
 from kernels.packing import AttentionGroup, pack_responses
 from model import ModelConfig, Transformer
-from rollout import Engine, KVCache, decode, prefill
+from rollout import Engine, decode, prefill
 
 EOS = [1, 2, 3]
 PROMPTS = [[5, 17, 3, 88, 41], [7, 7, 9], [60, 2, 2, 31, 14, 55, 90, 8], [12]]
 
 
+def small_config(**changes):
+    """Four heads on two of keys, a layer without a sliding window and one with."""
+    small = dict(vocab_size=101, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2,
+                 head_dim=16, norm_eps=1e-6, max_positions=128, windows=(None, 4),
+                 rope={"rope_type": "default", "rope_theta": 1e4}, qkv_bias=True, o_bias=False,
+                 mlp_bias=False, qk_norm=False, tie_word_embeddings=False)  # fmt: skip
+    return ModelConfig(**{**small, **changes})
+
+
 def small_model(dtype=torch.bfloat16, head_dim=16, windows=(None, 4), seed=0):
-    """A transformer with four heads on two of keys, a layer without a sliding window and one with."""
-    config = ModelConfig(vocab_size=101, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2,
-                         head_dim=head_dim, norm_eps=1e-6, max_positions=128, rope={"rope_type": "default",
-                         "rope_theta": 1e4},
-                         qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False,
-                         tie_word_embeddings=False, windows=windows)  # fmt: skip
+    """A Transformer of small_config with every parameter random."""
     torch.manual_seed(seed)
-    whole = Transformer(config)
+    whole = Transformer(small_config(head_dim=head_dim, windows=windows))
     with torch.no_grad():
         for parameter in whole.parameters():
             noise = torch.randn(parameter.shape)
@@ -71,13 +74,13 @@ def test_flash_attn_4_is_not_taken_for_flash_attn_2(tmp_path):
     """It has no module flash_attn, but a folder of that name, which Python imports all the same."""
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
     (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
-    code = "import flash_attn, test_gpu; from kernels import attention; import torch; " \
-        "assert len(flash_attn.__path__) and attention.flash_attn_with_kvcache is None; " \
-        "assert attention.flash_attn_varlen_func is None and test_gpu.flash_attn is None"  # fmt: skip
+    code = """if True:
+        import flash_attn, test_gpu
+        from kernels import attention
+        assert len(flash_attn.__path__) and attention.flash_attn_with_kvcache is None
+        assert attention.flash_attn_varlen_func is None and test_gpu.flash_attn is None"""
     path = {"PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment() | path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    execute([sys.executable, "-c", code], env=environment() | path)
 
 
 def test_no_attention_by_cudnn():
@@ -97,7 +100,7 @@ def decoded(whole, monkeypatch, package, move=True, steps=6, triton=False):
     `Engine.compact` does it; without, all rows go on.
     """
     use_flash(monkeypatch, package)
-    monkeypatch.setattr(engine, "triton_available", lambda x: triton)
+    monkeypatch.setattr(kv_cache, "triton_available", lambda x: triton)
     device = whole.embed_tokens.weight.device
     cache = KVCache(whole, slots=5, capacity=20)
     assert cache.flash == (package is not None) and cache.by_length == (cache.flash or triton)
@@ -105,11 +108,8 @@ def decoded(whole, monkeypatch, package, move=True, steps=6, triton=False):
     prompts = [PROMPTS[row] for row in (0, 1, 3, 2)]
     for slot, prompt in enumerate(prefill(whole, prompts)):
         cache.insert(slot, prompt.k, prompt.v)
-    place, stay, out = (
-        torch.tensor([len(prompt) for prompt in prompts], device=device),
-        torch.arange(4, device=device),
-        [],
-    )
+    place = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    stay, out = torch.arange(4, device=device), []
     tokens = torch.randint(101, (steps, 4), generator=torch.Generator().manual_seed(1)).to(device)
     for step in range(steps):
         if step == steps - 2:
@@ -147,36 +147,40 @@ def test_decoding(monkeypatch, dtype):
     check_decoding(monkeypatch, dtype)
 
 
+def attended_exactly(q, k, v, keys, values, length, window):
+    """Attention of new tokens over a cache by the plain formula in float64: [B, H, E]."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    for row, filled in enumerate(length.tolist()):
+        seen = slice(0 if window is None else max(0, filled + 1 - window), filled)
+        for head in range(q.shape[1]):
+            of = head // (q.shape[1] // k.shape[1])
+            these = torch.cat((keys[row, of, seen], k[row, of][None])).double()
+            those = torch.cat((values[row, of, seen], v[row, of][None])).double()
+            out[row, head] = (these @ q[row, head].double() / q.shape[2] ** 0.5).softmax(0) @ those
+    return out
+
+
 @torch.no_grad()
 def test_one_step_against_float64(monkeypatch):
-    """attend_cached() alone, cache and result by hand: rows of several lengths, with and without a window."""
+    """attend_cached() alone: rows of several lengths, with and without a window, and what it stores."""
     use_flash(monkeypatch)
     whole = small_model()
     cache = KVCache(whole, slots=4, capacity=12)
     for x in (cache.k, cache.v):
         x.copy_(torch.randn(x.shape))
-    q, k, v = (
-        torch.randn(3, 4, 16).bfloat16(),
-        torch.randn(3, 2, 16).bfloat16(),
-        torch.randn(3, 2, 16).bfloat16(),
-    )
+    q, k, v = (torch.randn(3, heads, 16).bfloat16() for heads in (4, 2, 2))
     place = torch.tensor([0, 5, 11])
     before = cache.k.clone()
     cache.open_step(place, context=12)
     for layer, window in enumerate(whole.config.windows):
         out = cache.attend_cached(layer, q, k, v)
-        for row, at in enumerate(place.tolist()):
-            first = 0 if window is None else max(0, at + 1 - window)
-            assert cache.k[layer, row, :, at].equal(k[row]) and cache.v[layer, row, :, at].equal(v[row])
-            # both [K, T, E]
-            keys, values = (x[layer, row, :, first : at + 1].double() for x in (cache.k, cache.v))
-            for head in range(4):
-                weight = (keys[head // 2] @ q[row, head].double() / 4).softmax(-1)
-                assert (weight @ values[head // 2] - out[row, head]).abs().max() < 0.02
+        rows = range(3), slice(None), place
+        assert cache.k[layer][rows].equal(k) and cache.v[layer][rows].equal(v)
+        exact = attended_exactly(q, k, v, cache.k[layer], cache.v[layer], place, window)
+        assert (out - exact).abs().max() < 0.02
     changed = (cache.k != before).any(-1).any(2)  # [L, S, T]
-    assert changed.nonzero().tolist() == [
-        [layer, row, at] for layer in (0, 1) for row, at in enumerate(place.tolist())
-    ]
+    written = [[layer, row, at] for layer in (0, 1) for row, at in enumerate(place.tolist())]
+    assert changed.nonzero().tolist() == written
 
 
 def check_same_but_for_ties(whole, a, b, tie):
@@ -203,15 +207,13 @@ def test_generate(monkeypatch):
         use_flash(monkeypatch, package)
         engine = Engine(whole, 3, 40, max_new_tokens=24, eos_ids=EOS)
         assert engine.cache.flash == (package is not None)
-        how = dict(
-            max_new_tokens=24, temperature=0.0, eos_ids=EOS, seed=0, stream="eval", step=0, engine=engine
-        )
+        how = dict(max_new_tokens=24, temperature=0.0, eos_ids=EOS, seed=0, stream="eval", step=0,
+                   engine=engine)  # fmt: skip
         both.append(rollout.generate(whole, PROMPTS, [(q, s) for s in range(2) for q in range(4)], **how))
         same = [both[-1].response(row) == both[-1].response(row + 4) for row in range(4)]
         assert all(same)  # whichever slot, whichever neighbours
-    assert (
-        check_same_but_for_ties(whole, *both, tie=0.15) > 20 and both[0].response_length.unique().numel() > 2
-    )
+    assert check_same_but_for_ties(whole, *both, tie=0.15) > 20
+    assert both[0].response_length.unique().numel() > 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -227,10 +229,8 @@ ROWS = {  # tokens of each prompt; prompt and tokens of each response, of which 
 def packed(shape, window):
     """The PackedBatch of prompts and responses of some lengths."""
     prompts, responses = shape
-    rows = rollout.empty_rollout([[5] * length for length in prompts], [(q, 0) for q, _ in responses],
-                                 max(length for _, length in responses))  # fmt: skip
-    for row, (_, length) in enumerate(responses):
-        rows.fill(row, torch.full((length,), 7), torch.zeros(length), EOS)
+    made_up = [(question, torch.full((length,), 7)) for question, length in responses]
+    rows = rollout_of([[5] * length for length in prompts], made_up)
     return pack_responses(rows, (window,))
 
 
@@ -278,16 +278,14 @@ def learned(whole, monkeypatch, package, autocast=True):
     """Log-probabilities of a rollout with shared prompts, and a gradient of their sum, flat."""
     use_flash(monkeypatch, package)
     device = whole.embed_tokens.weight.device.type
-    rows = rollout.empty_rollout(PROMPTS, [(q, s) for q in range(4) for s in range(3)], 12)
     generator = torch.Generator().manual_seed(2)
-    for row in range(12):
-        length = 1 if row == 4 else 1 + row
-        rows.fill(row, torch.randint(4, 101, (length,), generator=generator), torch.zeros(length), EOS)
+    lengths = [1 if row == 4 else 1 + row for row in range(12)]
+    responses = [torch.randint(4, 101, (length,), generator=generator) for length in lengths]
+    rows = rollout_of(PROMPTS, [(row // 3, response) for row, response in enumerate(responses)])
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
         logprob, _ = whole(rows)
-    gradients = torch.autograd.grad(
-        logprob.sum(), [x for n, x in whole.named_parameters() if "0.self_attn" in n and "weight" in n]
-    )
+    weights = [x for name, x in whole.named_parameters() if "0.self_attn" in name and "weight" in name]
+    gradients = torch.autograd.grad(logprob.sum(), weights)
     return logprob.detach(), torch.cat([x.flatten() for x in gradients])
 
 
@@ -337,9 +335,9 @@ MISTAKES = {
                              "(position + 1).to(torch.int32)"),
     "lengths in int64": (KVCache, "open_step", "position.to(torch.int32)", "position"),
     "the window one too wide": (attention, "flash_window", "(window - 1, 0)", "(window, 0)"),
-    "no window": (engine, "flash_cached", "window_size=flash_window(window)", "window_size=(-1, -1)"),
-    "keys and values swapped": (engine, "flash_cached", "k[:, None], v[:, None]", "v[:, None], k[:, None]"),
-    "caches swapped": (engine, "flash_cached", "q[:, None], keys, values", "q[:, None], values, keys"),
+    "no window": (kv_cache, "flash_cached", "window_size=flash_window(window)", "window_size=(-1, -1)"),
+    "keys and values swapped": (kv_cache, "flash_cached", "k[:, None], v[:, None]", "v[:, None], k[:, None]"),
+    "caches swapped": (kv_cache, "flash_cached", "q[:, None], keys, values", "q[:, None], values, keys"),
     "SDPA's layout": (KVCache, "__init__", "(capacity, config.kv_heads) if self.flash else ", ""),
     "a row copied but for its last place": (KVCache, "move", "layer[target, :, :length] = ",
                                             "length = length - 1; layer[target, :, :length] = "),

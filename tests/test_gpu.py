@@ -15,7 +15,7 @@ from functools import partial
 import flash_attention
 import pytest
 import torch
-from conftest import ROOT, SMALL, lines_of, program
+from conftest import ROOT, SMALL, lines_of, program, rollout_of
 from safetensors.torch import load_file
 from test_flash_attention import (
     TORCH,
@@ -23,32 +23,32 @@ from test_flash_attention import (
     check_learning,
     check_rows,
     check_same_but_for_ties,
+    small_config,
     small_model,
     use_flash,
 )
+from test_logprob import plain, results
 from test_sampler import check_sampled, nucleus_by_sort
 
-import rollout
 import ttrl
+from distributed import weights
 from distributed.ranks import start_processes
-from kernels import attention, cuda_graph, fused, logprob, sampler
+from kernels import attention, cuda_graph, fused, logprob, packing, sampler
 from kernels.attention import attend_cached_triton, sdpa_one_query
 from kernels.cuda_graph import GraphCache
-from model import ModelConfig, Transformer, rope_cos_sin
+from model import Transformer, rope_cos_sin
 from report import metrics
 from rollout import Engine, generate, prefill
 from support.config import configure
-from support.run import open_run
+from support.inputs import plan_run
+from support.run import build_run
 
 flash_attn = attention.flash_attn_varlen_func and importlib.import_module("flash_attn")
 HAS_GPU = torch.cuda.is_available()
-needs_gpu = pytest.mark.skipif(
-    not HAS_GPU, reason="no CUDA device here: run tests/test_gpu.py where there is one"
-)
-needs_flash = pytest.mark.skipif(
-    not HAS_GPU or flash_attn is None, reason="no CUDA device with the package flash-attn here"
-)
-on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no CUDA device: run tests/test_gpu.py where there is one")
+needs_flash = pytest.mark.skipif(not HAS_GPU or flash_attn is None, reason="no CUDA device with flash-attn")
+BOTH = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+on_both = pytest.mark.parametrize("device", BOTH)
 EOS = [1, 2, 3, 4]
 PROMPTS = [[5, 17, 3, 88, 41], [7, 7, 9], [60, 2, 2, 31, 14, 55, 90, 8], [12]]
 
@@ -91,23 +91,9 @@ def logprob_inputs(device, tokens, width, vocabulary, dtype):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, width, generator=generator)
     weight = torch.randn(vocabulary, width, generator=generator) / width**0.5 * 3
-    targets, grads = (
-        torch.randint(vocabulary, (tokens,), generator=generator),
-        torch.randn(2, tokens, generator=generator),
-    )
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    grads = torch.randn(2, tokens, generator=generator)
     return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device), grads.to(device)
-
-
-def plain_logprob(hidden, weight, targets, temperature):
-    logp = (hidden @ weight.T / temperature).log_softmax(-1)
-    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-
-
-def values_and_gradients(function, dtype, hidden, weight, targets, grads, temperature):
-    h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
-    out = function(h, w, targets, temperature)
-    gradients = torch.autograd.grad(out, [h, w], [x.to(out[0].dtype) for x in grads])
-    return [x.detach().double().cpu() for x in (*out, *gradients)]
 
 
 SHAPES = [(1, 8, 11), (37, 24, 101), (200, 128, 3000), (257, 896, 151936)]  # the last is Qwen2.5-0.5B's
@@ -123,13 +109,12 @@ def test_log_probabilities(device, shape, dtype, temperature, monkeypatch):
         shape = (3, 8, 1000)
     hidden, weight, targets, grads = logprob_inputs(device, *shape, dtype)
     rest = hidden, weight, targets, grads, temperature
-    exact = values_and_gradients(plain_logprob, torch.float64, *rest)
-    kernel = values_and_gradients(logprob.linear_logprob, dtype, *rest)
+    exact = results(plain, torch.float64, *rest)
+    kernel = results(logprob.linear_logprob, dtype, *rest)
     monkeypatch.setattr(logprob, "on_gpu", lambda x: False)
-    twin = values_and_gradients(logprob.linear_logprob, dtype, *rest)
-    for name, a, b, c in zip(
-        ("logprob", "entropy", "grad hidden", "grad weight"), exact, kernel, twin, strict=True
-    ):
+    twin = results(logprob.linear_logprob, dtype, *rest)
+    names = "logprob", "entropy", "grad hidden", "grad weight"
+    for name, a, b, c in zip(names, exact, kernel, twin, strict=True):
         scale = a.abs().max().clamp(min=1e-3)
         kernel_error, twin_error = ((x - a).abs().max() / scale for x in (b, c))
         # Backward, the logits are cuBLAS's, which rounds their sums otherwise than the kernel forward: each
@@ -307,18 +292,12 @@ def test_attention_over_a_long_cache(heads, kv_heads, width, window, dtype):
         got = attend_cached_triton(q, k, v, keys, values, length, window)
         here = (torch.arange(rows, device="cuda"), slice(None), length.long())
         assert keys[here].equal(k) and values[here].equal(v)
-        seen = (
-            at <= length[:, None]
-            if window is None
-            else (at <= length[:, None]) & (at > length[:, None] - window)
-        )
+        seen = (at <= length[:, None]) & (at > length[:, None] - (window or 2048))
         bias = torch.zeros(seen.shape, device="cuda", dtype=torch.float64).masked_fill(~seen, -torch.inf)
-        exact = sdpa_one_query(
-            q.double(), *(x.nan_to_num(0).double() for x in (keys, values)), bias[:, None, None]
-        )
-        assert (got - exact).abs().max() < {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[
-            dtype
-        ]
+        cached = (x.nan_to_num(0).double() for x in (keys, values))
+        exact = sdpa_one_query(q.double(), *cached, bias[:, None, None])
+        tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+        assert (got - exact).abs().max() < tolerance
 
 
 @needs_flash
@@ -370,7 +349,7 @@ def test_graphs_follow_weights_refreshed_in_place(device):
     whole, other = (small_model(torch.bfloat16, seed=seed).to(device) for seed in (0, 1))
     engine = Engine(whole, 20, 48, 40, EOS)
     before = sampled(whole, engine=engine)
-    whole.copy_from(other)
+    weights.refresh(whole, other)
     after, fresh = sampled(whole, engine=engine), sampled(other, engine=Engine(other, 20, 48, 40, EOS))
     assert after.tokens.equal(fresh.tokens) and not after.tokens.equal(before.tokens)
 
@@ -378,10 +357,8 @@ def test_graphs_follow_weights_refreshed_in_place(device):
 @on_both
 def test_the_engine_on_a_gpu_is_that_on_a_cpu(device, random_model):
     """fp32, greedy: other kernels, other batches, the same tokens but for ties."""
-    here = sampled(
-        copy.deepcopy(random_model).to(device), stream="eval", temperature=0.0, budget_tokens=9 * 48
-    )
-    there = sampled(random_model, stream="eval", temperature=0.0)
+    greedy, moved = dict(stream="eval", temperature=0.0), copy.deepcopy(random_model).to(device)
+    here, there = sampled(moved, budget_tokens=9 * 48, **greedy), sampled(random_model, **greedy)
     assert check_same_but_for_ties(random_model, here, there, tie=1e-3) > 300
 
 
@@ -394,16 +371,9 @@ def tiny_run(request, tmp_path):
     """A Run of the embedded model, with a reference, and a rollout with its advantages."""
     device = request.param
     started = start_processes(device)
-    flags = dict(
-        device=device,
-        votes=8,
-        samples=6,
-        questions_per_step=4,
-        max_new_tokens=48,
-        kl=0.01,
-        micro_batch_tokens=300,
-    )
-    run = open_run(configure({**flags, "out": str(tmp_path), "rollout_tokens": 20 * 150}), started, {})
+    c = configure(dict(device=device, votes=8, samples=6, questions_per_step=4, max_new_tokens=48, kl=0.01,
+                       micro_batch_tokens=300, out=str(tmp_path), rollout_tokens=20 * 150))  # fmt: skip
+    run = build_run(plan_run(c, started, {}))
     whole = ttrl.sample(run, run.train_prompts[:4], 8, stream="train", step=1, temperature=1.0)
     yield run, whole, ttrl.advantages((torch.arange(24).view(4, 6) % 3 == 0).float())
     # before the group: DDP, freed after it, would join gloo's thread with the GIL held, which that waits for
@@ -411,9 +381,7 @@ def tiny_run(request, tmp_path):
     torch.distributed.destroy_process_group()
 
 
-runs_on_both = pytest.mark.parametrize(
-    "tiny_run", ["cpu", pytest.param("cuda", marks=needs_gpu)], indirect=True
-)
+runs_on_both = pytest.mark.parametrize("tiny_run", BOTH, indirect=True)
 
 
 @runs_on_both
@@ -425,9 +393,8 @@ def test_sampler_and_learner_agree(tiny_run):
     run, whole, advantage = tiny_run
     measured = ttrl.learn(run, whole, advantage, 1)
     exact = run.sampler is run.policy
-    assert measured["logprob_gap"] < (1e-5 if exact else 0.005) and measured["logprob_gap_max"] < (
-        1e-3 if exact else 1.0
-    )
+    gap, gap_max = (1e-5, 1e-3) if exact else (0.005, 1.0)
+    assert measured["logprob_gap"] < gap and measured["logprob_gap_max"] < gap_max
     assert measured["updates"] == 2 and 0 < measured["grad_norm"] < 100
 
 
@@ -455,9 +422,8 @@ def test_the_sampler_follows_the_policy(tiny_run):
     ttrl.learn(run, whole, advantage, 1)
     assert not run.policy.embed_tokens.weight.equal(before)
     assert [p.data_ptr() for p in run.sampler.parameters()] == addresses
-    assert all(
-        s.equal(p.to(s.dtype)) for s, p in zip(run.sampler.parameters(), run.policy.parameters(), strict=True)
-    )
+    pairs = zip(run.sampler.parameters(), run.policy.parameters(), strict=True)
+    assert all(mine.equal(its.to(mine.dtype)) for mine, its in pairs)
 
 
 @runs_on_both
@@ -476,8 +442,8 @@ def test_nothing_waits_but_where_it_says_so(tiny_run, monkeypatch):
 
         return call
 
-    for module in (ttrl, metrics):
-        monkeypatch.setattr(module, "to_host", quietly(metrics.to_host))
+    for module in (packing, metrics):
+        monkeypatch.setattr(module, "to_host", quietly(packing.to_host))
     ttrl.learn(run, whole, advantage, 1)  # DDP rebuilds its buckets in the second pass of a run, and waits
     alarm("error")
     try:
@@ -508,24 +474,23 @@ def test_the_program(device, tmp_path, few_questions):
 # a model on several GPUs, or partly in host memory: NCCL, collectives in CUDA graphs, pinned memory. That the
 # numbers are right in fp32 is shown by test_parallel.py, on a CPU
 
-ON_ONE = {"slices in host memory": ["--offload"]}
-ON_TWO = {
-    "slices": ["--shard", "2"],
-    "heads": ["--sampler-ranks", "2"],
-    "slices and heads in host memory": ["--shard", "2", "--sampler-ranks", "2", "--offload"],
-}
-needs_two = pytest.mark.skipif(
-    torch.cuda.device_count() < 2, reason="fewer than two CUDA devices here: run tests/test_gpu.py on two"
-)
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+SPREAD = [
+    pytest.param(["--offload"], None, marks=needs_gpu, id="one with shards in host memory"),
+    pytest.param(["--shard", "2"], 2, marks=needs_two, id="two with shards"),
+    pytest.param(["--sampler-ranks", "2"], 2, marks=needs_two, id="two with heads"),
+    pytest.param(["--shard", "2", "--sampler-ranks", "2", "--offload"], 2, marks=needs_two,
+                 id="two with shards and heads in host memory"),
+]  # fmt: skip
 
 
 def first_norm(out):
-    return next(
-        line["train/grad_norm"] for line in lines_of(out / "metrics.jsonl") if "train/grad_norm" in line
-    )
+    lines = lines_of(out / "metrics.jsonl")
+    return next(line["train/grad_norm"] for line in lines if "train/grad_norm" in line)
 
 
-def check_spread(tmp_path, few_questions, flags, ranks):
+@pytest.mark.parametrize("flags, ranks", SPREAD)
+def test_a_model_spread_over_gpus_or_into_host_memory(tmp_path, few_questions, flags, ranks):
     """In bf16 the first step's gradient is DDP's to a few percent; a stopped run goes on."""
 
     def train(name, *flags):
@@ -546,43 +511,30 @@ def check_spread(tmp_path, few_questions, flags, ranks):
     assert "resume   from step 1" in train("stopped", *flags)
 
 
-@needs_gpu
-@pytest.mark.parametrize("how", ON_ONE)
-def test_one_gpu_and_host_memory(tmp_path, few_questions, how):
-    check_spread(tmp_path, few_questions, ON_ONE[how], None)
-
-
-@needs_two
-@pytest.mark.parametrize("how", ON_TWO)
-def test_a_model_on_two_gpus(tmp_path, few_questions, how):
-    check_spread(tmp_path, few_questions, ON_TWO[how], 2)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # speeds: nothing is asserted but that it runs
 
 
 def wide_model(device):
     """Qwen2.5-1.5B with half of its layers, random weights; toy widths on a CPU."""
-    widths = dict(
-        vocab_size=151936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        layers=14,
-        heads=12,
-        kv_heads=2,
-        head_dim=128,
-    )
-    if device == "cpu":
-        widths = dict(
-            vocab_size=500, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2, head_dim=16
-        )
-    config = ModelConfig(**widths, norm_eps=1e-6, max_positions=4096, rope={"rope_type": "default",
-                         "rope_theta": 1e6},
-                         qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, tie_word_embeddings=True,
-                         windows=(None,) * widths["layers"])  # fmt: skip
+    widths = dict(vocab_size=500, layers=2)
+    if device == "cuda":
+        widths = dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, layers=14, heads=12,
+                      kv_heads=2, head_dim=128)  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    config = small_config(**widths, max_positions=4096, rope=rope, tie_word_embeddings=True,
+                          windows=(None,) * widths["layers"])  # fmt: skip
     with torch.device(device):
         return Transformer(config).to(device)
+
+
+def peak_gb(device, action):
+    """What the GPU holds at most while `action` runs, 0 on a CPU; and what the action returns."""
+    if device == "cpu":
+        return 0.0, action()
+    torch.cuda.reset_peak_memory_stats()
+    returned = action()
+    return torch.cuda.max_memory_allocated() / 1e9, returned
 
 
 def copy_bandwidth(device):
@@ -610,14 +562,8 @@ def test_speed_of_decoding(device, monkeypatch, capsys):
                 engine.graphs = GraphCache() if graphs else None
                 engine.insert(0, prompt * rows, torch.arange(rows, device=device), 1.0, 1.0)
                 span = -(-(length + 8 * steps) // 256) * 256 if device == "cuda" else engine.capacity
-                lasted = (
-                    seconds(
-                        lambda e=engine, r=rows, s=span: e.decode_steps(steps, r, s, 1.0, 1.0),
-                        device,
-                        repeats=3,
-                    )
-                    / steps
-                )
+                decode = partial(engine.decode_steps, steps, rows, span, 1.0, 1.0)
+                lasted = seconds(decode, device, repeats=3) / steps
                 moved = (weights + rows * length * a_token) / lasted / 1e9
                 which = f"{rows:4}  {'yes' if flash else 'no':5}  {'yes' if graphs else 'no':6}"
                 lines.append(f"{which} {rows / lasted:11,.0f} {moved:7.0f}")
@@ -647,11 +593,8 @@ def test_speed_and_memory_of_the_kernels(device, monkeypatch, capsys):
         torch.autograd.grad(forward(), [hidden, weight], list(grads))
 
     def measure(name, draw):
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         actions = forward, both_ways, partial(draw, 1.0), partial(draw, 0.95)
-        ms = [1e3 * seconds(action, device) for action in actions]
-        peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
+        peak, ms = peak_gb(device, lambda: [1e3 * seconds(action, device) for action in actions])
         lines.append(f"{name:8} {ms[0]:11.2f} {ms[1] - ms[0]:12.2f} {peak:8.2f} {ms[2]:9.3f} {ms[3]:9.3f}")
 
     measure("triton", lambda top_p: sampler.sample_tokens(logits, key, key, 1.0, top_p))
@@ -688,13 +631,11 @@ def test_speed_of_rotation_and_swiglu(device, monkeypatch, capsys):
 def test_speed_and_memory_of_learning(device, monkeypatch, capsys):
     """A micro-batch of a few long responses to one question, forward and backward, as the learner runs it."""
     whole, (rows, length) = wide_model(device), (4, 500) if device == "cuda" else (2, 5)
-    mb = rollout.empty_rollout([[5, 6, 7, 8]], [(0, s) for s in range(rows)], length)
-    for row in range(rows):
-        mb.fill(row, torch.full((length,), 9), torch.zeros(length), EOS)
+    mb = rollout_of([[5, 6, 7, 8]], [(0, torch.full((length,), 9))] * rows)
     lines = [f"learning from {rows} x {length} tokens", "checkpointing  attention    tokens/s  peak GB"]
-    ways = {"padded": None} if device == "cpu" else {"padded": None, "torch": TORCH, "flash-attn": flash_attn}
+    ways = {"padded": None, "torch": TORCH, "flash-attn": flash_attn}
     for name, flash in ways.items():
-        if name == "flash-attn" and flash is None:
+        if name != "padded" and (device == "cpu" or flash is None):
             continue
         use_flash(monkeypatch, flash)
         for whole.checkpointing in (False, True):
@@ -704,10 +645,7 @@ def test_speed_and_memory_of_learning(device, monkeypatch, capsys):
                     logp, _ = whole(mb)
                 logp.sum().backward()
 
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            lasted = seconds(learn, device, repeats=3)
-            peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
+            peak, lasted = peak_gb(device, partial(seconds, learn, device, repeats=3))
             which = f"{whole.checkpointing!s:13}  {name:10}"
             lines.append(f"{which} {rows * length / lasted:10,.0f} {peak:8.2f}")
     say(capsys, *lines)

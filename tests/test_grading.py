@@ -46,9 +46,8 @@ KINDS = sorted({pair["kind"] for pair in ANSWER_PAIRS})
 def test_there_are_enough_pairs():
     spelled = {frozenset((pair["a"], pair["b"])) for pair in ANSWER_PAIRS}
     assert len(spelled) == len(ANSWER_PAIRS) >= 2000 and len(KINDS) >= 50
-    assert {
-        kind for kind in KINDS if len({p["equal"] for p in ANSWER_PAIRS if p["kind"] == kind}) < 2
-    } == set()
+    both = {(pair["kind"], pair["equal"]) for pair in ANSWER_PAIRS}
+    assert both == set(itertools.product(KINDS, (True, False)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,20 +91,12 @@ def test_classes_are_the_same_in_every_process():
     """Hashes of texts differ from one process to the next; the classes of a vote must not."""
     answers = json.dumps([pair[side] for pair in ANSWER_PAIRS for side in "ab"])
     code = "import json, sys; from grading import classes; print(classes(json.load(sys.stdin)))"
-    found = set()
-    for hash_seed in "1", "2":
-        env = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        run = subprocess.run(
-            [sys.executable, "-c", code],
-            input=answers,
-            text=True,
-            capture_output=True,
-            cwd=ROOT,
-            env=env,
-            check=True,
-        )
-        found.add(run.stdout)
-    assert len(found) == 1 and found != {""}
+    first, second = (
+        subprocess.run([sys.executable, "-c", code], input=answers, text=True, capture_output=True, cwd=ROOT,
+                       env={**os.environ, "PYTHONHASHSEED": number}, check=True).stdout
+        for number in "12"
+    )  # fmt: skip
+    assert first == second != ""
 
 
 def test_a_vote_over_different_formulas_is_over_in_a_second():
@@ -140,9 +131,8 @@ def test_gold_answers_equal_themselves(name):
         assert same_answer(gold, gold, kind)
         boxed = extract_answer(f"We get 7, then $\\boxed{{{gold}}}$. Done with 3", kind)
         assert boxed is not None and same_answer(boxed, gold, kind), gold
-        assert same_answer("$ " + gold.replace(r"\frac", r"\dfrac").replace(",", ", ") + " $.", gold, kind), (
-            gold
-        )
+        respelled = gold.replace(r"\frac", r"\dfrac").replace(",", ", ")
+        assert same_answer(f"$ {respelled} $.", gold, kind), gold
 
 
 @needs_data
@@ -185,15 +175,6 @@ def test_different_gold_answers_differ():
     assert equal == pairs(SAME_GOLD)
 
 
-@needs_data
-def test_a_sample_of_different_gold_answers_differs():
-    gold = sorted({question.answer for question in load(str(DATA / "math.json"))})
-    known = {frozenset(pair) for pair in pairs(SAME_GOLD)}
-    for pair in random.Random(0).sample(list(itertools.combinations(gold, 2)), 500):
-        assert same_answer(*pair) is (frozenset(pair) in known), pair
-    assert all(same_answer(*pair) for pair in pairs(SAME_GOLD))
-
-
 def pairwise(answers):
     """The plain form of what `classes` does in one pass."""
     groups = []
@@ -209,22 +190,13 @@ def pairwise(answers):
 def test_512_ordinary_responses_are_graded_in_time():
     """In CPU seconds of one core: the time that the GPUs would wait."""
     generator = random.Random(1)
-    latex = [
-        r"\frac{\sqrt{3}}{2}",
-        r"\frac{1}{2}\sqrt{3}",
-        r"\frac{\pi}{6}",
-        "x^2+1",
-        "(1,2)",
-        r"2\sqrt{3}",
-        "1+x^2",
-    ]
+    latex = r"\frac{\sqrt{3}}{2}|\frac{1}{2}\sqrt{3}|\frac{\pi}{6}|x^2+1|(1,2)|2\sqrt{3}|1+x^2".split("|")
     answers = [generator.choice(latex) if i % 8 == 0 else str(generator.randrange(40)) for i in range(512)]
     text = "Let us think step by step. " * 60
     same_answer("x+1", "1+x")  # the imports, 0.5 s once a run, are not on the clock
     grading._read.cache_clear()
-    began, found = time.process_time(), []
-    for answer in answers:
-        found.append(extract_answer(f"{text} So the answer is $\\boxed{{{answer}}}$."))
+    began = time.process_time()
+    found = [extract_answer(f"{text} So the answer is $\\boxed{{{answer}}}$.") for answer in answers]
     groups = classes(found)
     seconds = time.process_time() - began
     print(f"512 responses, {len(groups)} classes: {seconds:.2f} s")
@@ -276,9 +248,8 @@ HOSTILE = [
     "answer is " * 100_000, "the answer is " + " " * 1_000_000, "A" * 1_000_000, "A " * 500_000,
     "$" * 1_000_000, "\\(" * 500_000, "," * 1_000_000, "1/" * 500_000, "-" * 1_000_000, "\\" * 1_000_000,
     "}" * 1_000_000, "\u202e42\u202c", "\u200b\u200f", "\ud800", "\U0001f600" * 300, "٣٤", "１２", "²",
-    "½", "",
-    " ", "\n" * 100_000, "%", "$", "\\", r"\text{" * 30, r"\text{}", r"\text{ }", r"\boxed{\text{}}", "142.%",
-    "1,000_0", "9_1", r"\frac{}{}", r"\frac{1}{0}", "0/0", "1/0", r"\infty-\infty", "0^0", "0^{-1}",
+    "½", "", " ", "\n" * 100_000, "%", "$", "\\", r"\text{" * 30, r"\text{}", r"\text{ }", r"\boxed{\text{}}",
+    "142.%", "1,000_0", "9_1", r"\frac{}{}", r"\frac{1}{0}", "0/0", "1/0", r"\infty-\infty", "0^0", "0^{-1}",
     r"\log 0", r"\tan(\pi/2)", r"\cos(\frac{(2^{60})x}{|n|})",
     r"\sqrt{2+\sqrt{3+\sqrt{5+\sqrt{7+\sqrt{11}}}}}", "x" * 200, "1+" * 99 + "1", "x^" * 99 + "x",
     r"\boxed{}" * 100_000, r"\boxed{\boxed{}}" * 50_000, "\\boxed{" * 100_000 + "}" * 100_000,
@@ -323,6 +294,8 @@ def _worker(pipe):
 class Grader:
     """A process that grades one text at a time and is killed when one takes over 10 s."""
 
+    limit = 70  # the first text waits for the process to start
+
     def __enter__(self):
         self.pipe, end = multiprocessing.Pipe()
         self.process = multiprocessing.get_context("spawn").Process(target=_worker, args=(end,), daemon=True)
@@ -330,17 +303,15 @@ class Grader:
         end.close()
         return self
 
-    def grade(self, text, limit=10):
+    def grade(self, text):
         self.pipe.send(text)
         try:
-            assert self.pipe.poll(limit + (60 if not hasattr(self, "warm") else 0)), (
-                f"over {limit} s: {text[:80]!r}"
-            )
-            self.warm = True
+            assert self.pipe.poll(self.limit), f"over {self.limit} s: {text[:80]!r}"
             seconds, error, timeouts = self.pipe.recv()
         except EOFError:
             raise AssertionError(f"the grader died of {text[:80]!r}") from None
-        assert error is None and seconds < limit and timeouts == 0, (text[:80], error, seconds, timeouts)
+        self.limit = 10
+        assert error is None and seconds < self.limit and timeouts == 0, (text[:80], error, seconds, timeouts)
         return seconds
 
     def __exit__(self, *_):
@@ -368,7 +339,8 @@ LATEX_WORDS = (
 ANY_TEXT = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(LATEX_WORDS), max_size=24).map("".join))
 
 
-def fuzz(count, number):
+@pytest.mark.parametrize("count, number", [(1_000, 1), pytest.param(20_000, 2, marks=pytest.mark.long)])
+def test_random_strings(count, number):
     with Grader() as grader:
 
         @seed(number)
@@ -378,15 +350,6 @@ def fuzz(count, number):
             grader.grade(text)
 
         check()
-
-
-def test_1000_random_strings():
-    fuzz(1_000, 1)
-
-
-@pytest.mark.long
-def test_20000_random_strings():
-    fuzz(20_000, 2)
 
 
 def test_no_text_reaches_a_parser_that_could_evaluate_it():

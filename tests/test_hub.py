@@ -2,13 +2,13 @@
 
 import errno
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, execute
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
@@ -17,22 +17,11 @@ from parity import FIXED, assert_one_sentence, write_model
 from support import hub
 from support.hub import fetch_config, fetch_weights
 
-PAPER = [
-    "Qwen/Qwen2.5-Math-1.5B",
-    "Qwen/Qwen2.5-Math-7B",
-    "Qwen/Qwen2.5-7B",
-    "Qwen/Qwen2.5-32B",
-    "Qwen/Qwen3-8B",
-    "meta-llama/Llama-3.1-8B-Instruct",
-    "meta-llama/Llama-3.2-3B-Instruct",
-    "sail/Llama-3.2-3B-Oat-Zero",
-    "mistralai/Mistral-Nemo-Instruct-2407",
-    "mistralai/Ministral-8B-Instruct-2410",
-    "deepseek-ai/deepseek-math-7b-instruct",
-    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
-    "Skywork/Skywork-OR1-Math-7B",
-]
-
+PAPER = """Qwen/Qwen2.5-Math-1.5B Qwen/Qwen2.5-Math-7B Qwen/Qwen2.5-7B Qwen/Qwen2.5-32B Qwen/Qwen3-8B
+    meta-llama/Llama-3.1-8B-Instruct meta-llama/Llama-3.2-3B-Instruct sail/Llama-3.2-3B-Oat-Zero
+    mistralai/Mistral-Nemo-Instruct-2407 mistralai/Ministral-8B-Instruct-2410
+    deepseek-ai/deepseek-math-7b-instruct deepseek-ai/DeepSeek-R1-Distill-Llama-8B
+    Skywork/Skywork-OR1-Math-7B""".split()
 
 both_steps = pytest.mark.parametrize("fetch", [fetch_config, fetch_weights])
 
@@ -57,16 +46,13 @@ def test_bare_names_of_the_papers_models(asked, repo, fetch):
     assert [call[0] for call in asked] == [repo, repo]
 
 
-CONFIG = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-          "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-          "chat_template.jinja",
-          "chat_template.json"]  # fmt: skip
+CONFIG = """config.json generation_config.json tokenizer.json tokenizer_config.json tokenizer.model
+    special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja
+    chat_template.json""".split()
 WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-00001-of-00005.safetensors"]
-OTHERS = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "params.json", "tekken.json",
-          "README.md", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin",
-          "original/consolidated.00.pth", "original/params.json", "modeling_evil.py", "tf_model.h5",
-          "flax_model.msgpack", "onnx/model.onnx",
-          "optimizer.pt"]  # fmt: skip
+OTHERS = """consolidated.safetensors consolidated-00001-of-00002.safetensors params.json tekken.json README.md
+    pytorch_model.bin pytorch_model-00001-of-00002.bin original/consolidated.00.pth original/params.json
+    modeling_evil.py tf_model.h5 flax_model.msgpack onnx/model.onnx optimizer.pt""".split()
 
 
 @pytest.mark.parametrize("fetch, wanted", [(fetch_config, CONFIG), (fetch_weights, CONFIG + WEIGHTS)])
@@ -103,48 +89,37 @@ def test_a_file_is_not_a_model(tmp_path, asked, fetch):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(FileNotFoundError) as caught:
         fetch(str(tmp_path / "model.safetensors"))
-    assert_one_sentence(caught.value, tmp_path, "the folder that holds config.json")
+    assert_one_sentence(caught.value, tmp_path, "the folder with config.json")
 
 
 def hub_error(kind, status):
     response = SimpleNamespace(headers={}, request=None, status_code=status)
-    return kind(
-        f"{status} Client Error.\n\nSomething went wrong.\nhttps://huggingface.co/api", response=response
-    )
+    text = f"{status} Client Error.\n\nSomething went wrong.\nhttps://huggingface.co/api"
+    return kind(text, response=response)
 
 
+LICENCE = "accept its licence at https://huggingface.co/Qwen/Qwen9-1B and set HF_TOKEN"
+RESUMES, NOT_WRITABLE = "rerun to resume", "cannot write to /cache; set HF_HOME"
 HUB_FAILURES = {
-    "gated": (
-        hub_error(hub_errors.GatedRepoError, 403),
-        "accept its licence at https://huggingface.co/Qwen/Qwen9-1B and set HF_TOKEN",
-    ),
+    "gated": (hub_error(hub_errors.GatedRepoError, 403), LICENCE),
     "typo": (hub_error(hub_errors.RepositoryNotFoundError, 404), "check the spelling"),
     "bad token": (hub_error(hub_errors.HfHubHTTPError, 401), "check HF_TOKEN"),
-    "server": (hub_error(hub_errors.HfHubHTTPError, 500), "run again"),
+    "server": (hub_error(hub_errors.HfHubHTTPError, 500), "rerun"),
     "no network": (
         hub_errors.LocalEntryNotFoundError("Cannot find\nan appropriate snapshot"),
         "cannot be reached",
     ),
     "offline": (hub_errors.OfflineModeIsEnabled("offline"), "cannot be reached"),
-    "broken off": (hub_errors.HTTPError("peer closed connection\nwithout a word"), "run again: it resumes"),
-    "connection reset": (ConnectionResetError(104, "Connection reset by peer"), "run again: it resumes"),
-    "bad id": (
-        hub_errors.HFValidationError("Repo id must be in the form 'repo_name' or 'namespace/repo_name'"),
-        "owner/name",
-    ),
+    "broken off": (hub_errors.HTTPError("peer closed connection\nwithout a word"), RESUMES),
+    "connection reset": (ConnectionResetError(104, "Connection reset by peer"), RESUMES),
+    "bad id": (hub_errors.HFValidationError("Repo id must be in the form 'repo_name'"), "owner/name"),
     "full disk": (OSError(errno.ENOSPC, "No space left on device"), "HF_HOME"),
     "full disk in hf_xet": (
         RuntimeError("Data processing error: I/O error: No space left on device (os error 28)"),
         "HF_HOME",
     ),
-    "cache of somebody else": (
-        PermissionError(errno.EACCES, "Permission denied", "/cache"),
-        "cannot write to /cache; set HF_HOME",
-    ),
-    "read-only cache": (
-        OSError(errno.EROFS, "Read-only file system", "/cache"),
-        "cannot write to /cache; set HF_HOME",
-    ),
+    "cache of somebody else": (PermissionError(errno.EACCES, "Permission denied", "/cache"), NOT_WRITABLE),
+    "read-only cache": (OSError(errno.EROFS, "Read-only file system", "/cache"), NOT_WRITABLE),
     "read-only cache in hf_xet": (
         RuntimeError("Data processing error: I/O error: Permission denied (os error 13)"),
         f"cannot write to {constants.HF_HUB_CACHE}; set HF_HOME",
@@ -156,11 +131,7 @@ HUB_FAILURES = {
 @pytest.mark.parametrize("failure", HUB_FAILURES)
 def test_failed_downloads_say_what_to_do(monkeypatch, failure, fetch):
     error, words = HUB_FAILURES[failure]
-
-    def snapshot_download(repo, allow_patterns):
-        raise error
-
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "snapshot_download", mock.Mock(side_effect=error))
     with pytest.raises(FileNotFoundError) as caught:
         fetch("Qwen9-1B")
     assert_one_sentence(caught.value, "Qwen/Qwen9-1B", words)
@@ -185,14 +156,9 @@ for name in ("Qwen2.5-Absent", "not a/hub id"):
     except FileNotFoundError as error:
         print(error)
 """
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE"))
-    }
-    environment |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    ours = {"HF_HOME": tmp_path, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ROOT}
+    others = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE"))}
+    done = execute([sys.executable, "-c", program], env=others | ours)
     layers, absent, invalid = done.stdout.strip().splitlines()
     assert layers == "2"
     assert_one_sentence(absent, "Qwen/Qwen2.5-Absent", "cannot be reached")

@@ -11,10 +11,11 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import packaging
 import pytest
-from conftest import ROOT, command, environment
+from conftest import ROOT, command, execute
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,8 +40,9 @@ def elsewhere():
 
 
 def uv(*arguments):
-    command = [sys.executable, "-m", "uv", "--no-config", "--quiet", *map(str, arguments)]
-    return subprocess.run(command, env=elsewhere(), capture_output=True, text=True, timeout=300, cwd=ROOT)
+    return execute(
+        [sys.executable, "-m", "uv", "--no-config", "--quiet", *arguments], env=elsewhere(), cwd=ROOT
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +64,7 @@ def test_every_machine_finds_a_wheel_of_everything(python, platform, cache):
     extras = [word for extra in EXTRAS for word in ("--extra", extra)]
     found = uv("pip", "compile", "pyproject.toml", *extras, "--constraint", "constraints.txt",
                "--only-binary", ":all:", "--python-version", python, "--python-platform", platform,
-               "--python", sys.executable,
-               "--default-index", INDEX, "--cache-dir", cache)  # fmt: skip
-    assert found.returncode == 0, found.stderr
+               "--python", sys.executable, "--default-index", INDEX, "--cache-dir", cache)  # fmt: skip
     assert "torch==2.13.0\n" in found.stdout
     assert "triton==3.7.1\n" in found.stdout or "linux" not in platform
 
@@ -73,25 +73,14 @@ def test_every_machine_finds_a_wheel_of_everything(python, platform, cache):
 def empty(cache, tmp_path_factory):
     """The python of an empty environment with the newest pip, whose dry run downloads metadata only."""
     folder = tmp_path_factory.mktemp("empty") / "venv"
-    index = ["--default-index", INDEX, "--cache-dir", cache]
-    made = uv("venv", "--seed", "--python", sys.executable, *index, folder)
-    assert made.returncode == 0, made.stderr
+    uv("venv", "--seed", "--python", sys.executable, "--default-index", INDEX, "--cache-dir", cache, folder)
     return folder / "bin" / "python"
 
 
 @pytest.mark.parametrize("extra", ["", *EXTRAS])
 def test_pip_resolves_this_machine_and_builds_the_project(extra, empty):
     arguments = "-m pip install --dry-run --quiet --use-feature=fast-deps -c constraints.txt --report -"
-    what = f".[{extra}]" if extra else "."
-    done = subprocess.run(
-        [empty, *arguments.split(), what],
-        env=elsewhere(),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = execute([empty, *arguments.split(), f".[{extra}]" if extra else "."], env=elsewhere(), cwd=ROOT)
     found = [item["metadata"] for item in json.loads(done.stdout)["install"]]
     versions = {metadata["name"]: metadata["version"] for metadata in found}
     assert {"ttrl", "transformers"} <= versions.keys() and versions["torch"] == "2.13.0"
@@ -138,22 +127,24 @@ def executable(path, text):
     path.chmod(0o755)
 
 
+def site_packages(venv):
+    (packages,) = venv.glob("lib/python*/site-packages")
+    return packages
+
+
 class Machine:
     """A copy of the checkout in a folder with spaces, and a PATH with a Python without packages only."""
 
     def __init__(self, folder):
-        self.folder, self.bin, self.checkout = (
-            folder,
-            folder / "bin",
-            folder / "a folder with spaces" / "check out",
-        )
+        self.folder, self.bin, self.notes = folder, folder / "bin", folder / "notes"
+        self.checkout = folder / "a folder with spaces" / "check out"
+        self.own = self.checkout / ".venv" / "bin" / "python"
         junk = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis")
         shutil.copytree(ROOT, self.checkout, ignore=junk)
         for name in ("python", "python3"):  # -S: without its packages
             executable(self.bin / name, f'exec "{os.path.realpath(sys.executable)}" -S "$@"')
         for name in TOOLS:
             (self.bin / name).symlink_to(shutil.which(name))
-        self.notes = folder / "notes"
         self.ensurepip(ENSUREPIP)
         self.path = [self.bin]
 
@@ -165,11 +156,11 @@ class Machine:
     def venv(self, folder, torch=None, pip=True):
         """Activate a virtual environment with a torch of that version, as far as its metadata says."""
         subprocess.run([self.bin / "python", "-m", "venv", "--without-pip", folder], check=True)
-        (packages,) = folder.glob("lib/python*/site-packages")
+        packages = site_packages(folder)
         if torch:
-            (packages / f"torch-{torch}.dist-info").mkdir()
-            metadata = f"Name: torch\nVersion: {torch}"
-            (packages / f"torch-{torch}.dist-info" / "METADATA").write_text(metadata)
+            about = packages / f"torch-{torch}.dist-info"
+            about.mkdir()
+            (about / "METADATA").write_text(f"Name: torch\nVersion: {torch}")
         if pip:
             (packages / "pip").mkdir()
             (packages / "pip" / "__main__.py").write_text(PIP_STUB)
@@ -178,19 +169,16 @@ class Machine:
 
     def bash(self, *arguments, prefix=(), code=0, **options):
         kept = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
-        path = ":".join(map(str, self.path))
-        inside = {**kept, "PATH": path, "PYTHONPATH": str(self.folder / "modules"), "NOTES": str(self.notes)}
-        command = [*prefix, shutil.which("bash"), *map(str, arguments)]
-        options = {"cwd": self.folder, "capture_output": True, "text": True, "timeout": 300, **options}
-        done = subprocess.run(command, env=inside, **options)
-        assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
+        kept |= {"PATH": ":".join(map(str, self.path)), "NOTES": str(self.notes)}
+        kept |= {"PYTHONPATH": str(self.folder / "modules")}
+        line = [*prefix, shutil.which("bash"), *arguments]
+        return execute(line, code, env=kept, **{"cwd": self.folder, **options})
 
     def setup(self, extras="", **options):
         """Source setup.sh: (the interpreter that it chose, stderr)."""
         script = 'set -euo pipefail; source "$1/setup.sh" "$2"; echo "$PYTHON"'
         done = self.bash("-c", script, "setup", self.checkout, extras, **options)
-        return done.stdout.strip(), done.stderr
+        return Path(done.stdout.strip()), done.stderr
 
     def installed(self):
         """What pip or uv were asked to install, a line a call."""
@@ -212,38 +200,55 @@ PIP = "install --quiet --no-input --disable-pip-version-check"
 PINNED = "--constraint constraints.txt"
 
 
+def pinned(*extras):
+    """What pip is asked for where the versions are those of constraints.txt."""
+    return f"{PIP} {PINNED} {all_of(*extras)}"
+
+
 def test_a_new_machine_gets_the_pinned_versions_once(machine):
-    own = str(machine.checkout / ".venv" / "bin" / "python")
-    assert machine.setup("test")[0] == own and machine.installed() == [f"{PIP} {PINNED} {all_of('test')}"]
-    assert machine.setup("test") == machine.setup() == (own, "") and len(machine.installed()) == 1
-    assert machine.setup("test dev")[0] == own
-    assert machine.installed()[1:] == [f"{PIP} {PINNED} {all_of('test', 'dev')}"]
+    assert machine.setup("test")[0] == machine.own and machine.installed() == [pinned("test")]
+    assert machine.setup("test") == machine.setup() == (machine.own, "") and len(machine.installed()) == 1
+    assert machine.setup("test dev")[0] == machine.own
+    assert machine.installed()[1:] == [pinned("test", "dev")]
 
 
 def test_its_venv_follows_the_pins_and_mends_a_loss(machine):
-    own, _ = machine.setup()
+    machine.setup()
     pins = machine.checkout / "constraints.txt"
     pins.write_text(re.sub("tqdm==.*", "tqdm==4.66.0", pins.read_text()))
     machine.setup()
-    (packages,) = (machine.checkout / ".venv").glob("lib/python*/site-packages")
-    shutil.rmtree(*packages.glob("safetensors-*"))
+    shutil.rmtree(*site_packages(machine.checkout / ".venv").glob("safetensors-*"))
     machine.setup()
-    assert machine.setup() == (own, "") and machine.installed() == [f"{PIP} {PINNED} {all_of()}"] * 3
+    assert machine.setup() == (machine.own, "") and machine.installed() == [pinned()] * 3
 
 
-@pytest.mark.parametrize("left", ["no pip", "no python", "nothing"])
-def test_a_half_made_venv_does_not_block(machine, left):
+FOUND = ["a venv without pip", "a venv without a python", "an empty venv", "its own venv, active",
+         "python3.12", "an old torch", "no torch", "the system's torch"]  # fmt: skip
+
+
+@pytest.mark.parametrize("found", FOUND)
+def test_the_pinned_versions_go_into_its_own_venv_whatever_is_found(machine, found):
+    """A half-made venv does not block, and another environment is left alone."""
     venv = machine.checkout / ".venv"
-    venv.mkdir()
-    if left == "no pip":  # what Debian's python3 -m venv leaves behind without python3-venv
+    if found == "a venv without pip":  # what Debian's python3 -m venv leaves behind without python3-venv
         machine.venv(venv, pip=False)
         machine.path = [machine.bin]
-    elif left == "no python":  # its Python was updated away
-        (venv / "bin").mkdir()
+    elif found == "a venv without a python":  # its Python was updated away
+        (venv / "bin").mkdir(parents=True)
         (venv / "bin" / "python").symlink_to("/nowhere/python3.9")
-    assert machine.setup()[0] == str(venv / "bin" / "python") and machine.installed() == [
-        f"{PIP} {PINNED} {all_of()}"
-    ]
+    elif found == "an empty venv":
+        venv.mkdir()
+    elif found == "its own venv, active":
+        machine.venv(venv, "2.13.0")
+    elif found == "python3.12":
+        (machine.bin / "python3").rename(machine.bin / "python3.12")
+        (machine.bin / "python").unlink()
+    else:
+        torch = {"an old torch": "2.7.1", "no torch": None, "the system's torch": "2.13.0"}[found]
+        other = machine.venv(machine.folder / "env", torch)
+        if found == "the system's torch":
+            make_system(other)
+    assert machine.setup()[0] == machine.own and machine.installed() == [pinned()]
 
 
 def test_without_pip_and_ensurepip_it_says_what_to_do_until_it_is_done(machine):
@@ -253,7 +258,7 @@ def test_without_pip_and_ensurepip_it_says_what_to_do_until_it_is_done(machine):
         assert said.startswith("setup: ") and "has no pip" in said and "apt install python3-venv" in said
     machine.ensurepip(ENSUREPIP)
     machine.setup()
-    assert machine.installed() == [f"{PIP} {PINNED} {all_of()}"]
+    assert machine.installed() == [pinned()]
 
 
 def test_what_pip_says_is_shown_only_if_it_fails(machine):
@@ -285,13 +290,6 @@ def test_without_a_suitable_python_it_says_so(machine, old):
     assert not (machine.checkout / ".venv").exists()
 
 
-def test_a_suitable_python_of_another_name_is_found(machine):
-    (machine.bin / "python3").rename(machine.bin / "python3.12")
-    (machine.bin / "python").unlink()
-    machine.setup()
-    assert machine.installed() == [f"{PIP} {PINNED} {all_of()}"]
-
-
 # ----------------------------------------------------------------------------------------------------------
 # active environments
 
@@ -303,7 +301,7 @@ def test_an_active_environment_with_torch_is_used(machine, kind, torch):
     if kind == "pyenv":  # on PATH lies a script that looks for the real one
         machine.path = [machine.folder / "shims", machine.bin]
         executable(machine.folder / "shims" / "python", f'exec "{venv}/bin/python" "$@"')
-    assert machine.setup("test")[0] == str(venv / "bin" / "python")
+    assert machine.setup("test")[0] == venv / "bin" / "python"
     assert machine.setup("test")[1] == "" and machine.installed() == [f"{PIP} {all_of('test')}"]
     assert not (machine.checkout / ".venv").exists()
 
@@ -317,26 +315,8 @@ sysconfig.get_path = lambda name, *args, **kw: sys.prefix if name == "stdlib" el
 
 def make_system(venv):
     """It is no virtual environment any more, and pip may not install into it (PEP 668)."""
-    (packages,) = venv.glob("lib/python*/site-packages")
-    (packages / "sitecustomize.py").write_text(SYSTEM)
+    (site_packages(venv) / "sitecustomize.py").write_text(SYSTEM)
     (venv / "EXTERNALLY-MANAGED").touch()
-
-
-@pytest.mark.parametrize("why", ["an old torch", "no torch", "the system's"])
-def test_another_python_is_left_alone(machine, why):
-    torch = {"an old torch": "2.7.1", "no torch": None, "the system's": "2.13.0"}[why]
-    venv = machine.venv(machine.folder / "env", torch)
-    if why == "the system's":
-        make_system(venv)
-    assert machine.setup()[0] == str(machine.checkout / ".venv" / "bin" / "python")
-    assert machine.installed() == [f"{PIP} {PINNED} {all_of()}"]
-
-
-def test_its_own_venv_stays_pinned_when_it_is_active(machine):
-    venv = machine.venv(machine.checkout / ".venv", "2.13.0")
-    assert machine.setup()[0] == str(venv / "bin" / "python") and machine.installed() == [
-        f"{PIP} {PINNED} {all_of()}"
-    ]
 
 
 @pytest.mark.parametrize("why", ["no pip", "the system's", "read-only"])
@@ -344,13 +324,13 @@ def test_where_nothing_is_missing_nothing_is_asked_for(machine, why):
     """It needs neither pip nor a network nor a place to write in; without one package it does."""
     venv = machine.venv(machine.folder / "env", "2.11.0+cu130")
     machine.setup("test")
-    (packages,) = venv.glob("lib/python*/site-packages")
+    packages = site_packages(venv)
     shutil.rmtree(packages / "pip")
     machine.ensurepip("raise SystemExit(1)")
     if why == "the system's":
         make_system(venv)
     prefix = isolated("--mount", first=READ_ONLY.format(venv)) if why == "read-only" else ()
-    assert machine.setup("test", prefix=prefix) == (str(venv / "bin" / "python"), "")
+    assert machine.setup("test", prefix=prefix) == (venv / "bin" / "python", "")
     shutil.rmtree(*packages.glob("mpmath-*"))
     assert "has no pip" in machine.setup("test", prefix=prefix, code=2)[1]
     assert (machine.checkout / ".venv").exists() == (why != "no pip") and len(machine.installed()) == 1
@@ -360,19 +340,18 @@ MISSING = ["nowhere", "tqdm>=99", "torch>=2.9.1"]
 THERE = ["nowhere; sys_platform == 'plan9'", "tqdm[notebook]>=4", "torch>=2.9"]
 
 
-@pytest.mark.parametrize("dependency, missing", [*((d, True) for d in MISSING), *((d, False) for d in THERE)])
-def test_what_counts_as_missing(machine, dependency, missing):
+@pytest.mark.parametrize("dependency", MISSING + THERE)
+def test_what_counts_as_missing(machine, dependency):
     machine.venv(machine.folder / "env", "2.9.1a0+145a3a7.nv25.10")  # NVIDIA's containers have such
     machine.setup()
     project = machine.checkout / "pyproject.toml"
     project.write_text(project.read_text().replace("dependencies = [", f'dependencies = ["{dependency}",'))
     machine.setup()
-    assert machine.installed()[1:] == [f"{PIP} {dependency} {all_of()}"] * missing
+    assert machine.installed()[1:] == [f"{PIP} {dependency} {all_of()}"] * (dependency in MISSING)
 
 
 def test_the_style_is_checked_where_ruff_is(machine):
-    venv = with_everything(machine)
-    (packages,) = venv.glob("lib/python*/site-packages")
+    packages = site_packages(with_everything(machine))
     (packages / "ruff.py").write_text("raise ImportError if __name__ == 'ruff' else SystemExit('bad style')")
     run = machine.checkout / "tests" / "run.sh"
     assert "the style is not checked" in machine.bash(run, "--version").stderr
@@ -414,8 +393,8 @@ def test_a_read_only_checkout(machine, active):
 def with_everything(machine):
     """Activate an environment that finds the packages of this Python."""
     venv = machine.venv(machine.folder / "env", "2.13.0", pip=False)
-    (packages,) = venv.glob("lib/python*/site-packages")
-    (packages / "these.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    installed = [path for path in sys.path if path.endswith("-packages")]
+    (site_packages(venv) / "these.pth").write_text("\n".join(installed))
     return venv
 
 
@@ -462,10 +441,7 @@ def test_processes_meet_where_the_host_name_does_not_resolve(machine, start, few
     if start == "train.sh":
         said = from_elsewhere(machine, 2, few_questions, prefix)
     else:
-        dry = [*prefix, *command("--data", few_questions, "--dry-run", ranks=2)]
-        done = subprocess.run(dry, env=environment(), capture_output=True, text=True, timeout=300, cwd="/")
-        assert done.returncode == 0, done.stderr
-        said = done.stderr
+        said = execute([*prefix, *command("--data", few_questions, "--dry-run", ranks=2)]).stderr
     assert "Unable to resolve hostname" not in said
 
 

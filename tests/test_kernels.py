@@ -5,30 +5,19 @@ imported, and the interpreter's bf16 has to be mended first. Neither shows speed
 out of bounds.
 """
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, environment, execute
 
 
 @pytest.mark.parametrize("file, interpret", [("kernels_interpreted.py", "1"), ("kernels_compiled.py", "0")])
 def test_triton(file, interpret, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": interpret,
-                   "TRITON_CACHE_DIR": str(tmp_path),
-                   "TRITON_DEFAULT_FP_FUSION": "1"}  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-s",
-        "-p",
-        "no:cacheprovider",
-        str(Path(__file__).with_name(file)),
-    ]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
+    triton = {
+        "TRITON_INTERPRET": interpret,
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "TRITON_DEFAULT_FP_FUSION": "1",
+    }
+    line = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", ROOT / "tests" / file]
+    done = execute(line, env=environment() | triton, cwd=ROOT, timeout=None)
     print(done.stdout)  # registers, spills and shared memory of each kernel: pytest -rP
-    assert done.returncode == 0, done.stdout + done.stderr

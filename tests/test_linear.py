@@ -34,7 +34,7 @@ def test_a_torch_without_the_private_product_takes_its_own(monkeypatch):
 
 
 def test_the_gradient_of_a_frequent_token_is_a_sum_in_fp32():
-    """A model in slices computes in bf16, which added 4,096 times one by one stands still at 256."""
+    """A model in shards computes in bf16, which added 4,096 times one by one stands still at 256."""
     weight = torch.zeros(3, 4, dtype=torch.bfloat16, requires_grad=True)
     embedding, head = TiedWeight.apply(weight)
     embedded = torch.nn.functional.embedding(torch.ones(4096, dtype=torch.int64), embedding, sparse=True)

@@ -24,9 +24,10 @@ from parity import (
 )
 
 from kernels.fused import rotate
-from model import rope_frequencies
-from rollout import KVCache, decode, prefill
+from kernels.kv_cache import KVCache
+from rollout import decode, prefill
 from support.pretrained import FAMILIES, hf_tensors
+from support.rope import rope_frequencies
 
 
 def check_logits(config, length, seed):
@@ -72,19 +73,21 @@ def check_decode(config, lengths, forced, seed):
             cache.move(torch.tensor([len(live)]), torch.tensor([0]), length=int(place.max()) + 1)
 
 
+def batches(count, length, forced):
+    """Configurations, up to `count` rows of up to `length` tokens, and steps to decode."""
+    rows = st.lists(st.integers(1, length), min_size=1, max_size=count)
+    return given(configs(), rows, st.integers(1, forced), st.integers(0, 1000))
+
+
 @examples(60)
-@given(
-    configs(), st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(1, 10), st.integers(0, 1000)
-)
+@batches(4, 20, 10)
 def test_cached_decode_equals_transformers(config, lengths, forced, seed):
     check_decode(config, lengths, forced, seed)
 
 
 @pytest.mark.long
 @examples(300)
-@given(
-    configs(), st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 24), st.integers(0, 1000)
-)
+@batches(5, 40, 24)
 def test_cached_decode_equals_transformers_long(config, lengths, forced, seed):
     check_decode(config, lengths, forced, seed)
 
@@ -102,10 +105,8 @@ def test_decode_of_a_row_does_not_depend_on_the_batch(window):
         cache.k.fill_(7), cache.v.fill_(7)  # what another row left there, which nobody may see
         for slot, row in enumerate(rows):
             cache.insert(slot, prompts[row].k, prompts[row].v)
-        steps = [lengths[rows] + step for step in range(4)]
-        return [
-            decode(model, cache, tokens[rows, place], place, context=int(place.max()) + 1) for place in steps
-        ]
+        places = [lengths[rows] + step for step in range(4)]
+        return [decode(model, cache, tokens[rows, at], at, context=int(at.max()) + 1) for at in places]
 
     together = torch.stack(decoded(list(range(64))), 1)  # [64, steps, V]
     for row in range(64):
@@ -161,6 +162,11 @@ def wrong_groups(model):  # query heads go with the key heads in turn (0 1 0 1) 
                 weight.data.copy_(mixed)
 
 
+def scaling(kind, **fields):
+    return {"rope_scaling": {"rope_type": kind, **fields}}
+
+
+WINDOW = {"model_type": "mistral", "sliding_window": 8}
 PLANTS = {
     "q bias dropped": ({"model_type": "qwen2"}, drop_bias("self_attn.q_proj")),
     "k bias dropped": ({"model_type": "qwen2"}, drop_bias("self_attn.k_proj")),
@@ -173,32 +179,22 @@ PLANTS = {
     "norm weights ignored": ({}, ignore_norm_weights),
     "key heads mixed up": ({}, wrong_groups),
     "linear ignored": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, other_rope(rope_type="default")),
-    "llama3 ignored": ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, other_rope(rope_type="default")),
-    "llama3 as linear": ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, other_rope(rope_type="linear")),
-    "yarn ignored": ({"rope_scaling": {"rope_type": "yarn", **YARN}}, other_rope(rope_type="default")),
-    "yarn without magnitude": (
-        {"rope_scaling": {"rope_type": "yarn", **YARN}},
-        other_rope(attention_factor=1.0),
-    ),
+    "dynamic as linear": (scaling("dynamic", factor=2.0), other_rope(rope_type="linear")),
+    "llama3 ignored": (scaling("llama3", **LLAMA3), other_rope(rope_type="default")),
+    "llama3 as linear": (scaling("llama3", **LLAMA3), other_rope(rope_type="linear")),
+    "yarn ignored": (scaling("yarn", **YARN), other_rope(rope_type="default")),
+    "yarn without magnitude": (scaling("yarn", **YARN), other_rope(attention_factor=1.0)),
     "yarn truncated": (
-        {"rope_theta": 50.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}},
-        other_rope(truncate=True),
-    ),
-    "dynamic as linear": (
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        other_rope(rope_type="linear"),
+        {"rope_theta": 50.0, **scaling("yarn", factor=4.0, truncate=False)}, other_rope(truncate=True)
     ),
     "other rope base": ({"rope_theta": 10000.0}, other_rope(rope_theta=9000.0)),
-    "window ignored": ({"model_type": "mistral", "sliding_window": 8}, other_windows(lambda window: None)),
-    "window off by one": (
-        {"model_type": "mistral", "sliding_window": 8},
-        other_windows(lambda window: window + 1),
-    ),
+    "window ignored": (WINDOW, other_windows(lambda window: None)),
+    "window off by one": (WINDOW, other_windows(lambda window: window + 1)),
     "window everywhere": (
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
         lambda model: setattr(model, "config", dataclasses.replace(model.config, windows=(8, 8))),
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("plant", PLANTS)
@@ -224,13 +220,11 @@ def test_cached_decode_notices_a_position_off_by_one(monkeypatch):
 
 
 def test_cached_decode_notices_an_ignored_window(monkeypatch):
-    config = FIXED | {"model_type": "mistral", "sliding_window": 8}
-    check_decode(config, [3, 20, 7], 6, seed=0)
-    monkeypatch.setattr(
-        KVCache, "windows", property(lambda cache: (None, None), lambda cache, value: None), raising=False
-    )
+    check_decode(FIXED | WINDOW, [3, 20, 7], 6, seed=0)
+    ignored = property(lambda cache: (None, None), lambda cache, value: None)
+    monkeypatch.setattr(KVCache, "windows", ignored, raising=False)
     with pytest.raises(AssertionError):
-        check_decode(config, [3, 20, 7], 6, seed=0)
+        check_decode(FIXED | WINDOW, [3, 20, 7], 6, seed=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

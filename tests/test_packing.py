@@ -12,8 +12,9 @@ from test_flash_attention import PACKAGES, use_flash
 
 import model
 from kernels import attention
+from kernels.kv_cache import KVCache
 from kernels.packing import AttentionGroup, pack_responses
-from rollout import KVCache, Rollout
+from rollout import Rollout
 from support.pretrained import hf_tensors
 
 SHAPE = ([5, 9], [(1, 6), (0, 1), (1, 3), (0, 8)])  # prompt lengths; (question, response length) of each row
@@ -31,10 +32,7 @@ def plain_attention(q, k, v, window):
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_packed_attention_equals_each_row_alone(window):
-    """Values and gradients of a packed batch.
-
-    It holds two prompts of 5 and 9 tokens, once each, then the responses without their last tokens.
-    """
+    """Values and gradients: two prompts of 5 and 9 tokens, then the responses without their last tokens."""
     rows = make_rollout(FIXED, *SHAPE, 0)
     batch = pack_responses(rows, (window,))
     prompts, first, alone = [range(5), range(5, 14)], 14, []
@@ -49,26 +47,17 @@ def test_packed_attention_equals_each_row_alone(window):
     assert first == len(batch.tokens) and torch.allclose(packed, plain, atol=1e-6)
     for row in range(len(rows)):
         tokens = rows.tokens[row, : rows.prompt_length[row] + rows.response_length[row] - 1]
-        assert batch.tokens[alone[row]].equal(tokens) and batch.positions[alone[row]].equal(
-            torch.arange(len(tokens))
-        )
+        assert batch.tokens[alone[row]].equal(tokens)
+        assert batch.positions[alone[row]].equal(torch.arange(len(tokens)))
     # the gradient: each prompt's tokens once, each response's own
     weight = torch.randn(first, 4, 8)
     chosen = {index: row for row in reversed(alone) for index in row}  # one row that holds each token
-    total = sum(
-        (
-            plain_attention(q[row], k[row], v[row], window)
-            * weight[row]
-            * torch.tensor([chosen[i] is row for i in row])[:, None, None]
-        ).sum()
-        for row in alone
-    )
-    for got, want in zip(
-        torch.autograd.grad((packed * weight).sum(), (q, k, v)),
-        torch.autograd.grad(total, (q, k, v)),
-        strict=True,
-    ):
-        assert torch.allclose(got, want, atol=1e-5)
+    total = 0
+    for row in alone:
+        counted = torch.tensor([chosen[index] is row for index in row])[:, None, None]
+        total += (plain_attention(q[row], k[row], v[row], window) * weight[row] * counted).sum()
+    got, want = (torch.autograd.grad(loss, (q, k, v)) for loss in ((packed * weight).sum(), total))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
@@ -129,10 +118,8 @@ def shapes(draw):
 
 def make_rollout(config, prompts, rows, seed):
     prompt_tokens = [draw_tokens(config, (length,), seed + q) for q, length in enumerate(prompts)]
-    tokens = [
-        torch.cat((prompt_tokens[q], draw_tokens(config, (length,), seed + 100 + i)))
-        for i, (q, length) in enumerate(rows)
-    ]
+    responses = [draw_tokens(config, (length,), seed + 100 + i) for i, (_, length) in enumerate(rows)]
+    tokens = [torch.cat((prompt_tokens[q], own)) for (q, _), own in zip(rows, responses, strict=True)]
     return Rollout(
         question=torch.tensor([q for q, _ in rows]) + 5,  # any numbers may name the questions
         sample=torch.arange(len(rows)),
@@ -165,10 +152,7 @@ def gradients(named_parameters, outputs, weights):
 
 
 def learner_difference(ours, reference, rows, temperature, first_only):
-    """(largest difference of the outputs, of the gradients relative to each parameter's largest).
-
-    Asserts that both can show a difference.
-    """
+    """The largest difference of outputs, and of gradients relative to each parameter's; both can show one."""
     weights = torch.randn(2, *rows.logprob.shape, generator=torch.Generator().manual_seed(1))
     if first_only:  # the token that the prompt predicts
         weights[:, :, 1:] = 0
@@ -193,15 +177,18 @@ def check_learner(config, shape, temperature, first_only, seed):
     assert learner_difference(ours, reference, rows, temperature, first_only) == (outputs, grads)
 
 
+CASES = given(configs(), shapes(), st.sampled_from([0.6, 1.0, 1.3]), st.booleans(), st.integers(0, 1000))
+
+
 @examples(60)
-@given(configs(), shapes(), st.sampled_from([0.6, 1.0, 1.3]), st.booleans(), st.integers(0, 1000))
+@CASES
 def test_learner_equals_transformers_row_by_row(config, shape, temperature, first_only, seed):
     check_learner(config, shape, temperature, first_only, seed)
 
 
 @pytest.mark.long
 @examples(300)
-@given(configs(), shapes(), st.sampled_from([0.6, 1.0, 1.3]), st.booleans(), st.integers(0, 1000))
+@CASES
 def test_learner_equals_transformers_row_by_row_long(config, shape, temperature, first_only, seed):
     check_learner(config, shape, temperature, first_only, seed)
 

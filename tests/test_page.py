@@ -1,7 +1,9 @@
 """out/report.html: its numbers by hand, escaping, size, and what a browser shows, hostile text included."""
 
+import collections
 import dataclasses
 import html.parser
+import itertools
 import json
 import random
 import re
@@ -15,9 +17,6 @@ from support.config import configure
 from support.questions import Question
 
 ABOUT = {"commit": "0123456789ab", "torch": "2.13.0"}
-needs_browser = pytest.mark.skipif(
-    browser.CHROMIUM is None, reason="no Chromium on PATH (on Debian: apt-get install chromium)"
-)
 
 # -----------------------------------------------------------------------------------------------------------
 # runs made up
@@ -38,11 +37,8 @@ def record(number, wrong_first, samples, prompt="What is 2+2?", response=None):
 def state_of(before, after, step=4):
     def evaluated(records, step):
         mean = sum(row["pass@1"] for row in records) / len(records)
-        return {
-            "step": step,
-            "records": records,
-            "metrics": {"pass@1": mean, "pass@1_se": 0.02, "maj@8": mean},
-        }
+        metrics = {"pass@1": mean, "pass@1_se": 0.02, "maj@8": mean}
+        return {"step": step, "records": records, "metrics": metrics}
 
     return {"step": step, "seconds": 90.0, "updates": 8, "skipped_updates": 0, "best": None,
             "before": evaluated(before, 0), "after": evaluated(after, step)}  # fmt: skip
@@ -85,14 +81,11 @@ def large_run(count, times, samples=64):
     before = [record(n, 50, samples, prompt=lorem[:400], response=lorem) for n in range(count)]
     after = [record(n, 10, samples, prompt=lorem[:400], response=lorem) for n in range(count)]
     votes = []
-    for step in range(times):
-        for n in range(count):
-            ballots = [str(chance.choice([44, 34, 34, 17, chance.randrange(99)])) for _ in range(samples)]
-            counts = {
-                answer: ballots.count(answer) for answer in sorted(set(ballots), key=ballots.count)[::-1]
-            }
-            votes.append(vote_line(step + 1, f"q-{n}", dict(list(counts.items())[:20]),
-                                   other=sum(list(counts.values())[20:])))  # fmt: skip
+    for step, n in itertools.product(range(times), range(count)):
+        ballots = (str(chance.choice([44, 34, 34, 17, chance.randrange(99)])) for _ in range(samples))
+        counts = collections.Counter(ballots).most_common()
+        other = sum(number for _, number in counts[20:])
+        votes.append(vote_line(step + 1, f"q-{n}", dict(counts[:20]), other=other))
     return {**SMALL_RUN, "votes": votes, "state": state_of(before, after), "lines": metrics_of(times * 63),
             "c": dataclasses.replace(SETTINGS, epochs=times)}  # fmt: skip
 
@@ -112,10 +105,6 @@ class Reader(html.parser.HTMLParser):
         self.attributes += attributes
         if tag != "meta":
             self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -150,19 +139,16 @@ def test_more_votes_than_bars_are_thinned_and_the_rest_is_one_class():
     assert set(re.findall('class="(.)"', small)) == set("tabco") and 'H100"' in small
 
 
-@pytest.mark.parametrize(
-    "courses, words",
-    [
-        ({}, []),
-        ({"majority_ratio": (0.5, 0.9), "label_accuracy": (0.6, 0.3)}, ["Collapse"]),
-        ({"majority_ratio": (0.5, 0.9), "label_accuracy": (0.3, 0.6)}, []),
-        ({"entropy": (0.5, 0.01)}, ["Entropy"]),
-        ({"truncated": (0.1, 0.5), "no_answer": (0, 0.6)}, ["cut at --max-new-tokens", "No answer"]),
-        ({"zero_variance_groups": (0.1, 1)}, ["teach nothing"]),
-        ({"logprob_gap": (1e-6, 1e-2)}, ["logprob_gap"]),
-        ({"grading_timeouts": (0, 3)}, ["time limit"]),
-    ],
-)
+@pytest.mark.parametrize("courses, words", [
+    ({}, []),
+    ({"majority_ratio": (0.5, 0.9), "label_accuracy": (0.6, 0.3)}, ["Collapse"]),
+    ({"majority_ratio": (0.5, 0.9), "label_accuracy": (0.3, 0.6)}, []),
+    ({"entropy": (0.5, 0.01)}, ["Entropy"]),
+    ({"truncated": (0.1, 0.5), "no_answer": (0, 0.6)}, ["truncated at --max-new-tokens", "No answer"]),
+    ({"zero_variance_groups": (0.1, 1)}, ["teach nothing"]),
+    ({"logprob_gap": (1e-6, 1e-2)}, ["logprob_gap"]),
+    ({"grading_timeouts": (0, 3)}, ["time limit"]),
+])  # fmt: skip
 def test_warnings(courses, words):
     found = page.warnings(metrics_of(20, **courses), SETTINGS, SMALL_RUN["state"])
     assert len(found) == len(words) and all(word in one for word, one in zip(words, found, strict=True))
@@ -171,21 +157,18 @@ def test_warnings(courses, words):
 def test_warnings_of_updates_and_of_accuracy():
     worse = state_of([record(0, 0, 8)], [record(0, 8, 8)])
     found = page.warnings(metrics_of(20), SETTINGS, {**worse, "skipped_updates": 2})
-    skipped = "2 of 10 updates were skipped, their gradient was not finite."
+    skipped = "2 of 10 updates were skipped because their gradient was not finite."
     assert found == ["pass@1 fell from 1.000 to 0.000.", skipped]
 
 
-@pytest.mark.parametrize(
-    "response, answer, marked",
-    [
-        (r"4 and 44, so \boxed{4}. 4?", "4", r"4 and 44, so \boxed{<mark>4</mark>}. 4?"),
-        ("4, so the answer is 44, not 144", "44", "4, so the answer is <mark>44</mark>, not 144"),
-        ("<4>", "<4>", "<mark>&lt;4&gt;</mark>"),
-        ("4? 4? Yes, 4!", "4", "4? 4? Yes, <mark>4</mark>!"),
-        ("nothing", None, "nothing"),
-        ("one half", "1/2", "one half"),
-    ],
-)
+@pytest.mark.parametrize("response, answer, marked", [
+    (r"4 and 44, so \boxed{4}. 4?", "4", r"4 and 44, so \boxed{<mark>4</mark>}. 4?"),
+    ("4, so the answer is 44, not 144", "44", "4, so the answer is <mark>44</mark>, not 144"),
+    ("<4>", "<4>", "<mark>&lt;4&gt;</mark>"),
+    ("4? 4? Yes, 4!", "4", "4? 4? Yes, <mark>4</mark>!"),
+    ("nothing", None, "nothing"),
+    ("one half", "1/2", "one half"),
+])  # fmt: skip
 def test_the_answer_is_marked_where_it_was_found(response, answer, marked):
     assert drawing.marked(response, answer) == marked
 
@@ -206,8 +189,8 @@ def test_questions_of_evaluation_and_of_training_are_kept_apart():
 
 
 def test_before_the_second_evaluation_and_without_true_answers():
-    unknown = {**record(0, 2, 8), "truth": None}
-    unknown = {name: unknown[name] for name in unknown if name not in ("right", "pass@1", "majority_right")}
+    known = ("right", "pass@1", "majority_right")
+    unknown = {name: value for name, value in record(0, 2, 8).items() if name not in known} | {"truth": None}
     state = {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0, "best": None,
              "before": {"step": 0, "records": [unknown], "metrics": {"majority_ratio": 0.75}}}  # fmt: skip
     lines = [{"step": 0, "eval/majority_ratio": 0.75}]
@@ -273,9 +256,8 @@ def test_the_same_run_gives_the_same_bytes_in_a_file(tmp_path):
 def test_nothing_is_fetched_and_only_our_script_may_run():
     shown = page.page(**SMALL_RUN)
     read = Reader(shown)
-    assert not [
-        v for name, v in read.attributes if name in ("src", "href", "srcset") and not v.startswith("#")
-    ]
+    links = [value for name, value in read.attributes if name in ("src", "href", "srcset")]
+    assert all(link.startswith("#") for link in links)
     assert "url(" not in shown and "@import" not in shown
     policy = next(value for name, value in read.attributes if name == "content" and "default-src" in value)
     assert "default-src 'none'" in policy and "unsafe" not in policy and policy.count("sha256-") == 2
@@ -324,7 +306,6 @@ def shown(tmp_path):
         yield show
 
 
-@needs_browser
 def test_a_click_sorts(shown):
     tab = shown(SMALL_RUN)
     assert tab.evaluate(IDS) == ["q-0", "q-1", "q-2"] and tab.evaluate("document.title") == "tiny on tiny"
@@ -333,8 +314,8 @@ def test_a_click_sorts(shown):
     assert tab.evaluate(IDS) == ["q-1", "q-2", "q-0"]
     tab.click(column.format(6))
     assert tab.evaluate(IDS) == ["q-0", "q-2", "q-1"]
-    assert tab.evaluate("document.querySelectorAll('[aria-sort]').length") == 1
-    tab.click(column.format(2))  # fates in the order of the table above: learned, ..., missed, corrupted
+    assert tab.count("[aria-sort]") == 1
+    tab.click(column.format(2))  # fates in the order of the table above: learned, ..., still wrong, corrupted
     assert tab.evaluate(IDS) == ["q-0", "q-2", "q-1"]
     tab.click(column.format(8))  # votes: those without any stay last, however it is sorted
     first = tab.evaluate(IDS)
@@ -343,7 +324,6 @@ def test_a_click_sorts(shown):
     assert tab.complaints == []
 
 
-@needs_browser
 def test_numbers_sort_as_numbers(shown):
     rows = [record(number, 4, 8) for number in (10, 9, 100)]
     tab = shown({**SMALL_RUN, "state": state_of(rows, rows)})
@@ -351,21 +331,19 @@ def test_numbers_sort_as_numbers(shown):
     assert tab.evaluate(IDS) == ["q-9", "q-10", "q-100"]
 
 
-@needs_browser
 @pytest.mark.parametrize("width", [1280, 390])
 def test_hostile_text_does_nothing_and_stays_in_its_place(shown, width):
     tab = shown(hostile_run())
     tab.resize(width)
     tab.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
     assert tab.evaluate("document.title").startswith("<img") or "characters" in tab.evaluate("document.title")
-    assert tab.evaluate("document.querySelectorAll('#ledger tbody').length") == len(HOSTILE)
-    assert tab.evaluate("document.querySelectorAll('h1').length") == 1
+    assert tab.count("#ledger tbody") == len(HOSTILE)
+    assert tab.count("h1") == 1
     assert tab.evaluate(WIDTH) <= width
     assert tab.evaluate("[...document.querySelectorAll('pre')].at(-1).textContent") == HOSTILE[-1]
     assert tab.complaints == []
 
 
-@needs_browser
 def test_a_script_that_is_not_ours_is_refused(shown, tmp_path, monkeypatch):
     """Even if escaping were broken, the page's policy would stop the script."""
     monkeypatch.setattr(drawing.html, "escape", str)
@@ -375,7 +353,6 @@ def test_a_script_that_is_not_ours_is_refused(shown, tmp_path, monkeypatch):
     assert any("Content Security Policy" in str(complaint) for complaint in tab.complaints)
 
 
-@needs_browser
 def test_it_reads_without_a_script_on_a_phone_in_the_dark_and_on_paper(shown, tmp_path):
     tab = shown(SMALL_RUN)
     light = tab.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -386,14 +363,12 @@ def test_it_reads_without_a_script_on_a_phone_in_the_dark_and_on_paper(shown, tm
     tab.call("Emulation.setScriptExecutionDisabled", value=True)
     tab.open(tmp_path / "report.html")
     tab.click("summary")
-    assert tab.evaluate(
-        "document.querySelector('details').open && document.querySelector('pre').offsetHeight > 9"
-    )
-    assert tab.evaluate("document.querySelectorAll('#ledger button').length") == 0
+    assert tab.evaluate("document.querySelector('details').open")
+    assert tab.evaluate("document.querySelector('pre').offsetHeight > 9")
+    assert tab.count("#ledger button") == 0
     assert tab.pdf().startswith(b"%PDF") and tab.complaints == []
 
 
-@needs_browser
 def test_a_large_page_opens_and_sorts_at_once(large):
     """Seconds of the page's own thread, which other jobs on the machine do not prolong."""
     with browser.opened() as tab:
@@ -405,5 +380,5 @@ def test_a_large_page_opens_and_sorts_at_once(large):
         tab.evaluate("document.body.offsetHeight")
         print(f"\nopened in {opened:.2f} s, sorted in {tab.busy_seconds() - opened:.2f} s")
         assert tab.complaints == []
-        assert tab.evaluate("document.querySelectorAll('#ledger tbody').length") == 500
+        assert tab.count("#ledger tbody") == 500
         assert tab.busy_seconds() < 5

@@ -7,20 +7,17 @@ what is compared here is what each of them saw. Four processes are the long tier
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import several_ranks
 import torch
-from conftest import ROOT, SMALL, command, environment, lines_of, program
+from conftest import ROOT, SMALL, command, environment, lines_of
 from parity import assert_one_sentence
-from safetensors.torch import load_file
-from several_ranks import FAULTS, FOUR, MODELS, SPLITS, TIED, TWO, Case, InSlices
-from test_nodes import lose
+from several_ranks import FAULTS, FOUR, MODELS, SPLITS, TIED, TWO, Case, InSlices, Split
+from test_run import largest_difference, leave_in_the_middle, moved, train, weights
 
-import model
-from distributed import checkpoint, ranks
-from distributed.memory import Split
+from distributed import ranks
+from distributed import weights as weights_module
 from model import Transformer
 
 SCRIPT = ROOT / "tests" / "several_ranks.py"
@@ -41,13 +38,9 @@ def folder(tmp_path_factory):
 
 
 def started(folder, count):
-    command = [sys.executable, str(SCRIPT), str(folder)]
-    return [
-        subprocess.Popen(
-            [*command, str(rank), str(count)], env=environment(), stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(count)
-    ]
+    line = [sys.executable, str(SCRIPT), str(folder)]
+    options = {"env": environment(), "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen([*line, str(rank), str(count)], **options) for rank in range(count)]
 
 
 def results(folder, processes):
@@ -89,13 +82,17 @@ def four(folder, tmp_path_factory):
     return results(apart, started(apart, 4))
 
 
+LONG = pytest.mark.long
+
+
+@pytest.fixture(scope="module", params=["two", pytest.param("four", marks=LONG)])
+def several(request):
+    """What two ranks saw, and in the long tier what four saw."""
+    return request.getfixturevalue(request.param)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # learning
-
-
-def largest_difference(a, b):
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 def differences(case, one, several, models):
@@ -104,14 +101,11 @@ def differences(case, one, several, models):
     tokens = {}
     for seen in several:
         tokens.update(seen["tokens"])
-        if not (
-            one["norms"].shape == seen["norms"].shape
-            and torch.allclose(seen["norms"], one["norms"], rtol=NORM, atol=0)
-        ):
+        same_shape = one["norms"].shape == seen["norms"].shape
+        if not (same_shape and torch.allclose(seen["norms"], one["norms"], rtol=NORM, atol=0)):
             found.add("norms")
-        if largest_difference(one["weights"], seen["weights"]) > 0.01 * largest_difference(
-            base, one["weights"]
-        ):
+        learned = largest_difference(base, one["weights"])
+        if largest_difference(one["weights"], seen["weights"]) > 0.01 * learned:
             found.add("weights")
         if largest_difference(several[0]["weights"], seen["weights"]) > 0:
             found.add("copies")
@@ -122,23 +116,16 @@ def differences(case, one, several, models):
     return found | ({"tokens"} if tokens != one["tokens"] else set())
 
 
-def check_case(case, alone, several, models):
+@pytest.mark.parametrize("ranks, name", [
+    *(("two", name) for name in TWO), *(pytest.param("four", name, marks=LONG) for name in FOUR)
+])  # fmt: skip
+def test_several_ranks_learn_what_one_learns(request, folder, alone, ranks, name):
+    """Tokens of the first step, unclipped norm of every update, weights; samplers at their places."""
+    case, seen = {"two": TWO, "four": FOUR}[ranks][name], request.getfixturevalue(ranks)
     one = alone(case)
     assert len(one["tokens"]) == 18 and len({len(ids) for ids in one["tokens"].values()}) > 3
     assert len(one["norms"]) == (6 if case.questions_per_update == 1 else 4) and one["norms"].min() > 0.01
-    assert differences(case, one, several, models) == set()
-
-
-@pytest.mark.parametrize("name", TWO)
-def test_two_ranks_learn_what_one_learns(folder, alone, two, name):
-    """Tokens of the first step, unclipped norm of every update, weights; samplers at their places."""
-    check_case(TWO[name], alone, [seen[name] for seen in two], folder / "models")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", FOUR)
-def test_four_ranks_learn_what_one_learns(folder, alone, four, name):
-    check_case(FOUR[name], alone, [seen[name] for seen in four], folder / "models")
+    assert differences(case, one, [results[name] for results in seen], folder / "models") == set()
 
 
 @pytest.mark.parametrize("one, other", [
@@ -184,43 +171,25 @@ def test_a_planted_mistake_is_noticed(folder, alone, two, name):
 # sampling
 
 
-def check_logits(folder, several, heads):
-    for name, logits in several[0][f"logits {heads}"].items():
-        whole = several_ranks.next_logits(folder / "models", name, None)
-        assert whole.std() > 1
-        # Of all logits: a small one is a sum of terms as large as the others'.
-        rounding = LOGITS * whole.abs().max().item()
-        for seen in several:
-            torch.testing.assert_close(seen[f"logits {heads}"][name], whole, rtol=0, atol=rounding)
-            assert seen[f"logits {heads}"][name].equal(logits), "two ranks of a sampler compute apart"
+def test_a_sampler_on_several_ranks_has_the_logits_of_one(folder, several):
+    assert several[0]["logits 2"].keys() == MODELS.keys()
+    for key in ("logits 2", "logits 4")[: len(several) // 2]:
+        for name, logits in several[0][key].items():
+            whole = several_ranks.next_logits(folder / "models", name, None)
+            assert whole.std() > 1
+            # Of all logits: a small one is a sum of terms as large as the others'.
+            rounding = LOGITS * whole.abs().max().item()
+            for seen in several:
+                torch.testing.assert_close(seen[key][name], whole, rtol=0, atol=rounding)
+                assert seen[key][name].equal(logits), "two ranks of a sampler compute apart"
 
 
-def test_a_sampler_on_two_ranks_has_the_logits_of_one(folder, two):
-    check_logits(folder, two, 2)
-    assert two[0]["logits 2"].keys() == MODELS.keys()
-
-
-@pytest.mark.long
-def test_a_sampler_on_four_ranks_has_the_logits_of_one(folder, four):
-    check_logits(folder, four, 2)
-    check_logits(folder, four, 4)
-
-
-def check_few(folder, several, heads):
+def test_an_evaluation_may_have_fewer_rows_than_ranks(folder, several):
+    """Ranks and groups without a row wait for none."""
     alone = several_ranks.evaluate_few(folder / "models", Split())["unsharded"]
-    assert several[0][f"few {heads}"]["unsharded"] == alone
-    assert [seen[f"few {heads}"]["rows"] for seen in several] == [1] + [0] * (len(several) - 1)
-
-
-@pytest.mark.parametrize("heads", [1, 2])
-def test_an_evaluation_may_have_fewer_rows_than_ranks(folder, two, heads):
-    check_few(folder, two, heads)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("heads", [2, 4])
-def test_groups_without_a_row_wait_for_none(folder, four, heads):
-    check_few(folder, four, heads)
+    for key in {2: ("few 1", "few 2"), 4: ("few 2", "few 4")}[len(several)]:
+        assert several[0][key]["unsharded"] == alone
+        assert [seen[key]["rows"] for seen in several] == [1] + [0] * (len(several) - 1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -231,7 +200,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
-def check_resumed(folder, several):
+def test_several_ranks_resume_what_one_and_several_saved(folder, several):
     """Whatever wrote it, whatever reads it: weights and moments bitwise, and training goes on as it did."""
     for source in ("one rank", *SPLITS):
         written = [seen[f"saved by {source}"] for seen in several if source in SPLITS]
@@ -240,15 +209,13 @@ def check_resumed(folder, several):
             for rank, seen in enumerate(several):
                 saved, resumed = written[rank % len(written)], seen[f"{source} to {name}"]
                 assert same(saved["saved"], resumed["saved"]), f"{source} to {name}"
-                assert largest_difference(saved["end"], resumed["end"]) < 0.01 * largest_difference(
-                    saved["saved"], saved["end"]
-                )
+                learned = largest_difference(saved["saved"], saved["end"])
+                assert largest_difference(saved["end"], resumed["end"]) < 0.01 * learned
                 if source == name:
                     assert same(saved["end"], resumed["end"]), f"{source} goes on"
 
 
-def check_read_by_one(folder, several):
-    """And one rank reads what several wrote."""
+def test_one_rank_resumes_what_two_saved(folder, two):
     for source in SPLITS:
         files = {path.name for path in (folder / f"saved by {source}" / "step-000001").iterdir()}
         count = SPLITS[source].shard
@@ -256,17 +223,9 @@ def check_read_by_one(folder, several):
         names = [f"{kind}-{part}" for kind in ("weights", "optimizer") for part in shards]
         assert files == {*names, "state.json"}
         resumed = several_ranks.resume(folder / "models", folder / f"saved by {source}", Split())
-        assert same(several[0][f"saved by {source}"]["saved"], resumed["saved"])
+        assert same(two[0][f"saved by {source}"]["saved"], resumed["saved"])
         moments = [name for name in resumed["saved"] if name.startswith("exp_avg ")]
         assert moments and all(resumed["saved"][name].abs().max() > 0 for name in moments)
-
-
-def test_two_ranks_resume_what_one_and_two_saved(folder, two):
-    check_resumed(folder, two)
-
-
-def test_one_rank_resumes_what_two_saved(folder, two):
-    check_read_by_one(folder, two)
 
 
 def test_a_missing_slice_is_one_sentence(folder, two, tmp_path):
@@ -277,18 +236,12 @@ def test_a_missing_slice_is_one_sentence(folder, two, tmp_path):
     assert_one_sentence(error.value, "step-000001", "optimizer-2-of-2")
 
 
-@pytest.mark.long
-def test_four_ranks_resume_what_one_and_four_saved(folder, four):
-    check_resumed(folder, four)
-
-
 def test_moments_of_another_slice_are_noticed(two):
     for seen in two:
         saved, resumed = seen["saved by shards"], seen["moments in the wrong shard"]
         assert not same(saved["saved"], resumed["saved"])
-        assert largest_difference(saved["end"], resumed["end"]) > 0.01 * largest_difference(
-            saved["saved"], saved["end"]
-        )
+        learned = largest_difference(saved["saved"], saved["end"])
+        assert largest_difference(saved["end"], resumed["end"]) > 0.01 * learned
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -301,7 +254,7 @@ def test_no_group_is_made_while_weights_are_read(folder, monkeypatch):
 
     def load_and_note(*arguments):
         monkeypatch.setattr(several_ranks.parallel, "mesh", lambda *line: made.append(line) or mesh(*line))
-        load(*arguments)
+        return load(*arguments)
 
     mesh = several_ranks.parallel.mesh
     monkeypatch.setattr(several_ranks.run_module, "load_models", load_and_note)
@@ -323,8 +276,8 @@ def test_loading_holds_one_tensor_besides_its_slice(two):
 
 
 def test_loading_all_tensors_first_would_be_noticed(folder, tmp_path, monkeypatch):
-    read = model.read_weights
-    monkeypatch.setattr(model, "read_weights", lambda *arguments: list(read(*arguments)))
+    read = weights_module.read_weights
+    monkeypatch.setattr(weights_module, "read_weights", lambda *arguments: list(read(*arguments)))
     held = several_ranks.load_and_export(folder / "models", tmp_path, Split())
     assert held["loading"] >= held["own"] + held["whole"] and not held_little(held)
 
@@ -348,29 +301,6 @@ def test_export_is_the_same_and_holds_one_file(folder, two):
 # the real program, killed
 
 
-def arguments(few_questions, out, *more):
-    return ["--data", few_questions, "--out", out, *SMALL, *more]
-
-
-def weights(out):
-    return load_file(out / "model" / "model.safetensors")
-
-
-def moved(out):
-    return largest_difference(load_file(ROOT / "tiny" / "model" / "model.safetensors"), weights(out))
-
-
-def leave_in_the_middle(line, out):
-    """Start the program, and kill all of its processes once a step before the last is saved."""
-    process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not list(out.glob("checkpoint/step-00000[1-3]")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    lose(process)
-    process.wait()
-    assert checkpoint.read_state(checkpoint.newest(out / "checkpoint"))["step"] < 4
-
-
 def check_it_went_on(out, printed, undisturbed):
     """All steps are there once, and the weights are as they would have been: to rounding."""
     assert "resume   from step" in printed
@@ -383,23 +313,27 @@ def check_it_went_on(out, printed, undisturbed):
 def sharded(few_questions, tmp_path_factory):
     """(a run of two ranks with --shard 2, the same killed on its way)."""
     out = tmp_path_factory.mktemp("in shards")
-    program(*arguments(few_questions, out / "run", "--shard", "2"), ranks=2)
-    killed = arguments(few_questions, out / "killed", "--shard", "2")
-    leave_in_the_middle(command(*killed, ranks=2), out / "killed")
+    train(few_questions, out / "run", "--shard", "2", ranks=2)
+    kill(few_questions, out / "killed", 2)
     return out / "run", out / "killed"
+
+
+def kill(few_questions, out, shard):
+    flags = ["--data", few_questions, "--out", out, *SMALL]
+    line = command(*flags, "--shard", shard, ranks=shard) if shard > 1 else command(*flags)
+    leave_in_the_middle(line, out)
 
 
 def test_a_killed_run_in_slices_goes_on_bitwise(few_questions, sharded, tmp_path):
     out = shutil.copytree(sharded[1], tmp_path / "run")
-    printed = program(*arguments(few_questions, out, "--shard", "2"), ranks=2).stdout
-    check_it_went_on(out, printed, sharded[0])
+    check_it_went_on(out, train(few_questions, out, "--shard", "2", ranks=2), sharded[0])
     assert same(weights(out), weights(sharded[0]))
 
 
 def test_one_rank_goes_on_with_what_two_left(few_questions, sharded, tmp_path):
     """How a model is spread is no setting of the run: no flag is complained about."""
     out = shutil.copytree(sharded[1], tmp_path / "run")
-    printed = program(*arguments(few_questions, out)).stdout
+    printed = train(few_questions, out)
     check_it_went_on(out, printed, sharded[0])
     assert "ranks was 2 and is 1: the run goes on, but not bitwise the same" in printed
 
@@ -412,17 +346,12 @@ SPREAD = {"copies": [], "shards": ["--shard", "2"], "heads": ["--sampler-ranks",
 @pytest.mark.parametrize("then", SPREAD)
 def test_two_ranks_go_on_with_what_two_left(few_questions, sharded, tmp_path, then):
     out = shutil.copytree(sharded[1], tmp_path / "run")
-    printed = program(*arguments(few_questions, out, *SPREAD[then]), ranks=2).stdout
-    check_it_went_on(out, printed, sharded[0])
+    check_it_went_on(out, train(few_questions, out, *SPREAD[then], ranks=2), sharded[0])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("before, then", [(1, 2), (4, 2)])
 def test_another_number_of_ranks_goes_on_in_slices(few_questions, sharded, tmp_path, before, then):
     out = tmp_path / "run"
-    first = [] if before == 1 else ["--shard", before]
-    leave_in_the_middle(
-        command(*arguments(few_questions, out, *first), ranks=None if before == 1 else before), out
-    )
-    printed = program(*arguments(few_questions, out, "--shard", then), ranks=then).stdout
-    check_it_went_on(out, printed, sharded[0])
+    kill(few_questions, out, before)
+    check_it_went_on(out, train(few_questions, out, "--shard", then, ranks=then), sharded[0])

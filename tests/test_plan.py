@@ -18,9 +18,12 @@ from torch.profiler import ProfilerActivity, profile
 
 import ttrl
 from distributed import memory, plan, ranks
+from distributed.layout import ENOUGH_ROWS, choose_layout
+from distributed.machine import Machine, physical_memory
 from model import ModelConfig, Transformer
-from support import config, questions
-from support import run as run_module
+from support import config, inputs, questions
+from support.run import build_run
+from support.schedule import Schedule
 
 sys.path.append(str(ROOT / "docs"))
 import models
@@ -29,7 +32,10 @@ import models
 def test_the_plan_counts_the_responses_of_evaluation():
     """MATH-500 by the paper: 160 steps, 81 evaluations of 500 x 16 responses, greedy before and after."""
     c = config.configure({"model": "Qwen2.5-Math-1.5B", "data": "math"})
-    assert plan.planned_responses(c, 500, 500) == {"train": 10 * 500 * 64, "eval": 81 * 500 * 16 + 2 * 500}
+    assert plan.planned_responses(Schedule(c, 500), 500) == {
+        "train": 10 * 500 * 64,
+        "eval": 81 * 500 * 16 + 2 * 500,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -90,7 +96,8 @@ def simulated_and_planned(model, ranks, checkpointing, **changed):
     model_config = dataclasses.replace(models.model_config(MODELS[model]), **changed)
     model_config = dataclasses.replace(model_config, windows=(None,) * model_config.layers)
     simulated = peak_of_learning(model_config, made_up_rollout(256, 4, 1000), ranks, checkpointing)
-    planned = memory.learning_bytes(model_config, memory.Split(ranks), checkpointing, True, 256 + 4 * 999)
+    c = config.Config(shard=ranks, offload=False, checkpointing=checkpointing)
+    planned = memory.learning_bytes(c, model_config, True, 256 + 4 * 999)
     return simulated, sum(planned.values())
 
 
@@ -116,35 +123,35 @@ def test_what_more_layers_take_is_that_of_a_simulation(ranks, checkpointing):
 # what is chosen
 
 
-@pytest.mark.parametrize(
-    "model, gpus, split",
-    [
-        ("1.5B", "1x24", (1, 1, True)),
-        ("1.5B", "1x80", (1, 1, False)),
-        ("1.5B", "8x80", (1, 1, False)),
-        ("1.5B", "4x4090", (4, 1, False)),
-        ("3B", "1x80", (1, 1, False)),
-        ("7B", "1x80", (1, 1, True)),
-        ("7B", "8x80", (4, 1, False)),
-        ("7B", "16x80", (4, 1, False)),
-        ("8B", "8xA100", (8, 1, False)),
-        ("Qwen3", "8xH100", (8, 1, False)),
-        ("12B", "8x80", (8, 4, False)),
-        ("32B", "8x80", (8, 4, True)),
-        ("32B", "16x80", (16, 8, False)),
-        ("32B", "8xH200", (8, 8, False)),
-    ],
-)
-def test_the_smallest_split_with_room_for_rows_is_chosen(model, gpus, split):
-    assert models.layout(MODELS[model], gpus).split == split
+@pytest.mark.parametrize("model, gpus, split, flags", [
+    ("1.5B", "1x24", (1, 1, True), {}),
+    ("1.5B", "1x80", (1, 1, False), {}),
+    ("1.5B", "8x80", (1, 1, False), {}),
+    ("1.5B", "4x4090", (4, 1, False), {}),
+    ("3B", "1x80", (1, 1, False), {}),
+    ("7B", "1x80", (1, 1, True), {}),
+    ("7B", "8x80", (4, 1, False), {}),
+    ("7B", "16x80", (4, 1, False), {}),
+    ("8B", "8xA100", (8, 1, False), {}),
+    ("Qwen3", "8xH100", (8, 1, False), {}),
+    ("12B", "8x80", (8, 4, False), {}),
+    ("32B", "8x80", (8, 4, True), {}),
+    ("32B", "16x80", (16, 8, False), {}),
+    ("32B", "8xH200", (8, 8, False), {}),
+    ("32B", "8x80", (1, 2, False), {"eval_only": True}),
+    ("1.5B", "8x80", (8, 1, False), {"shard": 8}),  # a flag decides what it names
+    ("1.5B", "8x80", (1, 2, False), {"sampler_ranks": 2}),
+    ("7B", "8x80", (8, 1, True), {"offload": True}),
+])  # fmt: skip
+def test_the_smallest_split_with_room_for_rows_is_chosen(model, gpus, split, flags):
+    c = models.layout(MODELS[model], gpus, **flags).config
+    assert (c.shard, c.sampler_ranks, c.offload) == split
 
 
-def test_flags_decide_what_they_name():
-    assert models.layout(MODELS["1.5B"], "8x80", shard=8).split == (8, 1, False)
-    assert models.layout(MODELS["1.5B"], "8x80", sampler_ranks=2).split == (1, 2, False)
-    assert models.layout(MODELS["7B"], "8x80", offload=True).split == (8, 1, True)
+def test_flags_decide_rows_and_micro_batches():
     layout = models.layout(MODELS["1.5B"], "8x80", rollout_tokens=9 * 4096, micro_batch_tokens=5000)
-    assert (layout.rollout_tokens, layout.rows, layout.micro_batch_tokens) == (9 * 4096, 9, 5000)
+    c = layout.config
+    assert (c.rollout_tokens, layout.rows, c.micro_batch_tokens) == (9 * 4096, 9, 5000)
 
 
 def test_a_row_is_keys_values_and_logits():
@@ -172,30 +179,30 @@ def test_there_are_graphs_for_26_numbers_of_rows_up_to_350():
 
 def test_evaluation_holds_the_sampler_alone():
     layout = models.layout(MODELS["32B"], "8x80", eval_only=True)
-    assert layout.split == (1, 2, False) and layout.parts.keys() == {"sampler", "graphs", "prefill"}
+    assert layout.parts.keys() == {"sampler", "graphs", "prefill"}
     one_layer = 8192 * 2 * (4 * 27648 + 10 * 5120)
     keys = 2 * 8192 * 2 * 64 * 4 * 128 * 2  # of half of the heads
     assert layout.parts["prefill"] == one_layer + keys
 
 
-@pytest.mark.parametrize(
-    "model, gpus, checkpointing, least, most",
-    [
-        ("1.5B", "1xH100", False, 4096, 5000),
-        ("1.5B", "8x80", False, 4096, 5000),
-        ("1.5B", "1xH200", False, 8192, 8192),
-        ("1.5B", "4x4090", True, 11000, 12000),
-        ("1.5B", "1x24", True, 17000, 19000),  # with --offload
-        ("7B", "1xH200", True, 32768, 32768),  # so has this, where 4,096 tokens would fit
-        ("3B", "1x80", True, 4096, 5000),
-        ("7B", "8x80", True, 9000, 10000),
-        ("32B", "16x80", True, 4096, 5000),
-    ],
-)
-def test_memory_decides_checkpointing(model, gpus, checkpointing, least, most):
+@pytest.mark.parametrize("model, gpus, checkpointing, least, most, flags", [
+    ("1.5B", "1xH100", False, 4096, 5000, {}),
+    ("1.5B", "8x80", False, 4096, 5000, {}),
+    ("1.5B", "1xH200", False, 8192, 8192, {}),
+    ("1.5B", "4x4090", True, 11000, 12000, {}),
+    ("1.5B", "1x24", True, 17000, 19000, {}),  # with --offload
+    ("7B", "1xH200", True, 32768, 32768, {}),  # so has this, where 4,096 tokens would fit
+    ("3B", "1x80", True, 4096, 5000, {}),
+    ("7B", "8x80", True, 9000, 10000, {}),
+    ("32B", "16x80", True, 4096, 5000, {}),
+    ("1.5B", "1xH100", True, 32768, 32768, {"checkpointing": True}),  # the flag forces either
+    ("1.5B", "1x80", False, 4096, 8192, {"checkpointing": False, "offload": True}),
+    ("1.5B", "1xH100", True, 5000, 5000, {"micro_batch_tokens": 5000}),  # 14.6 GB, more than a third
+])  # fmt: skip
+def test_memory_decides_checkpointing(model, gpus, checkpointing, least, most, flags):
     """Off where 4,096 tokens, or the longest row, take a third of what is left, and nothing is offloaded."""
-    layout = models.layout(MODELS[model], gpus)
-    assert layout.checkpointing == checkpointing and least <= layout.micro_batch_tokens <= most
+    c = models.layout(MODELS[model], gpus, **flags).config
+    assert c.checkpointing == checkpointing and least <= c.micro_batch_tokens <= most
 
 
 def test_what_is_kept_without_checkpointing_by_hand():
@@ -207,33 +214,24 @@ def test_what_is_kept_without_checkpointing_by_hand():
     kept, at_work = 2 * (4 * 8960 + 10 * 1536), 2 * (6 * 8960 + 14 * 1536)
     assert layout.parts["activations"] == 4096 * (27 * kept + at_work)
     assert layout.parts["unsharded"] / 1e9 == pytest.approx(0.93 + 2.62, abs=0.1)
-    assert not layout.checkpointing
-    longer = models.layout(MODELS["1.5B"], "1xH100", micro_batch_tokens=5000)
-    assert longer.checkpointing  # 14.6 GB are more than a third
-
-
-def test_the_flag_forces_either():
-    on = models.layout(MODELS["1.5B"], "1xH100", checkpointing=True)
-    assert on.checkpointing and on.micro_batch_tokens == 32768
-    off = models.layout(MODELS["1.5B"], "1x80", checkpointing=False, offload=True)
-    assert not off.checkpointing and off.micro_batch_tokens <= 8192
+    assert not layout.config.checkpointing
 
 
 def test_rows_are_left_where_checkpointing_is_off():
     layouts = [models.layout(name, gpus) for name in models.SHAPES for gpus in ("8x80", "8xH200")]
-    off = [layout for layout in layouts if not layout.checkpointing]
-    assert len(off) >= 4 and all(layout.rows_of_a_rank() >= memory.ENOUGH_ROWS for layout in off)
+    off = [layout for layout in layouts if not layout.config.checkpointing]
+    assert len(off) >= 4 and all(layout.rows_of_a_rank() >= ENOUGH_ROWS for layout in off)
 
 
 @pytest.mark.parametrize("megabytes, checkpointing", [(1500, False), (500, True)])
 def test_the_run_learns_as_the_plan_says(few_questions, monkeypatch, megabytes, checkpointing):
-    """The flag stays None, as a run may be resumed on other GPUs; the run has what memory decides here."""
+    """No flag says so, as a run may be resumed on other GPUs: the run has what memory decides here."""
     monkeypatch.setattr(plan, "print0", lambda *lines: None)
     asked = questions.load(str(few_questions))
     c = config.configure({"data": str(few_questions), "gpus": "1x24", "dry_run": True})
-    machine = memory.Machine(1, 1, memory=megabytes * 10**6, host=None, cuda=True)
-    run = run_module.prepare(c, None, machine, {}, ROOT / "tiny" / "model", asked, asked)
-    assert run.checkpointing == checkpointing and run.config.checkpointing is None
+    machine = Machine(1, 1, memory=megabytes * 10**6, host=None, cuda=True)
+    made = inputs.prepare(c, None, machine, {}, ROOT / "tiny" / "model", asked, asked)
+    assert made.config.checkpointing == checkpointing and c.checkpointing is None
     assert config.configure({"data": str(few_questions), "device": "cpu"}).checkpointing is False
 
 
@@ -250,25 +248,56 @@ def test_segments_grow_unless_the_user_has_configured_the_allocator(monkeypatch,
     assert os.environ.pop("NCCL_GRAPH_REGISTER") == "0"
 
 
-@pytest.mark.parametrize(
-    "flags, sentence",
-    [
-        ({"shard": 3}, r"--shard 3: must divide the number of ranks, 8$"),
-        ({"sampler_ranks": 3}, r"--sampler-ranks 3: must divide the ranks of a node, 8$"),
-        ({"sampler_ranks": 8}, r"--sampler-ranks 8: must divide the key/value heads and the MLP width"),
-        ({"rollout_tokens": 100}, r"--rollout-tokens 100: must be at least 4096, the tokens of the longest"),
-        ({"shard": 1, "offload": False}, r"state 121\.85, .* has 75\.8 GB; it would fit with --shard 4$"),
-        ({"shard": 1, "sampler_ranks": 1, "offload": False}, r"it would fit with --shard 4$"),
-        ({"checkpointing": False, "micro_batch_tokens": 40000}, r"it would fit with --checkpointing$"),
-        (
-            {"gpus": "8x12"},
-            r"needs 1\d\.\d GB \(sampler .* to sample eight rows, and has 11\.4 GB$",
-        ),
-    ],
-)
-def test_a_split_that_cannot_work_is_a_sentence(flags, sentence):
+def on(memory, host, gpus="1x80", model="7B", **flags):
+    """A job on a machine with so many GB for a rank (None: those of the GPUs) and of host memory."""
+    job = models.job(MODELS[model], gpus, **flags)
+    if memory:
+        machine = Machine(1, 1, memory * 10**9, host * 10**9, cuda=False)
+        return job._replace(machine=machine).changed(checkpointing=False)
+    return job._replace(machine=job.machine._replace(host=host * 10**9))
+
+
+def on_eight(**flags):
+    return models.job(MODELS["7B"], **{"gpus": "8x80", **flags})
+
+
+@pytest.mark.parametrize("job, sentence", [
+    (on_eight(shard=3), r"--shard 3: must divide the number of ranks, 8$"),
+    (on_eight(sampler_ranks=3), r"--sampler-ranks 3: must divide the ranks of a node, 8$"),
+    (on_eight(sampler_ranks=8), r"--sampler-ranks 8: must divide the key/value heads and the MLP width"),
+    (on_eight(rollout_tokens=100),
+     r"--rollout-tokens 100: must be at least 4096, the tokens of the longest"),
+    (on_eight(shard=1, offload=False), r"state 121\.85, .* has 75\.8 GB; it would fit with --shard 4$"),
+    (on_eight(shard=1, sampler_ranks=1, offload=False), r"it would fit with --shard 4$"),
+    (on_eight(checkpointing=False, micro_batch_tokens=40000), r"it would fit with --checkpointing$"),
+    (on_eight(gpus="8x12"), r"needs 1\d\.\d GB \(sampler .* to sample eight rows, and has 11\.4 GB$"),
+    (on(None, 120),
+     r"state 121\.85, .*with 2 more GPUs or 137 GB of host memory on each node for --offload, not 120$"),
+    (on(None, 500, "8x80", "32B", offload=True),
+     r"590 GB of host memory on each node for --offload, not 500; it would fit with 8 more GPUs$"),
+    # one state over both nodes would do, though a state on each leaves more room for rows
+    (on(None, 30, "16x80", offload=True, kl=0.0, max_new_tokens=64),
+     r"it needs 61 GB of host memory on each node for --offload, not 30"),
+    # a CPU: 16 bytes of each parameter and 4 for the reference
+    (on(72, 72),
+     r"needs \d+\.\d GB \(state 121\.85, reference 30\.46, unsharded 2\.18, .* and has 72\.0 GB"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused_in_a_sentence(job, sentence):
     with pytest.raises(ValueError, match=sentence):
-        models.layout(MODELS["7B"], **{"gpus": "8x80", **flags})
+        choose_layout(job)
+
+
+def test_what_is_a_little_larger_fits():
+    assert choose_layout(on(None, 140)).config.offload
+    layout = choose_layout(on(72, 72, eval_only=True))  # 4 bytes of each parameter
+    assert 32 * 4096 < layout.config.rollout_tokens < 64 * 4096
+
+
+def test_a_shorter_response_is_the_last_advice():
+    job = on(50, 50, model="1.5B", max_new_tokens=30000)
+    with pytest.raises(ValueError, match=r"it would fit with --max-new-tokens (\d+)$") as refused:
+        choose_layout(job)
+    assert choose_layout(job.changed(max_new_tokens=int(str(refused.value).split()[-1])))
 
 
 @pytest.mark.parametrize(
@@ -286,47 +315,8 @@ def test_gpus_that_cannot_be_planned_for(gpus, sentence):
 
 
 def test_gpus_go_with_a_dry_run():
-    with pytest.raises(ValueError, match=r"--gpus 8x80: .* so --dry-run goes with it"):
+    with pytest.raises(ValueError, match=r"--gpus 8x80: .* add --dry-run"):
         config.configure({"gpus": "8x80"})
-
-
-def on(c, machine, model="7B", longest=4096):
-    return memory.choose_layout(c, models.model_config(MODELS[model]), machine, longest, 512)
-
-
-def test_host_memory_that_is_too_small_is_said():
-    """7B on one GPU of 80 GB with 120 GB of host memory; 32B on eight, where --offload is given."""
-    c = config.configure({"model": "7B", "data": "aime", "gpus": "1x80", "dry_run": True})
-    machine = memory.find_machine(c, None)._replace(host=120 * 10**9)
-    advice = r"with 2 more GPUs or 137 GB of host memory on each node for --offload, not 120$"
-    with pytest.raises(ValueError, match=r"state 121\.85, .*" + advice):
-        on(c, machine)
-    assert on(c, machine._replace(host=140 * 10**9)).split.offload
-    c = config.configure({"model": "32B", "data": "aime", "gpus": "8x80", "dry_run": True, "offload": True})
-    machine = memory.find_machine(c, None)._replace(host=500 * 10**9)
-    advice = r"590 GB of host memory on each node for --offload, not 500; it would fit with 8 more GPUs$"
-    with pytest.raises(ValueError, match=advice):
-        on(c, machine, "32B")
-
-
-def test_a_shorter_response_is_the_last_advice():
-    c = config.configure({"model": "1.5B", "data": "aime", "device": "cpu", "max_new_tokens": 30000})
-    machine = memory.Machine(1, 1, memory=50 * 10**9, host=50 * 10**9, cuda=False)
-    with pytest.raises(ValueError, match=r"it would fit with --max-new-tokens (\d+)$") as refused:
-        on(c, machine, "1.5B", 31024)
-    tokens = int(str(refused.value).split()[-1])
-    assert on(dataclasses.replace(c, max_new_tokens=tokens), machine, "1.5B", tokens + 1024)
-
-
-def test_a_model_that_does_not_fit_a_cpu_is_refused_with_the_bytes():
-    """7B parameters on 72 GB: 16 bytes each and 4 for the reference do not fit, the 4 of evaluation do."""
-    c = config.configure({"model": "Qwen2.5-Math-7B", "data": "aime", "device": "cpu"})
-    machine = memory.Machine(1, 1, memory=72 * 10**9, host=72 * 10**9, cuda=False)
-    needs = r"needs \d+\.\d GB \(state 121\.85, reference 30\.46, unsharded 2\.18, .* and has 72\.0 GB"
-    with pytest.raises(ValueError, match=needs):
-        on(c, machine)
-    layout = on(dataclasses.replace(c, eval_only=True), machine)
-    assert 32 * 4096 < layout.rollout_tokens < 64 * 4096
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -340,27 +330,29 @@ def test_the_least_hours_by_hand():
     3.35 TB/s, 3.55 ms for 512 tokens. Learning: 1.54 G weights and 600 x 28 x 2 x 1,536 of attention, 2
     operations each, three passes, and a fourth with checkpointing.
     """
-    flags = dict(model="1.5B", data="aime", gpus="1xH100", dry_run=True, max_new_tokens=1000, kl=0.0)
-    c, model_config = config.configure(flags), models.model_config(MODELS["1.5B"])
-    machine = memory.find_machine(c, None)
-    layout = memory.choose_layout(c, model_config, machine, 1100, 512)
-    hours = plan.least_hours(c, model_config, machine, layout, 100, {"train": 5120, "eval": 512})
+    job = models.job(MODELS["1.5B"], "1xH100", max_new_tokens=1000, kl=0.0)
+    layout = choose_layout(job._replace(prompt_tokens=100, most_rows=512))
+    hours = plan.least_hours(job, layout, 100, {"train": 5120, "eval": 512})
     assert hours["sampling"] == pytest.approx(5120 * 1000 / 512 * 0.00355 / 3600, rel=0.01)
     assert hours["evaluation"] == pytest.approx(hours["sampling"] / 10)
     operations = 2 * (1.5437e9 + 600 * 28 * 2 * 1536)
     assert hours["learning"] == pytest.approx(80 * 32100 * 3 * operations / 989e12 / 3600, rel=0.01)
-    layout = layout._replace(checkpointing=True)
-    longer = plan.least_hours(c, model_config, machine, layout, 100, {"train": 5120, "eval": 512})
+    layout = layout._replace(config=dataclasses.replace(layout.config, checkpointing=True))
+    longer = plan.least_hours(job, layout, 100, {"train": 5120, "eval": 512})
     assert longer["learning"] == pytest.approx(hours["learning"] * 4 / 3)
+
+
+def dry_run(folder, data, shape):
+    """Flags of a dry run of a model that has a tokenizer and config.json, but no weights."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ROOT / "tiny" / "model" / file, folder / file)
+    (folder / "config.json").write_text(json.dumps({**shape, "rms_norm_eps": 1e-6, "eos_token_id": 330}))
+    return ["--dry-run", "--model", folder, "--data", data]
 
 
 def test_a_plan_for_gpus_that_are_not_here(tmp_path, few_questions):
     """The real program, on config.json and a tokenizer alone."""
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(ROOT / "tiny" / "model" / file, tmp_path / file)
-    raw = {**models.SHAPES["Qwen2.5-Math-7B"], "rms_norm_eps": 1e-6, "eos_token_id": 330}
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    flags = ["--dry-run", "--model", tmp_path, "--data", few_questions]
+    flags = dry_run(tmp_path, few_questions, models.SHAPES["Qwen2.5-Math-7B"])
     printed = program(*flags, "--gpus", "8xH100").stdout
     assert "8 on cuda (H100)" in printed and "--shard 4 --sampler-ranks 1 --no-offload" in printed
     table = re.findall(r"^ +(\d+\.\d\d)  (\w+) ", printed, re.MULTILINE)
@@ -377,35 +369,24 @@ def test_a_plan_for_gpus_that_are_not_here(tmp_path, few_questions):
     assert refused.count("\n") == 1 and refused.endswith("it would fit with --offload\n")
 
 
-HALF = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-            num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True)  # fmt: skip
-
-
 @pytest.fixture
 def half(tmp_path, few_questions):
-    """Flags of a dry run with config.json of 0.5B and a tokenizer."""
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(ROOT / "tiny" / "model" / file, tmp_path / file)
-    raw = {**models.SHAPES["Qwen2.5-Math-1.5B"], **HALF, "rms_norm_eps": 1e-6, "eos_token_id": 330}
-    (tmp_path / "config.json").write_text(json.dumps({**raw, "max_position_embeddings": 9999}))
-    return ["--dry-run", "--model", tmp_path, "--data", few_questions, "--max-new-tokens", "4000"]
+    """The same for 0.5B."""
+    size = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True,
+                max_position_embeddings=9999)  # fmt: skip
+    flags = dry_run(tmp_path, few_questions, {**models.SHAPES["Qwen2.5-Math-1.5B"], **size})
+    return [*flags, "--max-new-tokens", "4000"]
 
 
 def test_where_few_rows_fit_the_plan_says_what_offload_would_give(half):
     printed = program(*half, "--gpus", "1x13").stdout
     [fewer] = re.findall(r"keys and values of (\d+) rows", printed)
-    more, instead = re.search(
-        r"--offload would give (\d+) rows on each rank instead of (\d+)", printed
-    ).groups()
+    [(more, instead)] = re.findall(r"--offload would give (\d+) rows on each rank instead of (\d+)", printed)
     offload = program(*half, "--gpus", "1x13", "--offload").stdout
     assert instead == fewer and f"keys and values of {more} rows" in offload and int(more) > 5 * int(fewer)
-    for flags in (
-        ["1x13", "--no-offload"],
-        ["1x13", "--offload"],
-        ["1x16"],
-        ["1x13", "--rollout-tokens", "65000"],
-    ):
-        assert "would give" not in program(*half, "--gpus", *flags).stdout
+    for flags in ("1x13 --no-offload", "1x13 --offload", "1x16", "1x13 --rollout-tokens 65000"):
+        assert "would give" not in program(*half, "--gpus", *flags.split()).stdout
 
 
 def test_the_plan_of_an_evaluation_is_of_an_evaluation(half, tmp_path):
@@ -461,7 +442,7 @@ def measured(tmp_path_factory, few_questions):
     gc.collect()  # what other tests have left is not to be freed below
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as build:
-            run = run_module.open_run(c, device, {})
+            run = build_run(inputs.plan_run(c, device, {}))
             gc.collect()
         sizes["built"] = held(build)[0]
         prompts = run.train_prompts[:3]
@@ -483,9 +464,9 @@ def measured(tmp_path_factory, few_questions):
     finally:
         monkeypatch.undo()
         run.learner = None  # before the group: its end would wait for gloo's thread with the GIL held
-        ttrl.dist.destroy_process_group()
-    with_model = ModelConfig.from_pretrained(ROOT / "tiny" / "model")
-    return run, memory.memory_parts(c, with_model, memory.Split(), False, 300), sizes, outside
+        torch.distributed.destroy_process_group()
+    model_config = ModelConfig.from_pretrained(ROOT / "tiny" / "model")
+    return run, memory.memory_parts(run.config, model_config, False, 300), sizes, outside
 
 
 def held(profiled):
@@ -546,6 +527,6 @@ def test_a_containers_limit_counts(tmp_path, own, files, limit):
         path = tmp_path / "fs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    found = memory.physical_memory(tmp_path / "fs", tmp_path / "cgroup")
-    whole = memory.physical_memory(Path("/nowhere"), Path("/nowhere"))
+    found = physical_memory(tmp_path / "fs", tmp_path / "cgroup")
+    whole = physical_memory(Path("/nowhere"), Path("/nowhere"))
     assert found == (limit or whole) and whole > 10**9

@@ -4,19 +4,10 @@ import json
 import shutil
 
 import pytest
+import tokenizers
 import transformers
 from conftest import ROOT, program
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_SPLIT
 
@@ -45,7 +36,7 @@ TEXT = "What is 6+7? 12345678  x\n\\boxed{é数} e\u0301"
 
 
 def split_then_bytes(pattern):
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
 
 
@@ -57,7 +48,7 @@ def byte_level(split=LLAMA3_SPLIT, normalizer=None, special=None):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_special_tokens(special or SPECIAL)
     tokenizer.add_tokens(["<think>", "</think>"])
@@ -71,7 +62,7 @@ def sentencepiece():
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(parts)
     special = ["<unk>", *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator([line.split(" ") for line in CORPUS], trainer)
     written = json.loads(tokenizer.to_str())
     added = [token for token in written["added_tokens"] if not token["content"].startswith("<0x")]
@@ -109,28 +100,12 @@ def assert_as_written(folder, tokenizer, texts=(*SAMPLES, TEXT)):
 
 
 def make_tokenizer(template=None, add_bos=False):
-    """A byte-level tokenizer that can spell anything, with or without a BOS of its own."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    if add_bos:
-        with_bos(tokenizer)
+    """A byte-level tokenizer with a chat template, with or without a BOS of its own."""
+    tokenizer = with_bos(byte_level()) if add_bos else byte_level()
     names = {"bos_token": "<s>" if add_bos else None, "eos_token": "<|im_end|>"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     fast.chat_template = template
     return fast
-
-
-def spelled(tokenizer, ids):
-    assert isinstance(ids, list) and all(type(i) is int for i in ids)
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-
-
-def chat(system, user):
-    turns = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
-    return turns + "<|im_start|>assistant\n"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -140,8 +115,11 @@ def chat(system, user):
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", "gpt2", "unheard_of"])
 @pytest.mark.parametrize("name", [*REBUILT, "LlamaTokenizer", "Unheard"])
 def test_class_and_model_type_change_nothing(tmp_path, name, model_type):
-    folder = write_folder(tmp_path / "any", byte_level(), name, model_type)
-    assert_as_written(folder, load_tokenizer(folder)[0])
+    folder = write_folder(tmp_path / "DeepSeek-R1-Distill-Llama-8B", byte_level(), name, model_type)
+    tokenizer, _ = load_tokenizer(folder)
+    assert_as_written(folder, tokenizer)
+    ids = encode_prompt(tokenizer, TEXT, suffix="none")
+    assert tokenizer.decode(ids) == decode_response(tokenizer, ids) == TEXT
 
 
 @pytest.mark.parametrize("name", REBUILT)
@@ -154,13 +132,6 @@ def test_normalizer_pre_tokenizer_and_decoder_are_those_of_the_file(tmp_path, na
     )):  # fmt: skip
         folder = write_folder(tmp_path / str(number), tokenizer, name, "qwen2")
         assert_as_written(folder, load_tokenizer(folder)[0])
-
-
-def test_a_byte_level_llama_keeps_its_spaces(tmp_path):
-    folder = write_folder(tmp_path / "DeepSeek-R1-Distill-Llama-8B", byte_level(), "LlamaTokenizerFast")
-    tokenizer, _ = load_tokenizer(folder)
-    ids = encode_prompt(tokenizer, "What is 6+7?", suffix="none")
-    assert tokenizer.decode(ids) == decode_response(tokenizer, ids) == "What is 6+7?"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
@@ -195,23 +166,15 @@ def test_the_embedded_tokenizer_is_read_as_transformers_reads_it():
 
 def test_another_tokenizer_than_the_files_is_refused(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "model", byte_level())
-
-    def metaspace(backend):
-        backend.pre_tokenizer = pre_tokenizers.Metaspace()
-
-    def other_digits(backend):
-        backend.pre_tokenizer = split_then_bytes(QWEN2_SPLIT)
-
-    def no_spaces(backend):
-        backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("  ", " ")])
-
-    def composed(backend):
-        backend.normalizer = normalizers.NFC()
-
-    def hidden_token(backend):
-        backend.add_special_tokens([AddedToken("</think>", special=True)])
-
-    for damage in metaspace, other_digits, no_spaces, composed, hidden_token:
+    collapse = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("  ", " ")])
+    damages = [
+        lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.Metaspace()),
+        lambda backend: setattr(backend, "pre_tokenizer", split_then_bytes(QWEN2_SPLIT)),
+        lambda backend: setattr(backend, "decoder", collapse),
+        lambda backend: setattr(backend, "normalizer", normalizers.NFC()),
+        lambda backend: backend.add_special_tokens([tokenizers.AddedToken("</think>", special=True)]),
+    ]
+    for number, damage in enumerate(damages):
 
         class Damaged(PreTrainedTokenizerFast):
             def __init__(self, damage=damage, **options):
@@ -221,7 +184,7 @@ def test_another_tokenizer_than_the_files_is_refused(tmp_path, monkeypatch):
         monkeypatch.setattr(prompts, "PreTrainedTokenizerFast", Damaged)
         with pytest.raises(ValueError, match=r"as tokenizer\.json says") as error:
             load_tokenizer(folder)
-        assert str(folder) in str(error.value) and "\n" not in str(error.value), damage
+        assert str(folder) in str(error.value) and "\n" not in str(error.value), number
         assert transformers.__version__ in str(error.value)
     monkeypatch.undo()
     load_tokenizer(folder)
@@ -260,32 +223,25 @@ def test_prompts_are_those_of_transformers_where_it_is_right(tmp_path, family):
         assert getattr(ours, f"{which}_token_id") == getattr(theirs, f"{which}_token_id") is not None
 
 
-def test_a_chat_template_is_found_wherever_it_lies(tmp_path):
-    named = [
-        {"name": "default", "template": "by name{{ messages[0].content }}"},
-        {"name": "rag", "template": "no"},
-    ]
-    inline, listed, alone, extra = (
-        write_folder(tmp_path / place, byte_level(), "LlamaTokenizerFast", **config)
-        for place, config in (
-            ("inline", {"chat_template": "inline{{ messages[0].content }}"}),
-            ("listed", {"chat_template": named}),
-            ("alone", {"chat_template": "not this one"}),
-            ("extra", {}),
-        )
-    )
-    (alone / "chat_template.jinja").write_text("by file{{ messages[0].content }}")
-    (extra / "additional_chat_templates").mkdir()
-    (extra / "additional_chat_templates" / "rag.jinja").write_text("no")
-    (extra / "chat_template.jinja").write_text("default{{ messages[0].content }}")
-    for folder, text in (
-        (inline, "inline1 + 1"),
-        (listed, "by name1 + 1"),
-        (alone, "by file1 + 1"),
-        (extra, "default1 + 1"),
-    ):
-        tokenizer, _ = load_tokenizer(folder)
-        assert tokenizer.decode(encode_prompt(tokenizer, "1 + 1", suffix="none")) == text
+CONTENT = "{{ messages[0].content }}"
+PLACES = {  # of a chat template: what tokenizer_config.json says, and other files
+    "inline": ("inline" + CONTENT, {}),
+    "list": ([{"name": "default", "template": "list" + CONTENT}, {"name": "rag", "template": "no"}], {}),
+    "file": ("no", {"chat_template.jinja": "file" + CONTENT}),
+    "files": (None, {"chat_template.jinja": "files" + CONTENT, "additional_chat_templates/rag.jinja": "no"}),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_chat_template_is_found_wherever_it_is(tmp_path, place):
+    template, files = PLACES[place]
+    config = {"chat_template": template} if template else {}
+    folder = write_folder(tmp_path / "model", byte_level(), "LlamaTokenizerFast", **config)
+    (folder / "additional_chat_templates").mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    tokenizer, _ = load_tokenizer(folder)
+    assert tokenizer.decode(encode_prompt(tokenizer, "1 + 1", suffix="none")) == place + "1 + 1"
 
 
 def test_special_tokens_map_and_full_descriptions_name_the_tokens(tmp_path):
@@ -300,19 +256,15 @@ def test_special_tokens_map_and_full_descriptions_name_the_tokens(tmp_path):
     assert_as_written(folder, tokenizer)
 
 
-def test_a_bos_that_only_the_flag_asks_for_is_put_first(tmp_path):
-    for flag, post_processor in (
-        (True, byte_level()),
-        (True, with_bos(byte_level())),
-        (None, with_bos(byte_level())),
-    ):
-        folder = write_folder(tmp_path / "with", post_processor, "LlamaTokenizerFast", add_bos_token=flag)
-        ids = encode_prompt(load_tokenizer(folder)[0], "1+1?", template="none")
-        assert ids.count(ids[0]) == 1 and ids[0] == post_processor.token_to_id("<s>")
-    for flag in False, None:
-        folder = write_folder(tmp_path / "without", byte_level(), "LlamaTokenizerFast", add_bos_token=flag)
-        tokenizer, _ = load_tokenizer(folder)
-        assert tokenizer.decode(encode_prompt(tokenizer, "1+1?", template="none")) == "1+1?"
+@pytest.mark.parametrize("flag, in_file, first", [
+    (True, False, "<s>"), (True, True, "<s>"), (None, True, "<s>"), (False, False, ""), (None, False, "")
+])  # fmt: skip
+def test_a_bos_that_only_the_flag_asks_for_is_put_first(tmp_path, flag, in_file, first):
+    tokenizer = with_bos(byte_level()) if in_file else byte_level()
+    folder = write_folder(tmp_path / "model", tokenizer, "LlamaTokenizerFast", add_bos_token=flag)
+    loaded, _ = load_tokenizer(folder)
+    ids = encode_prompt(loaded, "1+1?", template="none")
+    assert loaded.decode(ids) == first + "1+1?"
 
 
 def test_a_named_end_token_does_not_reach_the_grader(tmp_path):
@@ -375,31 +327,46 @@ def test_a_folder_without_tokenizer_json_says_how_to_make_it(tmp_path, names):
 # Building prompts
 
 
-def test_template_with_its_own_boxed_instruction_gets_no_suffix():
-    tokenizer = make_tokenizer(CHATML.replace("SYSTEM", "{{ '" + MATH_SYSTEM + "' }}"))
-    text = spelled(tokenizer, encode_prompt(tokenizer, "1+1?"))
-    assert text == chat(INSTRUCTION.strip(), "1+1?")
-    assert encode_prompt(tokenizer, "1+1?", suffix=" Go.") == encode_prompt(tokenizer, "1+1? Go.")
+HELPFUL = CHATML.replace("SYSTEM", "You are a helpful assistant.")
+BOXED = CHATML.replace("SYSTEM", "{{ '" + MATH_SYSTEM + "' }}")
+THINKING = CHATML + "{% if not enable_thinking %}<think>\n\n</think>{% endif %}"
+NONE = {"template": "none"}
 
 
-def test_template_without_boxed_gets_the_suffix_unless_the_question_has_it():
-    tokenizer = make_tokenizer(CHATML.replace("SYSTEM", "You are a helpful assistant."))
-    system = "You are a helpful assistant."
-    assert spelled(tokenizer, encode_prompt(tokenizer, "1+1?")) == chat(system, "1+1?" + INSTRUCTION)
-    assert "the letter of your" in spelled(tokenizer, encode_prompt(tokenizer, "Which?", kind="choice"))
-    asked = "1+1? Use \\boxed{}."
-    assert spelled(tokenizer, encode_prompt(tokenizer, asked)) == chat(system, asked)
-    for nothing in "none", "":
-        assert spelled(tokenizer, encode_prompt(tokenizer, "1+1?", suffix=nothing)) == chat(system, "1+1?")
-    assert encode_prompt(tokenizer, "x").count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
+def chat(user, system="You are a helpful assistant."):
+    turns = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
+    return turns + "<|im_start|>assistant\n"
 
 
-def test_no_template_and_template_none():
-    bare, chatty = make_tokenizer(), make_tokenizer(CHATML)
-    assert spelled(bare, encode_prompt(bare, "1+1?")) == "1+1?" + INSTRUCTION
-    for tokenizer in bare, chatty:
-        assert spelled(tokenizer, encode_prompt(tokenizer, "1+1=", template="none")) == "1+1="
-        assert spelled(tokenizer, encode_prompt(tokenizer, "1+1=", template="none", suffix="#")) == "1+1=#"
+@pytest.mark.parametrize(
+    "template, question, options, text",
+    [
+        (BOXED, "1+1?", {}, chat("1+1?", INSTRUCTION.strip())),  # a template with an instruction of its own
+        (BOXED, "1+1?", {"suffix": " Go."}, chat("1+1? Go.", INSTRUCTION.strip())),
+        (HELPFUL, "1+1?", {}, chat("1+1?" + INSTRUCTION)),
+        (HELPFUL, "1+1? Use \\boxed{}.", {}, chat("1+1? Use \\boxed{}.")),
+        (HELPFUL, "1+1?", {"suffix": "none"}, chat("1+1?")),
+        (HELPFUL, "1+1?", {"suffix": ""}, chat("1+1?")),
+        (None, "1+1?", {}, "1+1?" + INSTRUCTION),
+        (None, "1+1=", NONE, "1+1="),
+        (CHATML, "1+1=", NONE, "1+1="),
+        (None, "1+1=", {**NONE, "suffix": "#"}, "1+1=#"),
+        (CHATML, "1+1=", {**NONE, "suffix": "#"}, "1+1=#"),
+        (THINKING, "x", {}, chat("x" + INSTRUCTION, "SYSTEM") + "<think>\n\n</think>"),
+        (THINKING, "x", {"thinking": True}, chat("x" + INSTRUCTION, "SYSTEM")),
+    ],
+)
+def test_prompts_by_hand(template, question, options, text):
+    tokenizer = make_tokenizer(template)
+    ids = encode_prompt(tokenizer, question, **options)
+    assert isinstance(ids, list) and all(type(i) is int for i in ids)
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == text.count("<|im_start|>")
+
+
+def test_the_suffix_of_a_choice_asks_for_its_letter():
+    tokenizer = make_tokenizer(HELPFUL)
+    assert "the letter of your" in tokenizer.decode(encode_prompt(tokenizer, "Which?", kind="choice"))
 
 
 def test_bos_is_there_once():
@@ -413,25 +380,13 @@ def test_bos_is_there_once():
     ):
         assert ids[0] == bos and ids.count(bos) == 1
     no_bos = make_tokenizer(CHATML)
-    assert "<s>" not in spelled(no_bos, encode_prompt(no_bos, "1+1?", template="none"))
-
-
-def test_thinking_reaches_the_template():
-    tokenizer = make_tokenizer(CHATML + "{% if not enable_thinking %}<think>\n\n</think>{% endif %}")
-    assert spelled(tokenizer, encode_prompt(tokenizer, "x")).endswith("<think>\n\n</think>")
-    assert spelled(tokenizer, encode_prompt(tokenizer, "x", thinking=True)).endswith("assistant\n")
+    assert "<s>" not in no_bos.decode(encode_prompt(no_bos, "1+1?", template="none"))
 
 
 def test_failing_template_is_one_sentence():
     with pytest.raises(ValueError, match="--template none"):
         tokenizer = make_tokenizer("{{ raise_exception('system role only') }}")
         encode_prompt(tokenizer, "x")
-
-
-def test_decode_drops_special_tokens():
-    tokenizer = make_tokenizer()
-    ids = tokenizer.encode("The answer is 42 , ok .<|im_end|>", add_special_tokens=False)
-    assert decode_response(tokenizer, ids) == "The answer is 42 , ok ."
 
 
 def test_load_tokenizer_unites_the_eos_ids(tmp_path):
@@ -466,7 +421,7 @@ def test_the_shown_prompt_is_one_line_decoded_from_the_ids():
     tokenizer = make_tokenizer("<s>" + CHATML.replace("SYSTEM", "Box it: \\boxed{}."), add_bos=True)
     ids = encode_prompt(tokenizer, "1+1?\x1b[2J\r\u202e\u2028數é", suffix="none")
     escaped = r"1+1?\x1b[2J\r\u202e\u2028數é"
-    text = chat(r"Box it: \boxed{}.", escaped).replace("\n", r"\n")
+    text = chat(escaped, r"Box it: \boxed{}.").replace("\n", r"\n")
     assert show_prompt(tokenizer, ids) == "<s>" + text
     assert show_prompt(tokenizer, ids[:1] + ids) == "<s><s>" + text  # shown as it is fed, not as it was meant
 

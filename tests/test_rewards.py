@@ -8,8 +8,8 @@ import torch
 
 import rewards
 import ttrl
+from kernels.sampler import row_keys
 from report import metrics, screen
-from rollout import row_keys
 from support import config
 from support.questions import Question
 
@@ -19,7 +19,9 @@ C = ["4"] * 5 + ["7"] * 3
 
 
 def group_of(answers, **fields):
-    fields = {"question": Question("?", "7"), "tokens": [[1, 2, 3, i] for i in range(len(answers))], **fields}
+    tokens = fields.pop("tokens", [[1, 2, 3, i] for i in range(len(answers))])
+    responses = [rewards.Response(answer, "", ids, True) for answer, ids in zip(answers, tokens, strict=True)]
+    fields = {"question": Question("?", "7"), "responses": responses, **fields}
     coins = [(i % 4 + 0.5) / 4 for i in range(len(answers))]
     return rewards.Group(answers, ttrl.vote(answers)[1], coins=coins, **fields)
 
@@ -51,7 +53,7 @@ def group_of(answers, **fields):
     ],
 )  # fmt: skip
 def test_rewards_and_advantages_by_hand(name, answers, given, advantages):
-    got = rewards.REWARDS[name](group_of(answers))
+    got = ttrl.REWARDS[name](group_of(answers))
     assert got == [float(reward) for reward in given]
     of_them = ttrl.advantages(torch.tensor([got]))[0].tolist()
     assert of_them == pytest.approx(advantages, abs=5e-5)
@@ -122,13 +124,13 @@ def test_novel_does_not_depend_on_the_order_of_the_responses():
 
 
 def test_coins_are_a_hash_of_what_they_are_for():
-    coins = torch.tensor(rewards.toss(seed=3, step=5, questions=8, samples=64))
+    coins = torch.tensor(ttrl.toss_coins(seed=3, step=5, questions=8, n=64))
     assert coins.shape == (8, 64) and abs(coins.lt(0.5).float().mean().item() - 0.5) < 0.07
     assert coins.unique().numel() == 512 and coins.gt(0).all() and coins.lt(1).all()
-    assert rewards.toss(3, 5, 8, 64) == coins.tolist()
+    assert ttrl.toss_coins(3, 5, 8, 64) == coins.tolist()
     # neither the number of questions nor that of samples changes a coin
-    assert rewards.toss(3, 5, 2, 7) == coins[:2, :7].tolist()
-    for other in (rewards.toss(4, 5, 8, 64), rewards.toss(3, 6, 8, 64)):
+    assert ttrl.toss_coins(3, 5, 2, 7) == coins[:2, :7].tolist()
+    for other in (ttrl.toss_coins(4, 5, 8, 64), ttrl.toss_coins(3, 6, 8, 64)):
         assert not coins.eq(torch.tensor(other)).any()
 
 
@@ -147,7 +149,7 @@ def test_coins_share_no_key_with_the_sampling_of_responses():
 
 
 def test_random_rewards_do_not_depend_on_the_answers():
-    assert rewards.random_reward(group_of(A)) == rewards.random_reward(group_of(B))
+    assert ttrl.random_reward(group_of(A)) == ttrl.random_reward(group_of(B))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -162,26 +164,29 @@ class Sealed(Question):
         return super().__getattribute__(name)
 
 
-@pytest.mark.parametrize("name", rewards.REWARDS)
+@pytest.mark.parametrize("name", ttrl.REWARDS)
 def test_only_gold_reads_the_true_answer(name):
     sealed = group_of(A, question=Sealed("?", "7"))
     if name == "gold":
         with pytest.raises(AssertionError):
-            rewards.REWARDS[name](sealed)
+            ttrl.REWARDS[name](sealed)
         return
-    assert rewards.REWARDS[name](sealed) == rewards.REWARDS[name](group_of(A, question=None))
+    assert ttrl.REWARDS[name](sealed) == ttrl.REWARDS[name](group_of(A, question=None))
 
 
 def scored(name, truth, samples=8):
     flags = ["--reward", name, "--votes", "8", "--samples", str(samples)]
     c = config.Config(**config.parse(flags, ttrl.REWARDS))
     groups = [
-        [ttrl.Response(answer, "", [1, i, i % 3], True) for i, answer in enumerate(row)] for row in (A, B)
+        [rewards.Response(answer, "", [1, i, i % 3], True) for i, answer in enumerate(row)] for row in (A, B)
     ]
-    return ttrl.score(c, 1, [Question("?", truth, "0"), Question("?", truth, "1")], groups, {})
+    questions = [Question("?", truth, "0"), Question("?", truth, "1")]
+    groups = ttrl.vote_on(questions, groups, ttrl.toss_coins(c.seed, 1, 2, 8))
+    given = [ttrl.REWARDS[name](group) for group in groups]
+    return groups, given, metrics.of_training(groups, given, c.samples, {})
 
 
-@pytest.mark.parametrize("name", rewards.REWARDS)
+@pytest.mark.parametrize("name", ttrl.REWARDS)
 def test_the_rewards_of_a_step_do_not_depend_on_the_truth(name):
     given = [scored(name, truth)[1] for truth in ("7", "4", None) if (name, truth) != ("gold", None)]
     assert (name == "gold") == (given[0] != given[1]) and (name == "gold" or given[2] == given[0])
@@ -245,5 +250,5 @@ def test_many_different_answers_are_summed_up():
 
 
 def counted(answers):
-    group = [ttrl.Response(answer, "", [7], True) for answer in answers]
-    return screen.counted_votes(9, [Question("?", None, "q")], [group], [ttrl.vote(answers)])
+    group = [rewards.Response(answer, "", [7], True) for answer in answers]
+    return screen.counted_votes(9, ttrl.vote_on([Question("?", None, "q")], [group]))

@@ -3,24 +3,23 @@ r"""Make the embedded default: tiny/model (Qwen2 format, 0.6 M parameters) and t
     # 5 to 8 minutes on one core; the same versions on the same machine give the same files
     python tiny/make.py
 
-The base model has read nothing but the homework of a pupil who adds single digits one after another, 7+5+9=?
-like this:
+The base model is trained only on the homework of a pupil who adds single digits one by one. For 7+5+9=? the
+pupil writes:
 
     7+5=12
     12+9=21
     \boxed{21}
 
-The pupil is unsure in two ways, and goes on from whatever he wrote down:
-- now and then he slips: the sum is one or two off (SLIP);
-- he forgets to carry, and the result is ten too low. This is a habit more than an accident: the smaller the
-  digit added, the less he expects a carry, so after +9 he rarely forgets it and after +1 or +2 more often
-  than not (FORGET).
+The pupil makes two kinds of mistakes, and continues from whatever is written down:
+- slips: a sum is occasionally one or two off (SLIP);
+- forgotten carries: the result is ten too low. The smaller the digit added, the less the pupil expects a
+  carry, so it is rarely forgotten after +9, but more often than not after +1 or +2 (FORGET).
 
-The model is trained on that homework until it has settled, so it knows the pupil's mistakes with their
-frequencies, as a language model knows those of its corpus. Nobody tells it which are mistakes. Most single
-steps are more often right than wrong, hence the vote is better than a sample; but where a habit wins, or
-where several steps each want a carry, the most frequent answer is wrong, the vote and greedy decoding with
-it. That is what is left for training at test time to mend.
+The model is trained until it converges, so it reproduces the mistakes with their frequencies, as a language
+model does with those of its corpus. Nothing tells it which answers are wrong. Most single steps are more
+often right than wrong, so the vote is better than a sample. But if forgetting wins, or if several steps each
+need a carry, the most frequent answer is wrong, and so are the vote and greedy decoding. That is what
+training at test time can still improve.
 """
 
 import json
@@ -73,7 +72,7 @@ def ask(rng):
 
 
 def add(total, digit, rng):
-    """One step of the pupil: total + digit, or what he takes for it."""
+    """One step of the pupil: total + digit, possibly with a mistake."""
     if total % 10 + digit >= 10 and rng.random() < FORGET[digit]:
         return total + digit - 10
     if rng.random() < SLIP:
@@ -82,7 +81,7 @@ def add(total, digit, rng):
 
 
 def answer(digits, rng):
-    """What the pupil writes: a line a step, then the box."""
+    """What the pupil writes: a line per step, then the box."""
     total, lines = digits[0], []
     for digit in digits[1:]:
         result = add(total, digit, rng)
@@ -151,7 +150,7 @@ def write_config(folder, tokenizer):
 
 
 def batch(tokenizer, rng, held_out):
-    """A page of homework as a Rollout, which is what the learner's forward takes."""
+    """A page of homework as a Rollout, the input of the learner's forward pass."""
     rows, prompt_length = [], []
     while len(rows) < BATCH:
         text, digits = ask(rng)
@@ -175,7 +174,7 @@ def batch(tokenizer, rng, held_out):
 
 
 def train(model, tokenizer, rng, held_out=()):
-    """Plain next-token training on the answers; the rate falls to zero in the second half, to settle."""
+    """Plain next-token training on the answers; the learning rate decays to 0 in the second half."""
     for name, p in model.named_parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.3 if name == "embed_tokens.weight" else p.shape[1] ** -0.5)
@@ -196,11 +195,11 @@ def train(model, tokenizer, rng, held_out=()):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# the questions, and how unsure the base is about them
+# the questions, and how the base model answers them
 
 
 def write_questions(path, rng):
-    """Write ASKED different questions of the same kind as those of the homework."""
+    """Write ASKED different questions like those of the homework."""
     asked = {}
     while len(asked) < ASKED:
         prompt, digits = ask(rng)
@@ -214,7 +213,7 @@ def write_questions(path, rng):
 
 
 def measure(model, tokenizer, rows, samples, temperature):
-    """Print pass@1, the accuracy of the vote, and how the responses look."""
+    """Print pass@1, the accuracy of the vote, and statistics of the responses."""
     asked = [Question(**row) for row in rows]
     prompts = [encode_prompt(tokenizer, question.prompt) for question in asked]
     out = generate(model, prompts, samples, max_new_tokens=MAX_NEW_TOKENS, temperature=temperature,
@@ -235,7 +234,7 @@ def measure(model, tokenizer, rows, samples, temperature):
 
 
 def main():
-    torch.set_num_threads(1)  # more would change the last bits: sums are split over threads
+    torch.set_num_threads(1)  # more threads would split sums differently and change the last bits
     torch.manual_seed(0)
     start, folder = time.time(), HERE / "model"
     folder.mkdir(exist_ok=True)
