@@ -40,7 +40,10 @@ def responses(formulas):
 def vote(groups):
     """(classes, CPU-seconds) of extraction and grouping, from an empty cache."""
     grading._read.cache_clear()
-    graded = lambda: [grading.classes([*map(grading.extract_answer, group)]) for group in groups]  # noqa: E731
+
+    def graded():
+        return [grading.classes([*map(grading.extract_answer, group)]) for group in groups]
+
     found, _, seconds = clocked(graded)
     return sum(map(len, found)), seconds
 
