@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from kernels.logprob import TILE
 from kernels.packing import PREFILL_TOKENS
-from support.config import LOWER_TEMPERATURES
 
 GRAPH_BYTES = 500_000  # of a CUDA graph, per layer; the logs of vLLM show 0.4 MB, for 16 and for 64 layers
 
@@ -130,6 +129,6 @@ def row_bytes(c, model_config, cuda, longest):
 
 def graphs_bytes(c, model_config):
     """Bytes of the CUDA graphs of one number of rows: one for each way of sampling."""
-    ways = {(c.temperature, 1.0), (c.eval_temperature, c.eval_top_p)}
-    ways |= {(temperature, top_p) for _, temperature, top_p in LOWER_TEMPERATURES.values()}
+    ways = {(temperature, top_p) for _, temperature, top_p in c.evaluations(lower_temperatures=True).values()}
+    ways.add((c.temperature, 1.0))
     return len(ways) * model_config.layers * GRAPH_BYTES

@@ -11,7 +11,7 @@ from distributed.layout import first_that_fits, listed
 from distributed.machine import USABLE
 from distributed.memory import count_parameters, kv_bytes
 from distributed.ranks import print0
-from support.config import LOWER_TEMPERATURES, differences, flags
+from support.config import differences, flags
 
 
 def print_plan(inputs, job, layout, given, shown_prompt):
@@ -50,10 +50,8 @@ def planned_responses(schedule, eval_question_count):
     """Responses that the whole run samples, {"train": ..., "eval": ...}."""
     c = schedule.config
     evaluations = 2 + (schedule.steps - 1) // c.eval_every  # before the first step, after the last, between
-    responses = evaluations * c.eval_samples
-    for samples, temperature, top_p in LOWER_TEMPERATURES.values():
-        if (temperature, top_p) != (c.eval_temperature, c.eval_top_p):
-            responses += 2 * samples
+    own, *others = (samples for samples, *_ in c.evaluations(lower_temperatures=True).values())
+    responses = evaluations * own + 2 * sum(others)
     train = c.epochs * schedule.question_count * c.votes
     return {"train": train, "eval": responses * eval_question_count}
 
@@ -71,9 +69,11 @@ def training_lines(c, schedule, responses):
 
 def evaluation_lines(c):
     """What --eval-only samples."""
-    how = c.eval_temperature, c.eval_top_p
-    others = [f"{n} for {name}" for name, (n, *other) in LOWER_TEMPERATURES.items() if tuple(other) != how]
-    each = f"{c.eval_samples} responses to each question at temperature {how[0]} and top-p {how[1]}"
+    others = [f"{n} for {name}" for name, (n, *_) in c.evaluations(lower_temperatures=True).items() if name]
+    each = (
+        f"{c.eval_samples} responses to each question at temperature {c.eval_temperature} "
+        f"and top-p {c.eval_top_p}"
+    )
     return [f"plan     evaluation only: {', '.join([each, *others])}"]
 
 

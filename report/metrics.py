@@ -220,12 +220,12 @@ class Tally:
         # Sampler against learner: only before the first update, while both have the same weights.
         self.gaps = Counter()
         self.gap_max = torch.zeros((), device=device)
-        self.norms, self.rates, self.skipped = [], [], 0
+        self.norms, self.learning_rate, self.skipped = [], None, 0
 
     def updated(self, norm, learning_rate):
         """Record an update of the weights."""
         self.norms.append(norm)
-        self.rates.append(learning_rate)
+        self.learning_rate = learning_rate
 
     def add(self, sums, difference, entropy, mask):
         """Record a micro-batch: sums of grpo_loss, difference of log-probabilities and entropy [B, R]."""
@@ -251,5 +251,5 @@ class Tally:
         metrics["logprob_gap_max"] = all_reduce({"max": gap_max}, dist.ReduceOp.MAX)["max"]
         metrics.update({name: value / tokens for name, value in sums.items()})  # entropy, clip_fraction, ...
         if self.norms:
-            metrics.update(grad_norm=mean(self.norms), grad_norm_max=max(self.norms), lr=self.rates[-1])
+            metrics.update(grad_norm=mean(self.norms), grad_norm_max=max(self.norms), lr=self.learning_rate)
         return {**metrics, **counts, "trained_tokens": tokens}

@@ -6,7 +6,6 @@ allows no script except the one that sorts the table.
 
 import base64
 import hashlib
-import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from report.drawing import LONGEST_TEXT, chart, code, marked, text
 from report.ledger import FATES, summarize
 from report.screen import CHANCE, cells_of, read_lines, read_metrics
 from support.config import flag_name, papers_values
+from support.schedule import Schedule
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_QUESTIONS = 500  # on a page; those that changed take precedence
@@ -88,8 +88,7 @@ def facts(state, c, train_set):
         for name, value in newest["metrics"].items()
         if name == "pass@1" or re.fullmatch(r"maj@\d+", name)
     ]
-    steps = c.epochs * math.ceil(len(train_set) / c.questions_per_step)
-    pairs.append(("steps", f"{state['step']} of {steps}"))
+    pairs.append(("steps", f"{state['step']} of {Schedule(c, len(train_set)).steps}"))
     pairs.append(("minutes", f"{state['seconds'] / 60:.1f}"))
     return "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in pairs)
 

@@ -26,13 +26,14 @@ class Progress:
         self.bar.set_description(what)
 
     def update(self, line, state, c):
-        """Advance by a step: its line of metrics.jsonl, and the state after it."""
+        """Advance by a step: its line of metrics.jsonl, and the state after it, where empty steps count."""
         if not is_rank0():
             return
         if line["train/skipped_updates"]:
             self.bar.write(f"step {line['step']}: {line['train/skipped_updates']} updates skipped because "
                            "their gradient was not finite")  # fmt: skip
         nothing = taught_nothing([line], c)
+        state["empty_steps"] += bool(nothing)
         if nothing and state["empty_steps"] in (1, 10, 100, 1000):
             self.bar.write(nothing)
         newest = state.get("after", state["before"])

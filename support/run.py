@@ -113,7 +113,6 @@ class Run(Inputs):
     def write_step(self, state, line, files, evaluation):
         """The part of `log` that touches the disk."""
         c, out = self.config, Path(self.config.out)
-        state["empty_steps"] += bool(files and screen.taught_nothing([line], c))
         finite = {name: value for name, value in line.items() if math.isfinite(value)}  # JSON has no nan
         checkpoint.append(out / "metrics.jsonl", [finite])
         for name, lines in files.items():
