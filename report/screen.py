@@ -6,9 +6,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 import grading
-from distributed.ranks import is_rank0, print0
+from distributed.ranks import QUIETLY, is_rank0
+from report import health
 from report.ledger import FATES, fate
-from report.metrics import mean
+from support.untrusted import shorten
 
 MOST_CLASSES = 20  # answer classes per question in votes.jsonl
 
@@ -23,28 +24,30 @@ class Progress:
         self.bar = tqdm(total=steps, initial=step, disable=not is_rank0(), unit="step", dynamic_ncols=True)
 
     def say(self, what):
-        self.bar.set_description(what)
+        with QUIETLY:
+            self.bar.set_description(what)
 
     def update(self, line, state, c):
-        """Advance by a step: its line of metrics.jsonl, and the state after it, where empty steps count."""
+        """Advance by a step: its line of metrics.jsonl, and the state after it, which notes what was said."""
         if not is_rank0():
             return
-        if line["train/skipped_updates"]:
-            self.bar.write(f"step {line['step']}: {line['train/skipped_updates']} updates skipped because "
-                           "their gradient was not finite")  # fmt: skip
-        nothing = taught_nothing([line], c)
-        state["empty_steps"] += bool(nothing)
-        if nothing and state["empty_steps"] in (1, 10, 100, 1000):
-            self.bar.write(nothing)
+        for text in health.warnings(line, state, c):
+            self.write(text)
         newest = state.get("after", state["before"])
-        self.bar.update()
         self.say("")
-        self.bar.set_postfix_str(progress(line, newest["metrics"]))
+        with QUIETLY:
+            self.bar.update()
+            self.bar.set_postfix_str(progress(line, newest["metrics"]))
 
-    def close(self, why=None):
-        self.bar.close()
-        if why:
-            print0(why)
+    def write(self, text):
+        """Print a line above the bar, on rank 0."""
+        if is_rank0():
+            with QUIETLY:
+                self.bar.write(text)
+
+    def close(self):
+        with QUIETLY:
+            self.bar.close()
 
 
 def progress(line, evaluation):
@@ -56,31 +59,6 @@ def progress(line, evaluation):
         "{:,.0f} tok/s": line.get("train/rollout_tokens_per_s"),
     }
     return ", ".join(text.format(value) for text, value in parts.items() if value is not None)
-
-
-def unanswered(no_answer, truncated, c):
-    """Why most responses have no answer, and what to try; None if most have one. Arguments are shares."""
-    if no_answer <= 0.5:
-        return None
-    if truncated > 0.5:
-        limit = f"--max-new-tokens {c.max_new_tokens}"
-        return f"{truncated:.0%} of the responses were truncated at {limit}; try a larger limit"
-    ask = "the prompt in the plan should ask for \\boxed{} (--prompt-suffix, --template)"
-    return f"no answer was found in {no_answer:.0%} of the responses; {ask}"
-
-
-def taught_nothing(lines, c):
-    """Which of these steps (lines of metrics.jsonl) taught nothing, and why; None unless most did.
-
-    A step teaches nothing if all trained samples of a question have the same reward: all advantages are 0.
-    """
-    empty = [line for line in lines if line["train/zero_variance_groups"] == 1]
-    if 2 * len(empty) <= len(lines):
-        return None
-    which = f"{len(empty)} of {len(lines)} steps" if len(lines) > 1 else f"step {lines[0]['step']}"
-    shares = [mean(line[f"train/{name}"] for line in empty) for name in ("no_answer", "truncated")]
-    alike = "all samples of a question have the same reward; try other questions, or a higher --temperature"
-    return f"{which} taught nothing: {unanswered(*shares, c) or alike}"
 
 
 def table(columns):
@@ -153,20 +131,14 @@ def responses(before, after, how_many=3):
     chosen = list(firsts.values())[::-1] + [pair for pair in pairs if pair not in firsts.values()]
     blocks = []
     for b, a in chosen[:how_many]:
-        truth = f", truth {b['truth']}" if b["truth"] is not None else ""
+        truth = f", truth {shorten(b['truth'])}" if b["truth"] is not None else ""
         what = f" ({fate(b, a)})" if b["truth"] is not None else ""
         blocks.append(f"\n{shorten(b['prompt'])}{truth}{what}")
         blocks += [
-            f"  {when} (majority {r['majority']}): {shorten(r['response'])}"
+            f"  {when} (majority {shorten(str(r['majority']))}): {shorten(r['response'])}"
             for when, r in (("before", b), ("after", a))
         ]
     return "\n".join(blocks)
-
-
-def shorten(text, length=160):
-    """A text on one line: its start and its end, where the answer is."""
-    text = " ".join(text.split())
-    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
 
 
 # ----------------------------------------------------------------------------------------------------------

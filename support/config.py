@@ -12,6 +12,7 @@ import torch
 
 from support import questions
 from support.gpus import parse_gpus
+from support.untrusted import quote, shorten
 
 
 def flag(default, text, *, type=None, choices=None):
@@ -87,7 +88,7 @@ class Config:
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda"))
     save_every: int = flag(10, "steps between checkpoints")
     max_minutes: float | None = flag(
-        None, "stop cleanly after this many minutes; rerun the same command to resume", type=float
+        None, "stop after this many minutes, and one step at least; the same command resumes", type=float
     )
     allow_changed_flags: bool = flag(False, "resume even if flags or the program's files have changed")
     dry_run: bool = flag(False, "print the plan and exit")
@@ -127,11 +128,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Exit with code 2 and one sentence, which argparse would bury under the usage of forty flags."""
         if message.startswith("unrecognized arguments: "):
-            name = message.split()[2]
+            name = message.split(" ")[2]
             close = difflib.get_close_matches(name, self._option_string_actions, n=1)
             advice = f", did you mean {close[0]}?" if close else "; --help lists them all"
             message = f"unknown flag {name}{advice}"
-        self.exit(2, f"ttrl.py: {message}\n")
+        self.exit(2, f"ttrl.py: {shorten(message, 300)}\n")
 
 
 def flag_name(field):
@@ -256,11 +257,15 @@ def check(c):
     ]
     for name, value in dataclasses.asdict(c).items():
         if isinstance(value, str) and questions.lone_surrogate(value):
-            raise ValueError(f"{flag_name(name)} {value!r}: is not UTF-8 text")
+            raise ValueError(f"{flag_name(name)} {quote(value)}: is not UTF-8 text")
+        if isinstance(value, str) and name != "prompt_suffix" and not value.isprintable():
+            raise ValueError(f"{flag_name(name)} {quote(value)}: has a character that cannot be printed")
     for name, holds, sentence in rules:
         value = getattr(c, name)
         if value is not None and not holds(value):
             raise ValueError(f"{flag_name(name)} {value}: {sentence}")
+    if c.eval_only and c.max_minutes is not None:
+        raise ValueError(f"--max-minutes {c.max_minutes}: --eval-only makes one evaluation, as a whole")
     if c.gpus:
         parse_gpus(c.gpus)
         if not c.dry_run:

@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub import errors as hub_errors
 
-from support.pretrained import one_line
+from support.untrusted import reason
 
 OWNERS = {  # prefix of a bare model name -> its owner on the hub
     "Qwen": "Qwen", "Llama-3.2-3B-Oat-Zero": "sail", "Llama": "meta-llama", "Meta-Llama": "meta-llama",
@@ -82,8 +82,8 @@ def download_advice(repo, error):
         cause = "incomplete in the local cache, and the hub cannot be reached"
         return f"{cause}; download it elsewhere and give its folder"
     if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-        return f"the hub refuses access ({one_line(error)}); check HF_TOKEN"
-    return disk_advice(error) or f"the download failed ({one_line(error)}); rerun to resume it"
+        return f"the hub refuses access ({reason(error)}); check HF_TOKEN"
+    return disk_advice(error) or f"the download failed ({reason(error)}); rerun to resume it"
 
 
 def disk_advice(error):

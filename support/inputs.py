@@ -18,6 +18,7 @@ from support.hub import fetch_config
 from support.pretrained import check_vocabulary
 from support.prompts import encode_prompt, load_tokenizer, show_prompt
 from support.schedule import Schedule
+from support.untrusted import printable
 
 
 @dataclass
@@ -96,7 +97,9 @@ def load_prompts(c, tokenizer, name, loaded):
             prompts.append(ids)
     limit = f"--max-prompt-tokens {c.max_prompt_tokens}"
     if dropped:
-        print0(f"left out of {name}: {len(dropped)} prompts over {limit}: {', '.join(dropped)}")
+        print0(
+            f"left out of {name}: {len(dropped)} prompts over {limit}: {', '.join(map(printable, dropped))}"
+        )
     if not kept:
         raise ValueError(f"{name}: every prompt is longer than {limit}")
     return kept, prompts

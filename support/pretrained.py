@@ -6,6 +6,7 @@ the fields mean for the forward pass is documented in model.ModelConfig.
 
 import json
 import math
+import os
 from itertools import groupby
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
+
+from support.untrusted import quote, read_json, reason, shorten
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "ministral")  # supported model_types
 ROPE_TYPES = {  # rope_type: its required fields
@@ -24,9 +27,13 @@ ROPE_TYPES = {  # rope_type: its required fields
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "max_position_embeddings")  # fmt: skip
+MAY_BE_NULL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # null means absent
 POSITIVE = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
-            "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")  # fmt: skip
-MAY_BE_NULL = ("attention_factor", "beta_fast", "beta_slow")  # null means absent
+            "original_max_position_embeddings", *MAY_BE_NULL)  # fmt: skip
+# All that transformers is told: of what else a file may hold, it would make use
+READ = (*SIZES, "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "layer_types",
+        "attention_bias", "mlp_bias", "tie_word_embeddings", "sliding_window", "use_sliding_window",
+        "max_window_layers")  # fmt: skip
 FILE_SIZE = 5 * 10**9  # maximum bytes of a safetensors file that we write
 
 # -----------------------------------------------------------------------------------------------------------
@@ -41,12 +48,15 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no config.json here; a model is a folder in Hugging Face format")
-    check_fields(read_json(path), path)
-    try:
-        hf = AutoConfig.from_pretrained(folder)  # fills in defaults for older files and gathers rope fields
+    raw = read_json(path)
+    check_fields(raw, path)
+    family = raw["model_type"]
+    if family == "mistral" and "layer_types" in raw:
+        family = "ministral"  # the hub calls a mistral whose layers differ so
+    try:  # fills in defaults for older files and gathers rope fields
+        hf = AutoConfig.for_model(family, **{field: raw[field] for field in READ if field in raw})
     except Exception as error:  # its checks raise a dozen types
-        raise ValueError(f"{path}: transformers rejects it ({one_line(error)})") from None
-    family = hf.model_type
+        raise ValueError(f"{path}: transformers rejects it ({reason(error)})") from None
     attention_bias = family in ("qwen3", "llama") and hf.attention_bias  # the others ignore the field
     fields = dict(
         vocab_size=hf.vocab_size,
@@ -84,7 +94,9 @@ def check_heads(fields, path):
 def check_fields(raw, path):
     """Raise ValueError naming the first field of config.json that the model does not support."""
     if raw.get("model_type") not in FAMILIES:
-        raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not one of {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"{path}: model_type {quote(raw.get('model_type'))} is not one of {', '.join(FAMILIES)}"
+        )
     for field in ("quantization_config", "auto_map"):
         if raw.get(field):
             raise ValueError(
@@ -98,7 +110,7 @@ def check_fields(raw, path):
     check_rope(rope, path)
     for field, only in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
         if fields.get(field) not in (only, None):
-            raise ValueError(f"{path}: {field} {fields[field]!r} is not supported, only {only!r}")
+            raise ValueError(f"{path}: {field} {quote(fields[field])} is not supported, only {only!r}")
 
 
 def check_numbers(fields, path):
@@ -107,20 +119,21 @@ def check_numbers(fields, path):
         largest = 1024 if field == "num_hidden_layers" else 2**24  # up to here, positions are exact in fp32
         value = fields.get(field)
         if value is not None and not (type(value) is int and 1 <= value <= largest):
-            raise ValueError(f"{path}: {field} {value!r} is not a whole number from 1 to {largest}")
+            raise ValueError(f"{path}: {field} {quote(value)} is not a whole number from 1 to {largest}")
     for field in POSITIVE:
-        value = fields.get(field, 1)
+        value = fields.get(field, 2)
         if value is None and field in MAY_BE_NULL:
             continue
-        if not (type(value) in (int, float) and 0 < value < math.inf):
-            raise ValueError(f"{path}: {field} {value!r} is not a positive number")
+        least, most = 2 if field == "rope_theta" else 1e-30, 1e30  # what is computed from them stays finite
+        if not (type(value) in (int, float) and least <= value <= most):
+            raise ValueError(f"{path}: {field} {quote(value)} is not a number from {least} to {most}")
 
 
 def check_rope(rope, path):
     """Raise ValueError for a rope_type that we do not support, or that lacks a required field."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in list(ROPE_TYPES):  # a list, because kind may be unhashable
-        raise ValueError(f"{path}: rope_type {kind!r} is not one of {', '.join(ROPE_TYPES)}")
+        raise ValueError(f"{path}: rope_type {quote(kind)} is not one of {', '.join(ROPE_TYPES)}")
     missing = [field for field in ROPE_TYPES[kind] if rope.get(field) is None]
     if missing:
         raise ValueError(f"{path}: rope_type {kind!r} needs the field {missing[0]}")
@@ -136,19 +149,18 @@ def layer_windows(hf, path):
         kinds = hf.layer_types
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
-            raise ValueError(
-                f"{path}: layer_types has {kind!r}; only full_attention and sliding_attention are supported"
-            )
+            known = "only full_attention and sliding_attention are supported"
+            raise ValueError(f"{path}: layer_types has {quote(kind)}; {known}")
         if kind == "sliding_attention" and (window is None or window < 1):
             raise ValueError(
-                f"{path}: sliding_window {window} is not a positive number, but some layers use it"
+                f"{path}: sliding_window {quote(window)} is not a positive number, but some layers use it"
             )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def check_vocabulary(config, tokenizer):
     """Raise ValueError if the tokenizer has ids without an embedding. (Spare embeddings are common.)"""
-    ids = max(tokenizer.get_vocab().values()) + 1
+    ids = max(tokenizer.get_vocab().values(), default=0) + 1
     if ids > config.vocab_size:
         raise ValueError(
             f"{tokenizer.name_or_path}: the tokenizer has {ids} ids, but the model's vocab_size is "
@@ -233,9 +245,9 @@ def check_names(folder, wanted, held):
     # Old Llama files hold rotary frequencies, and some files of tied models hold the head again.
     extra = [name for name in extra if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
     if missing:
-        fault = f"lacks the tensor {missing[0]}"
+        fault = f"lacks the tensor {shorten(missing[0])}"
     elif extra:
-        fault = f"has a tensor that config.json does not provide for, {extra[0]}"
+        fault = f"has a tensor that config.json does not provide for, {shorten(extra[0])}"
     else:
         return
     counts = f"{len(missing)} missing, {len(extra)} unexpected"
@@ -253,22 +265,31 @@ def weight_files(folder):
             f"{folder}: no model.safetensors and no {index.name}; convert pickled weights (pytorch_model.bin)"
             " with transformers' from_pretrained and save_pretrained"
         )
-    try:
-        file_of = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
-    except (KeyError, AttributeError, TypeError):
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(map(is_file_name, names.values())):
         raise ValueError(
-            f"{index}: not a safetensors index, a JSON object whose weight_map names a file for each tensor"
-        ) from None
+            f"{index}: not a safetensors index, a JSON object whose weight_map names a .safetensors file of "
+            "this folder for each tensor"
+        )
+    file_of = {name: folder / file for name, file in names.items()}
     absent = sorted({path for path in file_of.values() if not path.is_file()})
     if absent:
         raise FileNotFoundError(
-            f"{absent[0]}: is missing, but {index.name} names it; copy or download it again"
+            f"{shorten(str(absent[0]))}: is missing, but {index.name} names it; copy or download it again"
         )
     held = {path: set(open_safetensors(path).keys()) for path in set(file_of.values())}
     lost = sorted(name for name, path in file_of.items() if name not in held[path])
     if lost:
-        raise ValueError(f"{file_of[lost[0]]}: lacks the tensor {lost[0]}, which {index.name} puts there")
+        raise ValueError(
+            f"{file_of[lost[0]]}: lacks the tensor {shorten(lost[0])}, which {index.name} puts there"
+        )
     return file_of
+
+
+def is_file_name(name):
+    """May a file of a model have this name? Not if it leads out of the model's folder."""
+    plain = isinstance(name, str) and len(name) < 256 and name.isprintable() and name.endswith(".safetensors")
+    return plain and os.path.basename(name) == name
 
 
 def open_safetensors(path):
@@ -276,7 +297,7 @@ def open_safetensors(path):
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path}: not a complete safetensors file ({one_line(error)}); copy or download it again"
+            f"{path}: not a complete safetensors file ({reason(error)}); copy or download it again"
         ) from None
 
 
@@ -321,24 +342,3 @@ def plan_files(sizes):
     if number == 1:
         return dict.fromkeys(sizes, "model.safetensors")
     return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# errors and JSON
-
-
-def one_line(error):
-    """The last line of an exception's message, which states the reason if it is wrapped."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].strip()
-
-
-def read_json(path):
-    """The JSON object in a file. Raises ValueError naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return value

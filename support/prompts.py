@@ -11,13 +11,15 @@ training. So no class is chosen by name here. The other files only add the chat 
 special tokens, and `load_tokenizer` compares the result with tokenizer.json on fixed samples.
 """
 
-import json
+import contextlib
 import os
 from pathlib import Path
 
 import transformers
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
+
+from support.untrusted import printable, quote, read_json, reason, within_limits
 
 SUFFIXES = {
     "math": "\nPlease reason step by step, and put your final answer within \\boxed{}.",
@@ -41,7 +43,8 @@ def load_tokenizer(folder: str | os.PathLike) -> tuple:
     """(tokenizer, eos_ids) of an HF folder; eos_ids: sorted union of generation_config, config and tokenizer.
 
     Raises ValueError if tokenizer.json is missing, does not load or lacks a token that the other files name,
-    if transformers deviates from it, or if no file names an end-of-sequence token.
+    if transformers deviates from it, if no file names an end-of-sequence token, or if tokenizer or chat
+    template exceed the limits of untrusted.py on a sample.
 
     >>> load_tokenizer(Path(__file__).parents[1] / "tiny" / "model")[1]
     [328, 330]
@@ -50,19 +53,38 @@ def load_tokenizer(folder: str | os.PathLike) -> tuple:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise ValueError(_no_tokenizer(folder))
+
+    def attempt():
+        tokenizer, _ = _load(folder)
+        with contextlib.suppress(ValueError):  # --template none does without it
+            encode_prompt(tokenizer, SAMPLES[0])
+
+    within_limits(attempt, f"{folder}: the tokenizer or its chat template", file.stat().st_size)
+    return _load(folder)
+
+
+def _load(folder: Path) -> tuple:
+    """What `load_tokenizer` returns, by code that may crash or hang on a file that was made to do so."""
+    file = folder / "tokenizer.json"
+    _read(folder / "special_tokens_map.json")  # which refuses what it must not hold
+    settings = _read(folder / "tokenizer_config.json")
     try:
         reference = Tokenizer.from_file(str(file))
         beside = PreTrainedTokenizerFast.from_pretrained(folder)  # reads the other files
     except Exception as error:  # transformers and tokenizers raise anything, even plain Exception
         message = "the tokenizer does not load; check tokenizer.json and tokenizer_config.json"
-        raise ValueError(f"{folder}: {message} ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{folder}: {message} ({reason(error)})") from None
     names = _special_tokens(folder, beside, reference)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **names)
     tokenizer.name_or_path, tokenizer.chat_template = str(folder), beside.chat_template
-    if _read_json(folder / "tokenizer_config.json").get("add_bos_token"):
+    if settings.get("add_bos_token"):
         tokenizer.add_bos_token = True  # DeepSeek's tokenizer.json relies on this flag for the BOS
     _check_samples(folder, tokenizer, reference)
     return tokenizer, _eos_ids(folder, tokenizer)
+
+
+def _read(file: Path) -> dict:
+    return read_json(file) if file.is_file() else {}
 
 
 def _special_tokens(folder: Path, beside: PreTrainedTokenizerFast, reference: Tokenizer) -> dict[str, str]:
@@ -75,7 +97,7 @@ def _special_tokens(folder: Path, beside: PreTrainedTokenizerFast, reference: To
     used = {token for name, token in named.items() if name not in UNUSED}
     for token in beside.added_tokens_encoder:
         if reference.token_to_id(token) is None and (token in used or token not in named.values()):
-            lacks = f"{folder}: tokenizer.json lacks the token {token!r} that another file names"
+            lacks = f"{folder}: tokenizer.json lacks the token {quote(token)} that another file names"
             raise ValueError(f"{lacks}; add it with its id to added_tokens in tokenizer.json")
     return {name: token for name, token in named.items() if token in added or name not in UNUSED}
 
@@ -87,9 +109,12 @@ def _added_tokens(reference: Tokenizer) -> list[str]:
 def _eos_ids(folder: Path, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """The ids that end a response, sorted: those of generation_config, config and tokenizer."""
     eos_ids = {tokenizer.eos_token_id}
-    for name in "generation_config.json", "config.json":
-        value = _read_json(folder / name).get("eos_token_id")
-        eos_ids.update(value if isinstance(value, list) else [value])
+    for file in folder / "generation_config.json", folder / "config.json":
+        value = _read(file).get("eos_token_id")
+        ids = value if isinstance(value, list) else [value]
+        if any(i is not None and not (type(i) is int and 0 <= i < 2**31) for i in ids):
+            raise ValueError(f"{file}: eos_token_id {quote(value)} is not a token id or a list of them")
+        eos_ids.update(ids)
     if not eos_ids - {None}:
         raise ValueError(f"{folder}: no end-of-sequence token; set eos_token_id in generation_config.json")
     return sorted(eos_ids - {None})
@@ -104,15 +129,6 @@ def _no_tokenizer(folder: Path) -> str:
     return f"{folder}: tokenizer.json is missing; make it from {older[0]} once, with transformers: {convert}"
 
 
-def _read_json(path: Path) -> dict:
-    """The object in a JSON file; {} if there is no such file or it holds something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: is not valid JSON ({error})") from None
-    return value if isinstance(value, dict) else {}
-
-
 def _check_samples(folder: Path, tokenizer: PreTrainedTokenizerFast, reference: Tokenizer) -> None:
     """Raise ValueError unless samples and added tokens are encoded and decoded as tokenizer.json says."""
     reference.no_truncation()  # some files contain these settings for batches
@@ -123,7 +139,7 @@ def _check_samples(folder: Path, tokenizer: PreTrainedTokenizerFast, reference: 
         same_text = all(tokenizer.decode(ids, skip) == reference.decode(ids, skip) for skip in (False, True))
         if not (same_ids and same_text):
             version = f"transformers {transformers.__version__}"
-            differs = f"{version} does not encode and decode {text!r} as tokenizer.json says"
+            differs = f"{version} does not encode and decode {quote(text)} as tokenizer.json says"
             raise ValueError(f"{folder}: {differs}; try another version of transformers")
 
 
@@ -141,8 +157,7 @@ def encode_prompt(
     template: "auto" is the tokenizer's chat template with its default system turn, or the bare prompt if it
     has no template; "none" is the bare prompt. suffix: "auto" appends SUFFIXES[kind] if neither the template
     nor the question mentions "boxed" (never with template "none"); "none" or "" appends nothing; any other
-    text is appended. thinking: passed to the template as enable_thinking (Qwen3's switch). Raises ValueError
-    if the template fails.
+    text is appended. thinking: Qwen3's switch, enable_thinking. Raises ValueError if the template fails.
     """
     chat = template == "auto" and bool(tokenizer.chat_template)
 
@@ -155,10 +170,15 @@ def encode_prompt(
         if suffix == "auto":
             suffix = "" if template == "none" or "boxed" in render(prompt) else SUFFIXES[kind]
         text = render(prompt + ("" if suffix == "none" else suffix))
+        text.encode()  # no half of a surrogate pair
+    except MemoryError:  # for `within_limits`
+        raise
     except Exception as error:  # a template is a program and may raise anything
-        message = f"the tokenizer's chat template fails ({error}); --template none does without it"
+        message = f"the tokenizer's chat template fails ({reason(error)}); --template none does without it"
         raise ValueError(message) from None
     ids = tokenizer.encode(text, add_special_tokens=False)
+    if not ids:
+        raise ValueError(f"the prompt {quote(prompt)} is no token to the tokenizer and its chat template")
     # A template writes its own BOS. Without one, the BOS comes first if the model uses it, but never twice.
     bos = tokenizer.bos_token_id
     wants_bos = not chat and bos is not None and bos in tokenizer.encode("") and ids[:1] != [bos]
@@ -184,10 +204,6 @@ def show_prompt(tokenizer, ids: list[int]) -> str:
     """
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if len(text) <= SHOWN:
-        return _printable(text)
+        return printable(text)
     head, tail = text[: SHOWN // 2], text[-SHOWN // 2 :]
-    return f"{_printable(head)} ... {len(text) - SHOWN} characters ... {_printable(tail)}"
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return f"{printable(head)} ... {len(text) - SHOWN} characters ... {printable(tail)}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grading.extraction import LETTERS, boxed_letter
+from support.untrusted import parse_json, quote, shorten
 
 
 @dataclass(frozen=True)
@@ -160,11 +161,10 @@ def _read(data: bytes, where: str, kind: str) -> list[Question]:
         raise ValueError(f"{where}: is not UTF-8 text (byte {error.start})") from None
     if where.lower().endswith(".jsonl"):
         lines = enumerate(text.split("\n"), 1)  # not splitlines: a JSON string may contain U+2028
-        rows = [
-            (f"{where}, line {i}", _json(line, f"{where}, line {i}")) for i, line in lines if line.strip()
-        ]
+        places = [(f"{where}, line {i}", line) for i, line in lines if line.strip()]
+        rows = [(place, parse_json(line, place)) for place, line in places]
     else:
-        rows = _json(text, where) if text.strip() else []
+        rows = parse_json(text, where) if text.strip() else []
         if not isinstance(rows, list):
             raise ValueError(f'{where}: a .json file holds one array of {{"prompt": ...}} objects')
         rows = [(f"{where}, row {i}", row) for i, row in enumerate(rows, 1)]
@@ -175,18 +175,11 @@ def _read(data: bytes, where: str, kind: str) -> list[Question]:
         question = _question(row, place, index, kind)
         if question.id in seen:
             raise ValueError(
-                f'{place}: "id" {question.id!r} is also that of {seen[question.id]}; ids must differ'
+                f'{place}: "id" {quote(question.id)} is also that of {seen[question.id]}; ids must differ'
             )
         seen[question.id] = place
         questions.append(question)
     return questions
-
-
-def _json(text: str, where: str):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
-        raise ValueError(f"{where}: is not valid JSON ({error})") from None
 
 
 def _question(row, place: str, index: int, kind: str) -> Question:
@@ -195,12 +188,12 @@ def _question(row, place: str, index: int, kind: str) -> Question:
         raise ValueError(f'{place}: is not an object like {{"prompt": ..., "answer": ...}}')
     prompt, kind = _prompt(row, place), row.get("kind", kind)
     if kind not in ("math", "choice"):
-        raise ValueError(f'{place}: "kind" must be "math" or "choice", not {kind!r}')
+        raise ValueError(f'{place}: "kind" must be "math" or "choice", not {quote(kind)}')
     answer, identity = row.get("answer"), row.get("id", row.get("unique_id"))  # as in MATH
     for key, value in ("answer", answer), ("id", identity):
         plain = isinstance(value, (str, int, float, type(None))) and not isinstance(value, bool)
         if not plain or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(f'{place}: "{key}" must be a string or a finite number, not {value!r}')
+            raise ValueError(f'{place}: "{key}" must be a string or a finite number, not {quote(value)}')
     answer = None if answer is None else str(answer).rpartition("####")[2].strip() or None
     identity = str(index) if identity in (None, "") else str(identity)
     for key, value in ("prompt", prompt), ("answer", answer or ""), ("id", identity):
@@ -209,7 +202,9 @@ def _question(row, place: str, index: int, kind: str) -> Question:
     question = Question(prompt, answer, identity, kind)
     if kind == "choice" and answer is not None and boxed_letter(answer, question.letters) is None:
         last = max(filter(str.isupper, question.letters))
-        raise ValueError(f'{place}: "answer" of a choice must be a letter from A to {last}, not {answer!r}')
+        raise ValueError(
+            f'{place}: "answer" of a choice must be a letter from A to {last}, not {quote(answer)}'
+        )
     return question
 
 
@@ -218,7 +213,7 @@ def _prompt(row: dict, place: str) -> str:
     key = next((key for key in PROMPT_KEYS if key in row), None)
     if key is None:
         there = ", ".join(map(json.dumps, row)) or "none"
-        raise ValueError(f'{place}: has no "prompt" (or "question", "problem"); its keys: {there}')
+        raise ValueError(f'{place}: has no "prompt" (or "question", "problem"); its keys: {shorten(there)}')
     prompt = row[key]
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], dict):
         prompt = prompt[0].get("content") if prompt[0].get("role") == "user" else None
