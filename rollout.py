@@ -87,15 +87,16 @@ def empty_rollout(prompts, rows, max_new_tokens):
 
 @torch.no_grad()
 def generate(model, prompts, rows, *, max_new_tokens, temperature=1.0, top_p=1.0, eos_ids, seed, stream, step,
-             budget_tokens=None, engine=None):  # fmt: skip
+             budget_tokens=None, engine=None, stop=lambda: False):  # fmt: skip
     """Sample responses to `prompts` (lists of token ids): a Rollout in the order of `rows`.
 
     rows: a list of (question, sample) pairs, question an index into prompts; or n for all with sample <
     n. A response ends with any of eos_ids or after max_new_tokens. stream ("train" or "eval") and step
     tell the random numbers of one rollout from those of another. budget_tokens bounds the tokens in the
     KV cache (None: all rows run at once); or reuse an `engine` of the same model, ends and lengths, with
-    its slots and CUDA graphs. Raises ValueError where training would learn from another distribution than
-    it samples (top-p below 1, temperature 0), and if the engine or the budget do not fit.
+    its slots and CUDA graphs. Once stop() is true, sampling ends and the rollout is not complete. Raises
+    ValueError where training would learn from another distribution than it samples (top-p below 1,
+    temperature 0), and if the engine or the budget do not fit.
     """
     if stream == "train" and (top_p < 1 or temperature == 0):
         how = f"top_p {top_p} and temperature {temperature} are for evaluation only"
@@ -110,7 +111,7 @@ def generate(model, prompts, rows, *, max_new_tokens, temperature=1.0, top_p=1.0
     rollout = empty_rollout(prompts, rows, max_new_tokens)
     keys = row_keys(seed, stream, step, rollout.question, rollout.sample).to(engine.key.device)
     scheduler = Scheduler(engine, prompts, rollout, keys, temperature, top_p)
-    while scheduler.waiting or scheduler.running:
+    while (scheduler.waiting or scheduler.running) and not same_on_all(model.group, torch.tensor(stop())):
         scheduler.admit()
         scheduler.decode()
         scheduler.finish()

@@ -62,6 +62,17 @@ fi
 # Report a wrong flag here in one sentence; torchrun would add a page about failed processes.
 plan=$(WORLD_SIZE=$((nnodes * nproc)) LOCAL_WORLD_SIZE=$nproc "${ttrl[@]}" --dry-run) || exit $?
 case " ${flags[*]-} " in *" --help "* | *" -h "* | *" --dry-run "*) echo "$plan"; exit ;; esac
-# Like `python -m torch.distributed.run`, but without searching the caller's folder for modules.
-torchrun='import sys; sys.path.pop(0); from torch.distributed.run import main; main()'
+# Like `python -m torch.distributed.run`, but without searching the caller's folder for modules, and with the
+# exit code of a signal or of the first rank that failed instead of a page.
+torchrun='import sys; sys.path.pop(0)
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+try:
+    main()
+except SignalException as stopped:
+    sys.exit(128 + stopped.sigval)
+except ChildFailedError as failed:
+    code = failed.get_first_failure()[1].exitcode
+    sys.exit(code if code > 0 else 128 - code)'
 exec "$PYTHON" -c "$torchrun" "${meet[@]}" --max-restarts "$restarts" --nproc-per-node "$nproc" "${ttrl[@]:1}"

@@ -121,8 +121,10 @@ def grpo_loss(logprob, old_logprob, advantage, mask, *, clip=0.2, dual_clip=3.0,
     >>> round(loss.item(), 4)
     -1.2
     """
-    # Bounded well outside the range that the clips allow: exp() = inf would have a NaN gradient.
-    log_ratio = torch.where(mask, logprob - old_logprob, 0.0).clamp(-20, 20)
+    log_ratio = torch.where(mask, logprob - old_logprob, 0.0)
+    # Bounded well outside the range that the clips allow: exp() = inf would have a NaN gradient. An infinite
+    # log-probability becomes NaN, and the update is skipped: bounded, it would pass for a likely one.
+    log_ratio = log_ratio.clamp(-20, 20) + 0 * log_ratio
     ratio = log_ratio.exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantage
@@ -191,12 +193,14 @@ def sample(run, prompts, n, *, stream, step, temperature, top_p=1.0):
     rows = [(question, sample) for question in range(len(prompts)) for sample in range(n)]
     # Ranks that share a sampler decode their rows together; `own` are this rank's among them.
     rows, own = ranks.split_rows(rows, c.sampler_ranks)
-    if not rows:  # an evaluation may have fewer rows than there are ranks
-        return None
-    options = dict(temperature=temperature, top_p=top_p, max_new_tokens=c.max_new_tokens, eos_ids=run.eos_ids)
-    options.update(engine=run.engine, budget_tokens=c.rollout_tokens)
-    rollout = generate(run.sampler, prompts, rows, seed=c.seed, stream=stream, step=step, **options)
-    return rollout[torch.tensor(own, dtype=torch.int64)]
+    rollout = None
+    if rows:  # an evaluation may have fewer rows than there are ranks
+        options = dict(temperature=temperature, top_p=top_p, max_new_tokens=c.max_new_tokens)
+        options.update(eos_ids=run.eos_ids, seed=c.seed, stream=stream, step=step)
+        rollout = run.repeat_rollout(generate, prompts, rows, **options)
+        rollout = rollout[torch.tensor(own, dtype=torch.int64)]
+    run.stop_together()  # where a signal, or --max-minutes, ends a run: the weights are those of a whole step
+    return rollout
 
 
 def extract(run, rollout, questions, n):
@@ -239,14 +243,17 @@ def learn(run, rollout, advantage, step):
     One update per mini-batch: the first M responses to --questions-per-update questions.
     """
     c, tally = run.config, metrics.Tally(run.device)
+    # nan everywhere if a sampled log-probability is not finite: then all updates are tried, and skipped
+    advantage = advantage + 0 * ranks.all_reduce({"sum": float(rollout.logprob.sum())})["sum"]
     for number, start in enumerate(range(0, len(advantage), c.questions_per_update)):
         stop = start + c.questions_per_update
         if c.kl == 0 and not advantage[start:stop].any():
             continue  # nothing to learn, and momentum and weight decay alone must not move the weights
         in_mini_batch = (rollout.question >= start) & (rollout.question < stop) & (rollout.sample < c.samples)
-        accumulate_gradients(run, rollout, in_mini_batch.nonzero()[:, 0], advantage, tally)
+        rows = in_mini_batch.nonzero()[:, 0]
+        run.repeat_update(accumulate_gradients, rollout, rows, advantage, tally, step=step)
         norm = parallel.clip_gradients(run.policy, c.grad_clip)
-        if math.isfinite(norm):
+        if run.health.may_update(norm, step, run.saved):
             run.optimizer.param_groups[0]["lr"] = run.schedule.learning_rate(step, number)
             run.optimizer.step()
             tally.updated(norm, run.optimizer.param_groups[0]["lr"])
@@ -263,8 +270,9 @@ def accumulate_gradients(run, rollout, rows, advantage, tally):
     for micro_batch, mask, is_last in parallel.micro_batches(rollout, rows, run.config.micro_batch_tokens):
         with parallel.exchange_gradients(run.learner, is_last):
             loss = micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally)
-            # The exchange averages over the ranks, but each rank's loss is its share of one sum.
-            (loss * ranks.world_size()).backward()
+            # The exchange averages over the ranks, but each rank's loss is its share of one sum. A loss that
+            # is not finite has gradients that are not, so that the update is skipped.
+            (loss * ranks.world_size() * (1 + 0 * loss.detach())).backward()
 
 
 def micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally):
@@ -309,36 +317,35 @@ def evaluate(run, lower_temperatures=False):
 
 
 def train(run, state):
-    """From `state` (step 0, or a checkpoint's) to the last step: the new state, None if time ran out."""
+    """From `state` (a new run's, or a checkpoint's) to the last step, in place.
+
+    A step is finished when its updates are made. Then it is evaluated, if that is due, and logged: that part
+    is made again if a run stops in it.
+    """
     c, watch = run.config, metrics.Stopwatch(state["seconds"])
-    if state["step"] == 0:
-        run.log(state, evaluation=evaluate(run, lower_temperatures=True))
-    bar = run.progress_bar(state)
-    for step in range(state["step"] + 1, run.schedule.steps + 1):
-        training, evaluation = train_step(run, step, state["labels"]), None
+    for step in range(state["step"], run.schedule.steps + 1):
         is_last = step == run.schedule.steps
-        if is_last or step % c.eval_every == 0:
-            bar.say("evaluating")
-            evaluation = evaluate(run, lower_temperatures=is_last)
-        state.update(step=step, seconds=watch.total())
-        line = run.log(state, training, evaluation)
-        bar.update(line, state, c)
-        out_of_time = ranks.broadcast(c.max_minutes is not None and watch.minutes() > c.max_minutes)
-        if is_last or out_of_time or step % c.save_every == 0:
-            run.save_checkpoint(state)
-        if out_of_time and not is_last:
-            where = f"step {step} of {run.schedule.steps}"
-            bar.close(f"stopped after {c.max_minutes} minutes at {where}; rerun the same command to resume")
-            return None
-    bar.close()
-    return state
+        if step > state["step"]:
+            labels = dict(state["labels"])  # `state` stays as it is until the step is finished
+            run.finish_step(state, step, labels, train_step(run, step, labels))
+        if state["unlogged"] is not None:
+            evaluation = None
+            if is_last or step % c.eval_every == 0:
+                run.bar.say("evaluating")
+                evaluation = evaluate(run, lower_temperatures=is_last or step == 0)
+            state["seconds"] = watch.total()
+            run.log(state, evaluation)
+            if is_last or (step and step % c.save_every == 0):
+                run.save_checkpoint(state)
 
 
 def main(argv=None):
     run, state = open_run(argv, REWARDS)
     if run.config.eval_only:
         run.save_evaluation(evaluate(run, lower_temperatures=True)[0])
-    elif train(run, state):
+    else:
+        with run.training(state):
+            train(run, state)
         run.finish(state)
 
 

@@ -3,7 +3,11 @@
 All of it is arithmetic on the settings and on config.json: no weight has been read when the plan is printed.
 """
 
+import contextlib
 import math
+import os
+import shutil
+from pathlib import Path
 
 import torch
 
@@ -29,9 +33,9 @@ def print_plan(inputs, job, layout, given, shown_prompt):
         responses = planned_responses(inputs.schedule, len(inputs.eval_set))
         work = training_lines(c, inputs.schedule, responses)
         time = time_lines(job, layout, sum(map(len, inputs.train_prompts)) / count, responses)
-    memory = memory_table(job, layout) if machine.cuda else memory_line(layout)
+    memory = memory_table(job, layout) if machine.cuda else memory_line(job, layout)
     differs = [f"differs  {line}" for line in differences(c, given)]
-    print0(*lines, *work, f"prompt   {shown_prompt}", *memory, *time, *differs, f"out      {c.out}")
+    print0(*lines, *work, f"prompt   {shown_prompt}", *memory, *time, *differs, f"out      {disk_line(job)}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -81,12 +85,13 @@ def evaluation_lines(c):
 # memory
 
 
-def memory_line(layout):
+def memory_line(job, layout):
     """On a CPU."""
     c, parts = layout.config, layout.parts
     learning = "" if c.eval_only else f", micro-batches {c.micro_batch_tokens:,}"
     return [
-        f"memory   {sum(parts.values()) / 1e9:.2f} GB per rank ({listed(parts)}), sampler up to "
+        f"memory   {sum(parts.values()) / 1e9:.2f} GB per rank of {job.machine.memory / 1e9:.1f} "
+        f"({listed(parts)}), sampler up to "
         f"{c.rollout_tokens:,} tokens{learning}"
     ]
 
@@ -146,6 +151,33 @@ def offload_lines(job, layout):
         f"{rows:.0f}, with {other.host / 1e9:.0f} GB of host memory on each node; "
         "sampling would be faster, each update slower"
     ]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# disk
+
+
+def disk_line(job):
+    """Where the run goes, and the bytes that it needs there. Raises ValueError if they are not free."""
+    c = job.config
+    if c.eval_only or c.gpus:
+        return c.out
+    out = Path(c.out).absolute()
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    parameters = count_parameters(job.model_config).total
+    needed = 2 * 12 * parameters + 4 * parameters  # two checkpoints: weights and two moments; the model
+    held = 0
+    with contextlib.suppress(OSError):  # another run may be at work there, which is refused later
+        held = sum(file.stat().st_size for file in out.glob("checkpoint/step-*/*"))
+    free = shutil.disk_usage(there).free
+    if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
+        raise ValueError(f"--out {c.out}: cannot write in {there}")
+    if needed > free + held:
+        raise ValueError(
+            f"--out {c.out}: two checkpoints and the model take {needed / 1e9:,.2f} GB, and {there} has "
+            f"{free / 1e9:,.2f} free; make room, or choose another --out"
+        )
+    return f"{c.out}: two checkpoints and the model take {needed / 1e9:,.2f} GB of {free / 1e9:,.0f} free"
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import platform
 import socket
 import struct
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -22,10 +23,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from distributed import interrupts
+
 # A rank may wait for the slowest rollout, or for rank 0 to write a checkpoint: hours for a large model.
 TIMEOUT = datetime.timedelta(hours=4)
 # How late NFS may show a new file on another machine (its acdirmax).
 SECONDS_TO_SEE = 60
+SECONDS_TO_MEET = 600
+# The terminal, or the program at the other end of a pipe, may be gone. A run goes on without.
+QUIETLY = contextlib.suppress(OSError)
 
 
 def start_processes(device):
@@ -37,7 +43,12 @@ def start_processes(device):
     if "GLOO_SOCKET_IFNAME" not in os.environ:
         os.environ["GLOO_SOCKET_IFNAME"] = network_interface()
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    lost = [1, f"the ranks did not find each other in {SECONDS_TO_MEET // 60} minutes; try again"]
+    limit = threading.Timer(SECONDS_TO_MEET, interrupts.leave, lost)
+    limit.daemon = True
+    limit.start()
     dist.init_process_group(backend, timeout=TIMEOUT, **where)
+    limit.cancel()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
@@ -69,6 +80,7 @@ def run_and_leave(main):
     other exception is raised by this rank alone. It must not destroy the group: NCCL would wait for ranks
     that wait for this one in a collective, and torchrun would not see the failure before TIMEOUT.
     """
+    interrupts.listen()
     sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold characters the terminal cannot show
     torch.use_deterministic_algorithms(not torch.cuda.is_available())
     torch.utils.deterministic.fill_uninitialized_memory = False  # a slow debugging aid
@@ -78,12 +90,15 @@ def run_and_leave(main):
     except SystemExit as stopped:
         code = stopped.code  # do not keep the exception: its traceback holds main's locals, CUDA graphs too
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            print("interrupted; rerun the same command to resume from the last checkpoint", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        why = interrupts.explain(error)
+        with QUIETLY:
+            if why:
+                said = f"ttrl.py: rank {dist.get_rank()}: {why}; rerun the same command to resume"
+                print(said, file=sys.stderr)
+            else:
+                traceback.print_exc()
+            sys.stderr.flush()
+            sys.stdout.flush()
         os._exit(1)  # skips destructors, which would wait for other ranks
     if dist.is_initialized():
         # NCCL waits until no CUDA graph holds one of its collectives (pytorch issue 115388).
@@ -92,6 +107,10 @@ def run_and_leave(main):
         # waits for that thread while holding the GIL. Let the thread run first to avoid the deadlock.
         time.sleep(0.05)
         dist.destroy_process_group()
+    try:
+        sys.stdout.flush()
+    except OSError:  # or Python would end with 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(code)
 
 
@@ -143,7 +162,8 @@ def is_rank0():
 def print0(*lines):
     """Print lines on rank 0."""
     if is_rank0():
-        print(*lines, sep="\n", flush=True)
+        with QUIETLY:
+            print(*lines, sep="\n", flush=True)
 
 
 def split_rows(rows, group_size=1):
@@ -177,6 +197,13 @@ def broadcast(value):
     return box[0]
 
 
+def all_gather(value):
+    """The values (any picklable objects) of all ranks, by rank, on every rank."""
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def all_reduce(values, op=dist.ReduceOp.SUM):
     """Sum (or another `op`) over all ranks of each number in a dict. All ranks need the same keys."""
     tensor = torch.tensor([values[name] for name in sorted(values)], dtype=torch.float64)
@@ -194,8 +221,7 @@ def on_every_rank(action):
         result = action()
     except (ValueError, OSError) as error:
         failure = str(error)
-    failures = [None] * world_size()
-    dist.all_gather_object(failures, failure)
+    failures = all_gather(failure)
     if failure and len(set(failures)) == 1:
         raise ValueError(failure)  # the same everywhere
     if any(failures):
@@ -259,4 +285,4 @@ def check_shared(folder):
     finally:
         if is_rank0():
             for path in folder.glob(".seen-*"):  # a killed run may have left some
-                path.unlink()
+                path.unlink(missing_ok=True)

@@ -108,6 +108,7 @@ def of_training(groups, rewards, trained, last_labels):
     fields = {**OF_VOTES, "ground_truth_ratio": "pass@1", "label_accuracy": "majority_right",
               "reward_accuracy": "reward_accuracy", f"pass@{len(rewards[0])}": "any_right"}  # fmt: skip
     metrics = {**means(records, fields), **of_responses(groups), **compared_with_last(records, last_labels)}
+    metrics["most_common_label"] = most_common_label(last_labels)[1]
     metrics["reward"] = mean(map(mean, rewards))
     metrics["zero_variance_groups"] = mean(len(set(row[:trained])) == 1 for row in rewards)
     return metrics
@@ -129,6 +130,17 @@ def compared_with_last(records, last):
             same and record["majority"] is not None and not record["majority_right"] for record, same in known
         )
     return metrics
+
+
+def most_common_label(labels):
+    """The label of most questions, by spelling, and the share of all that have it: {question id: label}.
+
+    >>> most_common_label({"a": "7", "b": "7", "c": None, "d": "9"})
+    ('7', 0.5)
+    """
+    counts = Counter(label for label in labels.values() if label is not None)
+    label, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
+    return label, count / max(1, len(labels))
 
 
 def unchanged(record, label):

@@ -9,6 +9,7 @@ The ranks share out the rows: responses to sample and to learn from. Where a mod
 out the learner's state and the sampler as well: distributed/parallel.py.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -23,13 +24,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 
-from distributed import checkpoint, parallel, ranks, weights
-from distributed.provenance import commit, compare_with_checkpoint, environment, made_with
+from distributed import checkpoint, halving, interrupts, parallel, ranks, weights
+from distributed.provenance import commit, environment, made_with
 from distributed.ranks import is_rank0, on_every_rank, on_rank0, print0
+from distributed.resume import FORMAT, LOGS, claim_folder, find_checkpoint, prepare_files, progress
 from model import Transformer
-from report import screen
+from report import health, screen
 from report.curves import draw_curves
+from report.health import Health
 from report.ledger import better, summarize
 from report.page import write_page
 from rollout import Engine
@@ -37,6 +41,7 @@ from support.config import configure, parse
 from support.hub import TOKENIZER_FILES, fetch_weights
 from support.inputs import Inputs, plan_run
 from support.prompts import decode_response
+from support.untrusted import shorten
 
 
 @dataclass
@@ -49,6 +54,13 @@ class Run(Inputs):
     reference: Transformer | None  # None with --kl 0
     optimizer: torch.optim.Optimizer | None
     engine: Engine | None  # kept on a GPU for its CUDA graphs; a CPU gives the memory back to the learner
+    lock: object = None  # of the run's folder, on rank 0
+    bar: screen.Progress | None = None
+    health: Health = dataclasses.field(default_factory=Health)
+    saved: tuple | None = None  # `progress` of the newest checkpoint
+    unwritten: dict = dataclasses.field(default_factory=lambda: {name: [] for name in LOGS})
+
+    repeat_rollout, repeat_update = halving.repeat_rollout, halving.repeat_update
 
     def decode(self, ids):
         """The text of response token ids, for the grader and for people."""
@@ -60,9 +72,26 @@ class Run(Inputs):
             weights.refresh(self.sampler, self.policy)
 
     def save_checkpoint(self, state):
-        """Write out/checkpoint: weights, moments, and the state that `resume` reads. On all ranks."""
-        whole = {**state, "made_with": made_with(self)}
-        checkpoint.save(Path(self.config.out) / "checkpoint", self.policy, self.optimizer, whole)
+        """Write out/checkpoint: weights, moments, and the state that `resume` reads. On all ranks.
+
+        If that fails, the run goes on with the checkpoint before; returns whether it was written.
+        """
+        if not self.health.may_save(self.policy, state["step"], self.bar.write):
+            return False
+        out = Path(self.config.out)
+        whole = {**state, "format": FORMAT, "made_with": made_with(self)}
+        try:
+            whole["logs"] = on_rank0(lambda: {name: self.flush(out / name) for name in LOGS})
+            checkpoint.save(out / "checkpoint", self.policy, self.optimizer, whole)
+        except ValueError as error:  # a full disk
+            takes, free = 12 * sum(p.numel() for p in self.policy.parameters()), checkpoint.free_bytes(out)
+            self.bar.write(
+                f"step {state['step']}: no checkpoint, because {error}; it takes {takes / 1e9:.3f} GB, and "
+                f"{free / 1e9:.3f} are free; the run goes on, and the next is tried as usual"
+            )
+            return False
+        self.saved = progress(state)
+        return True
 
     def save_model(self):
         """Write out/model in Hugging Face format, with the tokenizer, for transformers or vLLM.
@@ -82,48 +111,102 @@ class Run(Inputs):
 
         checkpoint.replace_folder(Path(self.config.out) / "model", fill)
 
-    def log(self, state, training=None, evaluation=None):
-        """Bring `state` and the run's files up to date with a step: the line of metrics.jsonl.
+    @contextlib.contextmanager
+    def training(self, state):
+        """A context to train in. A signal or --max-minutes ends it after a whole step, which is saved."""
+        self.bar = screen.Progress(state["step"], self.schedule.steps)
+        interrupts.training(True)
+        try:
+            yield
+        except interrupts.Stopped as stopped:
+            saved = self.saved == progress(state) or self.save_checkpoint(state)
+            self.bar.close()
+            step, of = state["step"], f"of {self.schedule.steps}"
+            where = f"after step {step} {of}, which is {'' if saved else 'not '}saved"
+            if step == 0:
+                where = "before the first step: nothing was learned, so nothing is lost"
+            print0(f"stopped by {stopped.name} {where}; rerun the same command to resume")
+            raise SystemExit(stopped.code if saved or step == 0 else 1) from None
+        interrupts.training(False, saved=self.saved == progress(state))
+        self.bar.close()
 
-        training: what ttrl.train_step returns; evaluation: what ttrl.evaluate returns. After an evaluation,
-        curves and page are redrawn.
+    def resume(self, folder, state):
+        """Load a checkpoint, if there is one, and prepare the run's files for the steps after it."""
+        if folder:
+            on_every_rank(lambda: checkpoint.restore(folder, self.policy, self.optimizer))
+            self.refresh_sampler()
+            self.saved = progress(state)
+        sizes = state.pop("logs")
+        on_rank0(lambda: prepare_files(self.config, sizes))
+
+    def stop_together(self):
+        """Leave `training` on all ranks if any is to stop. Weights have to be those of a whole step."""
+        interrupts.stop_together()
+
+    def finish_step(self, state, step, labels, trained):
+        """Bring `state` up to date with a step whose updates are made: what ttrl.train_step returned.
+
+        `log` writes it to the run's files, when it is evaluated.
         """
-        step, files = state["step"], {}
+        measured, groups, rewards = trained
+        dtype = self.sampler.embed_tokens.weight.dtype
+        self.health.compare(measured.get("logprob_gap"), step, dtype, self.saved)
+        state["updates"] += measured["updates"]
+        state["skipped_updates"] += measured["skipped_updates"]
+        line = {f"train/{name}": value for name, value in measured.items()}
+        shown, votes = screen.shown_responses(step, groups, rewards), screen.counted_votes(step, groups)
+        unlogged = {"metrics.jsonl": [line], "rollouts.jsonl": shown, "votes.jsonl": votes}
+        state.update(step=step, labels=labels, unlogged=unlogged)
+        if self.config.max_minutes is not None:  # one step is made in any case, or a run might never end
+            interrupts.stop_after(self.config.max_minutes)
+
+    def log(self, state, evaluation=None):
+        """Write a finished step to the run's files, with its evaluation (what ttrl.evaluate returns).
+
+        After an evaluation, curves and page are redrawn.
+        """
+        step, lines = state["step"], state["unlogged"]
         line = {"step": step, "epoch": math.ceil(step / self.schedule.steps_per_epoch)}
-        if training:
-            measured, groups, rewards = training
-            line.update({f"train/{name}": value for name, value in measured.items()})
-            state["updates"] += measured["updates"]
-            state["skipped_updates"] += measured["skipped_updates"]
-            files["rollouts.jsonl"] = screen.shown_responses(step, groups, rewards)
-            files["votes.jsonl"] = screen.counted_votes(step, groups)
+        line.update(*lines["metrics.jsonl"])
         if evaluation:
             measured, records = evaluation
             line.update({f"eval/{name}": value for name, value in measured.items()})
             state["after" if step else "before"] = {"step": step, "metrics": measured, "records": records}
             state["best"] = better(state.get("best"), step, records)
+        state["unlogged"] = None
         if is_rank0():
-            self.write_step(state, line, files, evaluation)
-        return line
+            finite = {name: value for name, value in line.items() if math.isfinite(value)}  # JSON has no nan
+            self.write_step(state, {**lines, "metrics.jsonl": [finite]}, evaluation)
+        if step:
+            self.bar.update(line, state, self.config)
 
-    def progress_bar(self, state):
-        """The progress bar of training, on rank 0; it also says when a step taught nothing."""
-        return screen.Progress(state["step"], self.schedule.steps)
-
-    def write_step(self, state, line, files, evaluation):
+    def write_step(self, state, lines, evaluation):
         """The part of `log` that touches the disk."""
         c, out = self.config, Path(self.config.out)
-        finite = {name: value for name, value in line.items() if math.isfinite(value)}  # JSON has no nan
-        checkpoint.append(out / "metrics.jsonl", [finite])
-        for name, lines in files.items():
-            checkpoint.append(out / name, lines)
-        if evaluation:
-            draw_curves(out, c.eval_samples)
-            self.draw_page(state)
+        for name in LOGS:
+            self.unwritten[name] += lines.get(name, [])
+        try:
+            for name in LOGS:
+                self.flush(out / name)
+            if evaluation:
+                draw_curves(out, c.eval_samples)
+                self.draw_page(state)
+        except (OSError, ValueError) as error:  # lines that are not written wait for the next time
+            self.bar.write(f"step {state['step']}: {error}; the run goes on")
         if c.wandb:
             import wandb
 
-            wandb.log(line, step=line["step"])
+            try:
+                wandb.log(*lines["metrics.jsonl"], step=state["step"])
+            except Exception as error:  # of the network, mostly
+                self.bar.write(f"step {state['step']}: wandb: {error}; the run goes on")
+
+    def flush(self, path):
+        """Append to a file the lines that it lacks; returns its bytes."""
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
+        checkpoint.append(path, self.unwritten[path.name])
+        self.unwritten[path.name] = []
+        return path.stat().st_size
 
     def draw_page(self, state):
         """Write out/report.html, the run as a page."""
@@ -132,25 +215,33 @@ class Run(Inputs):
 
     def finish(self, state):
         """Write model, summary.json and page; print the table of before and after, ledger and responses."""
-        if state["skipped_updates"] and not state["updates"]:
-            count = state["skipped_updates"]
-            reason = f"ttrl.py: the gradient of all {count} updates was not finite, nothing was learned"
-            raise SystemExit(reason if is_rank0() else 1)
-        self.save_model()
+        self.health.may_finish(self.policy, state, self.saved)
+        try:
+            self.save_model()
+            summary = self.write_summary(state) if is_rank0() else None
+        except (OSError, ValueError, SafetensorError) as error:  # a full disk
+            interrupts.leave(1, f"{error}; make room, and rerun the same command for what is missing")
         if not is_rank0():
             return
+        c = self.config
+        print0(screen.render(summary, state))
+        nothing = health.taught_nothing(screen.read_metrics(c.out)[1:], c)  # step 0 is an evaluation
+        if nothing:
+            print0(f"\n{nothing}")
+        minutes = f"{state['seconds'] / 60:.1f} minutes"
+        files = "report.html, curves.png, summary.json, metrics.jsonl, rollouts.jsonl, votes.jsonl, model/"
+        print0(f"\n{c.out}: {files} ({minutes})")
+
+    def write_summary(self, state):
+        """Write summary.json and the page, and lines that the logs lack: the summary. On rank 0."""
         c, out = self.config, Path(self.config.out)
+        for name in LOGS:
+            self.flush(out / name)
         summary = {**summarize(state), "seconds": state["seconds"], **screen.speeds(out)}
         summary.update(environment=environment(c), config=dataclasses.asdict(c))
         checkpoint.write_whole(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
         self.draw_page(state)
-        print(screen.render(summary, state))
-        nothing = screen.taught_nothing(screen.read_metrics(out)[1:], c)  # step 0 is an evaluation
-        if nothing:
-            print(f"\n{nothing}")
-        minutes = f"{state['seconds'] / 60:.1f} minutes"
-        files = "report.html, curves.png, summary.json, metrics.jsonl, rollouts.jsonl, votes.jsonl, model/"
-        print(f"\n{c.out}: {files} ({minutes})")
+        return summary
 
     def save_evaluation(self, metrics):
         """Write what --eval-only leaves, evaluation.json, and print a table. On rank 0."""
@@ -160,7 +251,7 @@ class Run(Inputs):
         whole = {"evaluation": metrics, "environment": environment(c), "config": dataclasses.asdict(c)}
         checkpoint.write_whole(Path(c.out) / "evaluation.json", json.dumps(whole, indent=1))
         print(screen.table({"evaluation": metrics}))
-        unanswered = screen.unanswered(metrics["no_answer"], metrics["truncated"], c)
+        unanswered = health.unanswered(metrics["no_answer"], metrics["truncated"], c)
         if unanswered:
             print(f"\n{unanswered}")
 
@@ -183,13 +274,21 @@ def open_run(argv, rewards):
     try:
         c = configure(given)
         inputs = plan_run(c, ranks.start_processes(c.device), given)
+        if c.gpus:  # those are not here, and neither is the run
+            raise SystemExit(0)
+        lock = claim_folder(inputs)
+        folder, state = find_checkpoint(inputs)
         if c.dry_run:
             raise SystemExit(0)
+        interrupts.feel_pulse()
         run = build_run(fetch_model(inputs))
-        return run, resume(run)
+        run.lock = lock
+        if not c.eval_only:
+            run.resume(folder, state)
+        return run, state
     except (ValueError, OSError) as error:
         if rank == 0 or not dist.is_initialized():  # once there is a group, all ranks raise the same
-            print(f"ttrl.py: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+            print(f"ttrl.py: {f'rank {rank}: ' if rank else ''}{shorten(str(error), 900)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -243,54 +342,3 @@ def load_models(inputs, group, grid):
         reference = Transformer.from_pretrained(folder, compute_dtype, device, shard)
         reference.requires_grad_(False)
     return policy, sampler, reference
-
-
-# ----------------------------------------------------------------------------------------------------------
-# resumed
-
-
-def resume(run):
-    """Make the run's folder, or go on with the run in it: the state that `train` starts from.
-
-    Rank 0 alone decides what is resumed: another node may see a file of the shared folder later.
-    """
-    out = Path(run.config.out)
-    if run.config.eval_only:
-        on_rank0(lambda: out.mkdir(parents=True, exist_ok=True))
-        return {}
-    ranks.check_shared(out)
-    folder, state = on_rank0(lambda: find_checkpoint(run, out))
-    if folder:
-        on_every_rank(lambda: checkpoint.restore(folder, run.policy, run.optimizer))
-        run.refresh_sampler()
-    on_rank0(lambda: prepare_files(run, out, state["step"] if folder else -1))
-    return state
-
-
-def find_checkpoint(run, out):
-    """(folder, state) of the newest checkpoint; (None, the state of a new run) if there is none."""
-    c, folder = run.config, checkpoint.newest(out / "checkpoint")
-    # labels: {question id: label of its last vote in training}
-    state = {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0, "empty_steps": 0, "labels": {}}
-    if folder is None:
-        return None, state
-    state.update(checkpoint.read_state(folder))
-    compare_with_checkpoint(run, state.pop("made_with", None))
-    last = run.schedule.steps
-    if state["step"] < last:
-        print0(f"resume   from step {state['step']}")
-    else:
-        print0(f"finished {c.out} has all its {last} steps: nothing is trained; another --out starts anew")
-    return folder, state
-
-
-def prepare_files(run, out, step):
-    """Drop the lines of steps after `step`, which are made again, and note the settings."""
-    c = run.config
-    for name in ("metrics.jsonl", "rollouts.jsonl", "votes.jsonl"):
-        checkpoint.forget_after(out / name, step)
-    checkpoint.write_whole(out / "config.json", json.dumps(dataclasses.asdict(c), indent=1))
-    if c.wandb:
-        import wandb
-
-        wandb.init(project="ttrl", name=out.name, config=dataclasses.asdict(c), resume="allow", id=out.name)

@@ -76,7 +76,7 @@ def run_impatiently(flags):
 
     ranks.SECONDS_TO_SEE = 0.5
     if os.environ["RANK"] != "0":
-        checkpoint.newest = lambda root: None
+        checkpoint.folders = lambda root: {}
     try:
         ttrl.main(flags)
     finally:

@@ -271,7 +271,7 @@ def no_refresh_on_rank_1(monkeypatch):
     return keep
 
 
-ACCUMULATE = (ttrl, "accumulate_gradients", "(loss * ranks.world_size()).backward()", "loss.backward()")
+ACCUMULATE = (ttrl, "accumulate_gradients", "ranks.world_size() *", "1 *")
 PLANTED = {
     "gradients are averaged": plant(*ACCUMULATE),
     "gradients of copies are averaged": plant(*ACCUMULATE),
@@ -339,7 +339,7 @@ def save_after_a_step(models, root, split):
 def resume(models, root, split):
     """Restore into models just built, train the second step: the state before and after."""
     run, rollout = begin(Case("even", split), models)  # the rollout is of the weights that step 1 began with
-    checkpoint.restore(checkpoint.newest(root), run.policy, run.optimizer)
+    checkpoint.restore(checkpoint.newest_whole(root), run.policy, run.optimizer)
     run.refresh_sampler()
     saved = whole_state(run)
     learn(run, rollout, 2)

@@ -20,7 +20,7 @@ BLOCKS = [block for page in PAGES for block in re.findall(r"```\n(.*?)```", page
 COMMANDS = sorted({line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()
                    if re.match(r"(bash|python|torchrun|pip) ", line)})  # fmt: skip
 RUN_FILES = set("""config.json metrics.jsonl rollouts.jsonl votes.jsonl curves.png report.html summary.json
-    checkpoint model""".split())  # fmt: skip
+    checkpoint model .lock .owner""".split())  # fmt: skip
 TRAIN_FLAGS = {"--nproc", "--nnodes", "--rdzv-endpoint", "--local-addr", "--max-restarts"}
 FIRST_CARD_FLAGS = {"--seconds", "--until", "--from", "--retry-failed", "--dry", "--deadline"}
 OTHER_FLAGS = set("""--no-offload --no-checkpointing --nproc-per-node --rdzv-backend --help

@@ -16,7 +16,7 @@ from test_nodes import lose
 
 import ttrl
 from distributed import checkpoint, machine
-from report import screen
+from report import health, screen
 from support import config, inputs, run
 
 TINY = ROOT / "tiny" / "model"
@@ -61,7 +61,7 @@ def leave_in_the_middle(line, out):
         time.sleep(0.02)
     lose(process)
     assert process.wait() == -signal.SIGKILL
-    step = checkpoint.read_state(checkpoint.newest(out / "checkpoint"))["step"]
+    step = list(checkpoint.folders(out / "checkpoint").values())[-1]
     assert 1 <= step < 4
     return step
 
@@ -81,11 +81,11 @@ def test_a_run_leaves_every_file(finished):
     out, _ = finished
     assert {path.name for path in out.iterdir()} == {
         "config.json", "metrics.jsonl", "rollouts.jsonl", "votes.jsonl", "curves.png", "report.html",
-        "summary.json", "checkpoint", "model"}  # fmt: skip
+        "summary.json", "checkpoint", "model", ".lock", ".owner"}  # fmt: skip
     picture = (out / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
     assert json.loads((out / "config.json").read_text())["votes"] == 8
-    assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-000004"]
+    assert {path.name for path in (out / "checkpoint").iterdir()} == {"step-000003", "step-000004"}
 
 
 def test_the_page_of_a_run_shows_what_its_files_hold(finished):
@@ -294,7 +294,9 @@ def test_the_checkpoint_of_another_model_is_one_sentence(finished, few_questions
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
     path = out / "checkpoint" / "step-000004" / "weights-1-of-1.safetensors"
+    sums, before = path.with_name("SHA256SUMS"), checkpoint.sha256(path)
     save_file({f"old.{name}": tensor.clone() for name, tensor in load_file(path).items()}, path)
+    sums.write_text(sums.read_text().replace(before, checkpoint.sha256(path)))
     error = refused("--data", few_questions, "--out", out, *SMALL, "--allow-changed-flags")
     assert "step-000004: holds the parameters of another model" in error
 
@@ -335,15 +337,14 @@ def test_stray_files_do_not_end_training(few_questions, tmp_path):
     for name in stray:
         (folder / name).write_text("not ours")
     train(few_questions, tmp_path / "run")
-    assert {path.name for path in folder.iterdir()} == {*stray, "step-mine", "step-000004"}
+    assert {path.name for path in folder.iterdir()} == {*stray, "step-mine", "step-000003", "step-000004"}
 
 
-def test_separators_inside_a_line_survive_a_resume(tmp_path):
+def test_separators_inside_a_line_survive(tmp_path):
     path = tmp_path / "rollouts.jsonl"
-    lines = [{"step": 1, "response": "one\u2028two\u0085three"}, {"step": 2, "response": "gone"}]
+    lines = [{"step": 1, "response": "one\u2028two\u0085three"}, {"step": 2}]
     checkpoint.append(path, lines)
-    checkpoint.forget_after(path, 1)
-    assert [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] == lines[:1]
+    assert screen.read_lines(path) == lines
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -396,17 +397,46 @@ def test_an_unknown_model_is_one_sentence_on_every_rank(tmp_path):
 
 
 def test_updates_that_are_never_finite_do_not_end_as_if_all_were_well(few_questions, tmp_path):
-    """With a gradient norm that is always nan: a line for each step, then a sentence and no table."""
+    """Too few to end a run early: a line for each step, then a sentence and no model."""
     out = tmp_path / "run"
-    flags = ["--data", few_questions, "--out", out, *SMALL]
-    done = program(tmp_path, *flags, script="tests/broken_run.py", code=1)
+    flags = ["--data", few_questions, "--out", out, *SMALL, "--epochs", "1"]
+    done = program(tmp_path, *flags, script="tests/broken_run.py", code=3)
     assert re.search(r"step 1: \d updates skipped because their gradient", done.stdout + done.stderr)
-    nothing = r"ttrl.py: the gradient of all \d updates was not finite, nothing was learned\n"
+    nothing = r"ttrl.py: the gradient of all \d updates was not finite, nothing was learned; the checkpoint"
     assert re.search(nothing, done.stderr)
     assert "What became of" not in done.stdout and not (out / "summary.json").exists()
-    saved = load_file(out / "checkpoint" / "step-000004" / "weights-1-of-1.safetensors")
-    base = load_file(TINY / "model.safetensors")
-    assert saved["embed_tokens.weight"].equal(base["model.embed_tokens.weight"])
+    assert not (out / "model").exists()
+
+
+FAULTS = ("norm", "weight", "sampled", "learned", "loss", "gradient")
+
+
+@pytest.mark.parametrize(
+    "ranks, fault", [*((None, fault) for fault in FAULTS), (2, "sampled"), (2, "gradient")]
+)
+def test_numbers_that_go_bad_move_no_weight_and_end_the_run(
+    few_questions, tmp_path, monkeypatch, ranks, fault
+):
+    """From step 2 on something is not finite (tests/broken_run.py): the weights are those of step 1."""
+    monkeypatch.setenv("BROKEN", fault)
+    monkeypatch.setenv("FROM_STEP", "2")
+    out = tmp_path / "run"
+    flags = ["--data", few_questions, "--out", out, *SMALL, "--eval-samples", "2"]
+    code = 3 if ranks is None else 1  # of torchrun
+    done = program(tmp_path, *flags, ranks=ranks, script="tests/broken_run.py", code=code)
+    assert ranks is None or "exitcode  : 3 " in done.stderr
+    why = r"ttrl.py: the gradients of 5 updates in a row, up to step 4, were not finite: .*\n"
+    [said] = re.findall(why, done.stderr)
+    saved = 1 if fault == "weight" else 3  # skipped updates leave the weights as they are
+    assert said.endswith(f"; the checkpoint of step {saved} is kept\n")
+    assert ("step 3: no checkpoint, because weights are not finite" in done.stdout) == (fault == "weight")
+    assert list(checkpoint.folders(out / "checkpoint").values()) == ([1] if saved == 1 else [2, 3])
+    kept = load_file(out / "checkpoint" / f"step-00000{saved}" / "weights-1-of-1.safetensors")
+    last_weights = [torch.load(path) for path in tmp_path.glob("rank-*.pt")]  # torchrun may kill the others
+    assert last_weights
+    for last in last_weights:
+        moved = {name for name in kept if not kept[name].equal(last[name])}
+        assert moved == ({"norm.weight"} if fault == "weight" else set())
 
 
 CUT = "taught nothing: 100% of the responses were truncated at --max-new-tokens 3; try a larger limit"
@@ -436,9 +466,9 @@ def test_why_a_step_taught_nothing(no_answer, truncated, why):
     line = {"step": 7, "train/no_answer": no_answer, "train/truncated": truncated}
     taught, nothing = ({**line, "train/zero_variance_groups": share} for share in (0.9, 1.0))
     c = config.Config()
-    assert f"step 7 taught nothing: {why}" in screen.taught_nothing([nothing], c)
-    assert f"2 of 3 steps taught nothing: {why}" in screen.taught_nothing([nothing, taught, nothing], c)
-    assert screen.taught_nothing([taught, nothing], c) is screen.taught_nothing([taught], c) is None
+    assert f"step 7 taught nothing: {why}" in health.taught_nothing([nothing], c)
+    assert f"2 of 3 steps taught nothing: {why}" in health.taught_nothing([nothing, taught, nothing], c)
+    assert health.taught_nothing([taught, nothing], c) is health.taught_nothing([taught], c) is None
 
 
 @pytest.mark.parametrize("failing", ["1", "0 1"])
@@ -505,7 +535,6 @@ ranks.run_and_leave(main)
     ("ends", "code", "printed", "complaint"),
     [
         ("raise RuntimeError('out of memory')", 1, "", "RuntimeError: out of memory\n"),
-        ("raise KeyboardInterrupt", 1, "", "to resume from the last checkpoint\n"),
         ("raise SystemExit('nothing was learned')", 1, "left the group\n", "nothing was learned\n"),
         ("pass", 0, "left the group\n", ""),
     ],
