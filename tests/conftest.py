@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parents[1]
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # for the programs that are started here, even under nohup
 torch.set_num_threads(1)  # the other cores belong to the subprocesses, and small matrices gain nothing
 
 

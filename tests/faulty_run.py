@@ -16,8 +16,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ttrl
 from distributed import checkpoint, interrupts, ranks
 
-what, _, where = sys.argv[1].partition("@")
-place, _, step = where.partition(":")
 seen = {"step": 0}
 
 
@@ -26,36 +24,45 @@ def note_step(run, step, labels, train_step=ttrl.train_step):
     return train_step(run, step, labels)
 
 
-def at(name, function):
-    """`function`, which at its first call in that place and step sends the signal."""
+def send(what, place, step):
+    """Let the functions of a place send the signal, once, in a step."""
 
-    def wrapped(*args, **kwargs):
-        stream = kwargs.get("stream", "learn")
-        rank = os.environ.get("RANK", "0")
-        if (stream, seen["step"]) == (place, int(step)) and (what != "STOP" or rank == "1"):
-            seen["step"] = -1
-            os.kill(os.getpid(), getattr(signal, "SIGINT" if what == "HANG" else f"SIG{what}"))
-            time.sleep(99 * (what == "HANG"))
-        return function(*args, **kwargs)
+    def at(name, function):
+        def wrapped(*args, **kwargs):
+            stream, rank = kwargs.get("stream", "learn"), os.environ.get("RANK", "0")
+            if (stream, seen["step"]) == (place, step) and (what != "STOP" or rank == "1"):
+                seen["step"] = -1
+                os.kill(os.getpid(), getattr(signal, "SIGINT" if what == "HANG" else f"SIG{what}"))
+                time.sleep(99 * (what == "HANG"))
+            return function(*args, **kwargs)
 
-    setattr(ttrl, name, wrapped)
+        setattr(ttrl, name, wrapped)
 
-
-def full(function):
-    def wrapped(path, *args, **kwargs):
-        if seen["step"] == int(where):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return function(path, *args, **kwargs)
-
-    return wrapped
-
-
-ttrl.train_step = note_step
-if what == "full":
-    checkpoint.append, checkpoint.sync = full(checkpoint.append), full(checkpoint.sync)
-else:
     at("generate", ttrl.generate)
     at("accumulate_gradients", ttrl.accumulate_gradients)
     interrupts.PATIENCE = 5
+
+
+def fill_the_disk(step):
+    """Let nothing be written in a step."""
+
+    def full(function):
+        def wrapped(path, *args, **kwargs):
+            if seen["step"] == step:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return function(path, *args, **kwargs)
+
+        return wrapped
+
+    checkpoint.append, checkpoint.sync = full(checkpoint.append), full(checkpoint.sync)
+
+
 if __name__ == "__main__":
+    what, _, where = sys.argv[1].partition("@")
+    place, _, step = where.rpartition(":")
+    ttrl.train_step = note_step
+    if what == "full":
+        fill_the_disk(int(step))
+    else:
+        send(what, place, int(step))
     ranks.run_and_leave(lambda: ttrl.main(sys.argv[2:]))
