@@ -1,6 +1,7 @@
 """Run ttrl.py with a fault: argv[1] says which, the rest are flags of ttrl.py.
 
 TERM@train:2, INT@eval:2, TERM@learn:1   this process gets the signal as it samples, evaluates or learns
+HANG@learn:1                             it gets Ctrl-C and hangs
 STOP@train:2                             rank 1 stands still, and is missed after five seconds
 full@2                                   nothing can be written as checkpoint and logs of step 2
 """
