@@ -47,8 +47,10 @@ def start_processes(device):
     limit = threading.Timer(SECONDS_TO_MEET, interrupts.leave, lost)
     limit.daemon = True
     limit.start()
-    dist.init_process_group(backend, timeout=TIMEOUT, **where)
-    limit.cancel()
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT, **where)
+    finally:
+        limit.cancel()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
