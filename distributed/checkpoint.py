@@ -97,11 +97,9 @@ def put_away(folder):
     return half
 
 
-def free_bytes(folder):
-    """What is free on the disk of a folder that need not exist."""
-    return shutil.disk_usage(
-        next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    ).free
+def nearest(folder):
+    """A folder, or the nearest above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def sync(path):

@@ -9,7 +9,6 @@ ends with a sentence, and torchrun ends the others.
 
 import dataclasses
 import gc
-import os
 import sys
 from collections import Counter
 
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from distributed import parallel
-from distributed.interrupts import asked
+from distributed.interrupts import asked, leave
 from kernels.packing import padded_tokens
 from support.config import flag_name
 
@@ -88,9 +87,10 @@ def repeat(run, field, when, attempt, sizes, restart, alone):
         budget = min(getattr(run.config, field), most)
         less = max(budget // 2, row)
         if budget <= row:
-            leave(f"out of memory in {when} with a single row; see docs/troubleshooting.md")
+            leave(1, f"out of memory in {when} with a single row; see docs/troubleshooting.md", alone=True)
         if not alone:
-            leave(f"out of memory in {when} with {flag} {budget}: rerun the same command with {flag} {less}")
+            why = f"out of memory in {when} with {flag} {budget}: rerun the same command with {flag} {less}"
+            leave(1, why, alone=True)
         run.config = dataclasses.replace(run.config, **{field: less})
         restart()
         free()
@@ -111,11 +111,3 @@ def free():
 def say(text):
     rank = dist.get_rank()
     tqdm.write(f"ttrl.py: {f'rank {rank}: ' if rank else ''}{text}", file=sys.stderr)
-
-
-def leave(why):
-    """Exit this rank, whatever the others do; its checkpoint stays."""
-    say(why)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)

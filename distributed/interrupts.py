@@ -70,19 +70,24 @@ def _hear(number):
         _say("Ctrl-C: the run stops after a whole step and saves it; Ctrl-C again leaves at once")
 
 
-def leave(code, why):
-    """Exit this process from any thread, while others may be in a collective. Rank 0 says why."""
+def leave(code, why, alone=False):
+    """Exit this process from any thread, while others may be in a collective.
+
+    Rank 0 says why; or this rank, if the others do not leave for the same reason.
+    """
     threading.Timer(1, os._exit, [code]).start()  # printing may block
-    _say(why)
+    _say(why, alone)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(code)
 
 
-def _say(text):
-    if os.environ.get("RANK", "0") == "0":
+def _say(text, alone=False):
+    rank = os.environ.get("RANK")  # None without torchrun
+    who = f"rank {rank}: " if alone and rank else ""
+    if alone or rank in (None, "0"):
         with contextlib.suppress(OSError):  # the terminal may be gone
-            print(f"\nttrl.py: {text}", file=sys.stderr, flush=True)
+            print(f"\nttrl.py: {who}{text}", file=sys.stderr, flush=True)
 
 
 def training(now, saved=True):
@@ -138,8 +143,7 @@ class Pulse:
         while _outside or max(self.missed) < PATIENCE:  # a rank that has done its part may leave
             time.sleep(SECOND)
             self.beat()
-        print(f"ttrl.py: rank {self.rank}: {self.gone(PATIENCE)}", file=sys.stderr, flush=True)
-        os._exit(1)
+        leave(1, self.gone(PATIENCE), alone=True)
 
     def beat(self):
         """Give a sign of life, and look for those of the others."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from distributed.checkpoint import nearest
 from distributed.layout import first_that_fits, listed
 from distributed.machine import USABLE
 from distributed.memory import count_parameters, kv_bytes
@@ -163,7 +164,7 @@ def disk_line(job):
     if c.eval_only or c.gpus:
         return c.out
     out = Path(c.out).absolute()
-    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    there = nearest(out)
     parameters = count_parameters(job.model_config).total
     needed = 2 * 12 * parameters + 4 * parameters  # two checkpoints: weights and two moments; the model
     held = 0

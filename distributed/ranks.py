@@ -93,12 +93,10 @@ def run_and_leave(main):
         code = stopped.code  # do not keep the exception: its traceback holds main's locals, CUDA graphs too
     except BaseException as error:
         why = interrupts.explain(error)
+        if why:
+            interrupts.leave(1, f"{why}; rerun the same command to resume", alone=True)
         with QUIETLY:
-            if why:
-                said = f"ttrl.py: rank {dist.get_rank()}: {why}; rerun the same command to resume"
-                print(said, file=sys.stderr)
-            else:
-                traceback.print_exc()
+            traceback.print_exc()
             sys.stderr.flush()
             sys.stdout.flush()
         os._exit(1)  # skips destructors, which would wait for other ranks

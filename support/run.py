@@ -78,13 +78,14 @@ class Run(Inputs):
         """
         if not self.health.may_save(self.policy, state["step"], self.bar.write):
             return False
-        out = Path(self.config.out)
+        root = Path(self.config.out) / "checkpoint"
         whole = {**state, "format": FORMAT, "made_with": made_with(self)}
         try:
-            whole["logs"] = on_rank0(lambda: {name: self.flush(out / name) for name in LOGS})
-            checkpoint.save(out / "checkpoint", self.policy, self.optimizer, whole)
+            whole["logs"] = on_rank0(self.flush)
+            checkpoint.save(root, self.policy, self.optimizer, whole)
         except ValueError as error:  # a full disk
-            takes, free = 12 * sum(p.numel() for p in self.policy.parameters()), checkpoint.free_bytes(out)
+            takes = 12 * sum(p.numel() for p in self.policy.parameters())
+            free = shutil.disk_usage(checkpoint.nearest(root)).free
             self.bar.write(
                 f"step {state['step']}: no checkpoint, because {error}; it takes {takes / 1e9:.3f} GB, and "
                 f"{free / 1e9:.3f} are free; the run goes on, and the next is tried as usual"
@@ -186,8 +187,7 @@ class Run(Inputs):
         for name in LOGS:
             self.unwritten[name] += lines.get(name, [])
         try:
-            for name in LOGS:
-                self.flush(out / name)
+            self.flush()
             if evaluation:
                 draw_curves(out, c.eval_samples)
                 self.draw_page(state)
@@ -201,12 +201,15 @@ class Run(Inputs):
             except Exception as error:  # of the network, mostly
                 self.bar.write(f"step {state['step']}: wandb: {error}; the run goes on")
 
-    def flush(self, path):
-        """Append to a file the lines that it lacks; returns its bytes."""
-        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
-        checkpoint.append(path, self.unwritten[path.name])
-        self.unwritten[path.name] = []
-        return path.stat().st_size
+    def flush(self):
+        """Append to the logs the lines that they lack; returns {file: bytes}. On rank 0."""
+        out, sizes = Path(self.config.out), {}
+        out.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
+        for name in LOGS:
+            checkpoint.append(out / name, self.unwritten[name])
+            self.unwritten[name] = []
+            sizes[name] = (out / name).stat().st_size
+        return sizes
 
     def draw_page(self, state):
         """Write out/report.html, the run as a page."""
@@ -228,15 +231,13 @@ class Run(Inputs):
         nothing = health.taught_nothing(screen.read_metrics(c.out)[1:], c)  # step 0 is an evaluation
         if nothing:
             print0(f"\n{nothing}")
-        minutes = f"{state['seconds'] / 60:.1f} minutes"
         files = "report.html, curves.png, summary.json, metrics.jsonl, rollouts.jsonl, votes.jsonl, model/"
-        print0(f"\n{c.out}: {files} ({minutes})")
+        print0(f"\n{c.out}: {files} ({state['seconds'] / 60:.1f} minutes)")
 
     def write_summary(self, state):
         """Write summary.json and the page, and lines that the logs lack: the summary. On rank 0."""
         c, out = self.config, Path(self.config.out)
-        for name in LOGS:
-            self.flush(out / name)
+        self.flush()
         summary = {**summarize(state), "seconds": state["seconds"], **screen.speeds(out)}
         summary.update(environment=environment(c), config=dataclasses.asdict(c))
         checkpoint.write_whole(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
