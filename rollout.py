@@ -87,16 +87,17 @@ def empty_rollout(prompts, rows, max_new_tokens):
 
 @torch.no_grad()
 def generate(model, prompts, rows, *, max_new_tokens, temperature=1.0, top_p=1.0, eos_ids, seed, stream, step,
-             budget_tokens=None, engine=None, stop=lambda: False):  # fmt: skip
+             budget_tokens=None, engine=None, watch=lambda finished, tokens: False):  # fmt: skip
     """Sample responses to `prompts` (lists of token ids): a Rollout in the order of `rows`.
 
     rows: a list of (question, sample) pairs, question an index into prompts; or n for all with sample <
     n. A response ends with any of eos_ids or after max_new_tokens. stream ("train" or "eval") and step
     tell the random numbers of one rollout from those of another. budget_tokens bounds the tokens in the
     KV cache (None: all rows run at once); or reuse an `engine` of the same model, ends and lengths, with
-    its slots and CUDA graphs. Once stop() is true, sampling ends and the rollout is not complete. Raises
-    ValueError where training would learn from another distribution than it samples (top-p below 1,
-    temperature 0), and if the engine or the budget do not fit.
+    its slots and CUDA graphs. watch is called now and then with the numbers of finished responses and of
+    sampled tokens; once it returns true, sampling ends and the rollout is not complete. Raises ValueError
+    where training would learn from another distribution than it samples (top-p below 1, temperature 0), and
+    if the engine or the budget do not fit.
     """
     if stream == "train" and (top_p < 1 or temperature == 0):
         how = f"top_p {top_p} and temperature {temperature} are for evaluation only"
@@ -111,7 +112,9 @@ def generate(model, prompts, rows, *, max_new_tokens, temperature=1.0, top_p=1.0
     rollout = empty_rollout(prompts, rows, max_new_tokens)
     keys = row_keys(seed, stream, step, rollout.question, rollout.sample).to(engine.key.device)
     scheduler = Scheduler(engine, prompts, rollout, keys, temperature, top_p)
-    while (scheduler.waiting or scheduler.running) and not same_on_all(model.group, torch.tensor(stop())):
+    while scheduler.finished < len(rollout):
+        if same_on_all(model.group, torch.tensor(bool(watch(scheduler.finished, scheduler.tokens)))):
+            break
         scheduler.admit()
         scheduler.decode()
         scheduler.finish()
@@ -129,6 +132,7 @@ class Scheduler:
         self.prefilled = {}  # {question: Prefilled}, until its last row has entered
         self.running = []  # the row in each slot
         self.context = 0  # positions that attention reads: those of the longest running row
+        self.finished = self.tokens = 0  # responses that are finished; tokens sampled so far
 
     def admit(self):
         """WAITING -> RUNNING: let rows enter the free slots and sample their first tokens."""
@@ -179,6 +183,8 @@ class Scheduler:
             num_generated = num_generated[order]
         lengths = self.rollout.prompt_length[self.running] + num_generated
         self.context = int(lengths.max()) if self.running else 0
+        self.finished = len(self.rollout) - len(self.waiting) - len(self.running)
+        self.tokens = int(self.rollout.response_length.sum() + num_generated.sum())
 
 
 def fill_gaps(alive):
@@ -318,13 +324,7 @@ class Engine:
         if len(target):
             source, target = order[target].to(self.key.device), target.to(self.key.device)
             self.cache.move(source, target, context)
-            for state in (
-                self.key,
-                self.alive,
-                self.prompt_length,
-                self.num_generated,
-                self.tokens,
-                self.logprob,
-            ):
+            rows = self.key, self.alive, self.prompt_length, self.num_generated, self.tokens, self.logprob
+            for state in rows:
                 state[target] = state[source]
         self.alive[len(order) : count] = False

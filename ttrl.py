@@ -342,7 +342,7 @@ def train(run, state):
 def main(argv=None):
     run, state = open_run(argv, REWARDS)
     if run.config.eval_only:
-        run.save_evaluation(evaluate(run, lower_temperatures=True)[0])
+        run.save_evaluation(evaluate(run)[0])
     else:
         with run.training(state):
             train(run, state)

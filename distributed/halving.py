@@ -28,8 +28,14 @@ def repeat_rollout(run, generate, prompts, rows, *, stream, step, **options):
     when = f"step {step}" if stream == "train" else "an evaluation"
 
     def attempt():
-        budget = dict(engine=run.engine, budget_tokens=run.config.rollout_tokens, stop=asked)
-        return generate(run.sampler, prompts, rows, stream=stream, step=step, **options, **budget)
+        with run.rollout_bar(when, len(rows)) as bar:
+
+            def watch(finished, tokens):
+                bar.update(finished, tokens)
+                return asked()
+
+            budget = dict(engine=run.engine, budget_tokens=run.config.rollout_tokens, watch=watch)
+            return generate(run.sampler, prompts, rows, stream=stream, step=step, **options, **budget)
 
     def sizes():
         if run.engine:

@@ -129,6 +129,7 @@ def row_bytes(c, model_config, cuda, longest):
 
 def graphs_bytes(c, model_config):
     """Bytes of the CUDA graphs of one number of rows: one for each way of sampling."""
-    ways = {(temperature, top_p) for _, temperature, top_p in c.evaluations(lower_temperatures=True).values()}
+    evaluations = c.evaluations(lower_temperatures=not c.eval_only)
+    ways = {(temperature, top_p) for _, temperature, top_p in evaluations.values()}
     ways.add((c.temperature, 1.0))
     return len(ways) * model_config.layers * GRAPH_BYTES

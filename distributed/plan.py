@@ -29,7 +29,7 @@ def print_plan(inputs, job, layout, given, shown_prompt):
         f"prompts up to {job.prompt_tokens} tokens",
     ]
     if c.eval_only:
-        work, time = evaluation_lines(c), []
+        work, time = [evaluation_line(c, len(inputs.eval_set))], []
     else:
         responses = planned_responses(inputs.schedule, len(inputs.eval_set))
         work = training_lines(c, inputs.schedule, responses)
@@ -72,14 +72,12 @@ def training_lines(c, schedule, responses):
     ]
 
 
-def evaluation_lines(c):
+def evaluation_line(c, question_count):
     """What --eval-only samples."""
-    others = [f"{n} for {name}" for name, (n, *_) in c.evaluations(lower_temperatures=True).items() if name]
-    each = (
-        f"{c.eval_samples} responses to each question at temperature {c.eval_temperature} "
-        f"and top-p {c.eval_top_p}"
+    return (
+        f"plan     evaluation only: {question_count} questions x {c.eval_samples} responses = "
+        f"{question_count * c.eval_samples:,}, at temperature {c.eval_temperature} and top-p {c.eval_top_p}"
     )
-    return [f"plan     evaluation only: {', '.join([each, *others])}"]
 
 
 # ----------------------------------------------------------------------------------------------------------

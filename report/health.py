@@ -105,12 +105,16 @@ def end(why, saved):
 
 def warnings(line, state, c):
     """What to say after a step, from its line of metrics.jsonl. `state` counts and notes what was said."""
+    warned = state.setdefault("warned", [])  # names of `signs`, each said once in a run
+    if line["step"] == 0:
+        said = first_doubts(state["before"]["metrics"], c)
+        warned += ["no answer", "truncated"] * bool(said)
+        return said
     step, skipped, nothing = line["step"], line["train/skipped_updates"], taught_nothing([line], c)
     said = [f"step {step}: {skipped} updates skipped because their gradient was not finite"] * (skipped > 0)
     state["empty_steps"] += bool(nothing)
     if nothing and state["empty_steps"] in (1, 10, 100, 1000):
         said.append(nothing)
-    warned = state.setdefault("warned", [])  # names of `signs`, each said once in a run
     for name, text in signs(line, state, c).items():
         if text and name not in warned:
             warned.append(name)
@@ -147,6 +151,19 @@ def unanswered(no_answer, truncated, c):
         return cut_off(truncated, c)
     ask = "the prompt in the plan should ask for \\boxed{} (--prompt-suffix, --template)"
     return f"no answer was found in {no_answer:.0%} of the responses; {ask}"
+
+
+def first_doubts(metrics, c):
+    """What an evaluation says against learning from these questions: no text, or one.
+
+    metrics: of report.metrics.of_evaluation. Training never sees the true answers.
+    """
+    unheard = unanswered(metrics["no_answer"], metrics["truncated"], c)
+    none_right = (
+        "no response to any question with a known answer is right, and TTRL can only strengthen what a model "
+        "gets right now and then: read some responses, and try easier questions or another model"
+    )
+    return [unheard] if unheard else [none_right] * (metrics.get("pass@1") == 0)
 
 
 def cut_off(truncated, c):

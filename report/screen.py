@@ -1,16 +1,20 @@
 """The screen output of a run (progress, table, ledger, responses), and the lines of its .jsonl files."""
 
 import json
+import math
+import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
 
 import grading
-from distributed.ranks import QUIETLY, is_rank0
+from distributed.ranks import QUIETLY, is_rank0, world_size
 from report import health
 from report.ledger import FATES, fate
 from support.untrusted import shorten
 
+BAR_AFTER, LINE_AFTER = 3, 60  # seconds of a rollout until it shows a bar, or a line in a log; and the next
 MOST_CLASSES = 20  # answer classes per question in votes.jsonl
 
 # ------------------------------------------------------------------------------------------------------------
@@ -31,12 +35,12 @@ class Progress:
         """Advance by a step: its line of metrics.jsonl, and the state after it, which notes what was said."""
         if not is_rank0():
             return
+        newest = state.get("after", state["before"])
         for text in health.warnings(line, state, c):
             self.write(text)
-        newest = state.get("after", state["before"])
         self.say("")
         with QUIETLY:
-            self.bar.update()
+            self.bar.update(min(line["step"], 1))
             self.bar.set_postfix_str(progress(line, newest["metrics"]))
 
     def write(self, text):
@@ -48,6 +52,40 @@ class Progress:
     def close(self):
         with QUIETLY:
             self.bar.close()
+
+
+class RolloutBar:
+    """A context in which one rollout is sampled: on rank 0 a bar of its responses, if it takes a while.
+
+    Where standard error is a file, a line now and then instead.
+    """
+
+    def __init__(self, what, rows):
+        self.what = what if world_size() == 1 else f"{what}, rank 0's share"
+        self.rows, self.begin = rows, time.monotonic()
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.next_line = self.begin + LINE_AFTER if is_rank0() and not terminal else math.inf
+        hidden = not (is_rank0() and terminal)
+        self.bar = tqdm(total=rows, desc=self.what, unit="response", leave=False, disable=hidden,
+                        delay=BAR_AFTER, mininterval=0.5, miniters=0, dynamic_ncols=True)  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with QUIETLY:
+            self.bar.close()
+
+    def update(self, finished, tokens):
+        """Show how many responses are finished, and how many tokens were sampled in all."""
+        now = time.monotonic()
+        speed = f"{tokens / max(now - self.begin, 1e-9):,.0f} tokens/s"
+        with QUIETLY:
+            self.bar.set_postfix_str(speed, refresh=False)
+            self.bar.update(finished - self.bar.n)
+            if now > self.next_line:
+                self.next_line = now + LINE_AFTER
+                tqdm.write(f"{self.what}: {finished} of {self.rows} responses, {speed}", file=sys.stderr)
 
 
 def progress(line, evaluation):

@@ -160,12 +160,9 @@ def layer_windows(hf, path):
 
 def check_vocabulary(config, tokenizer):
     """Raise ValueError if the tokenizer has ids without an embedding. (Spare embeddings are common.)"""
-    ids = max(tokenizer.get_vocab().values(), default=0) + 1
+    where, ids = tokenizer.name_or_path, max(tokenizer.get_vocab().values(), default=0) + 1
     if ids > config.vocab_size:
-        raise ValueError(
-            f"{tokenizer.name_or_path}: the tokenizer has {ids} ids, but the model's vocab_size is "
-            f"{config.vocab_size}"
-        )
+        raise ValueError(f"{where}: the tokenizer has {ids} ids, but vocab_size is {config.vocab_size}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -216,7 +213,8 @@ def read_weights(folder, config, shapes):
         head = files[file_of["lm_head.weight"]].get_tensor("lm_head.weight")
         if not torch.equal(head, read("model.embed_tokens.weight")):
             raise ValueError(
-                f"{folder}: config.json sets tie_word_embeddings, but lm_head.weight is not the embedding"
+                f"{folder}: config.json sets tie_word_embeddings, but lm_head.weight is not the embedding; "
+                "set it to false to keep both"
             )
     for name, parts in parts_of.items():
         tensors = [read(part) for part in parts]
@@ -311,7 +309,9 @@ def write_model(folder, source, config, shapes, tensors):
     folder.mkdir(parents=True, exist_ok=True)
     raw = read_json(source / "config.json")
     raw.pop("torch_dtype", None)  # the older name of dtype
-    (folder / "config.json").write_text(json.dumps({**raw, "dtype": "float32"}, indent=2) + "\n")
+    names = raw.get("architectures") or [f"{raw['model_type'].capitalize()}ForCausalLM"]  # vLLM reads it
+    raw.update(dtype="float32", architectures=names)
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     if (source / "generation_config.json").exists():
         (folder / "generation_config.json").write_bytes((source / "generation_config.json").read_bytes())
     for stale in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):

@@ -61,6 +61,7 @@ class Run(Inputs):
     unwritten: dict = dataclasses.field(default_factory=lambda: {name: [] for name in LOGS})
 
     repeat_rollout, repeat_update = halving.repeat_rollout, halving.repeat_update
+    rollout_bar = screen.RolloutBar
 
     def decode(self, ids):
         """The text of response token ids, for the grader and for people."""
@@ -178,8 +179,7 @@ class Run(Inputs):
         if is_rank0():
             finite = {name: value for name, value in line.items() if math.isfinite(value)}  # JSON has no nan
             self.write_step(state, {**lines, "metrics.jsonl": [finite]}, evaluation)
-        if step:
-            self.bar.update(line, state, self.config)
+        self.bar.update(line, state, self.config)
 
     def write_step(self, state, lines, evaluation):
         """The part of `log` that touches the disk."""
@@ -252,9 +252,8 @@ class Run(Inputs):
         whole = {"evaluation": metrics, "environment": environment(c), "config": dataclasses.asdict(c)}
         checkpoint.write_whole(Path(c.out) / "evaluation.json", json.dumps(whole, indent=1))
         print(screen.table({"evaluation": metrics}))
-        unanswered = health.unanswered(metrics["no_answer"], metrics["truncated"], c)
-        if unanswered:
-            print(f"\n{unanswered}")
+        for text in health.first_doubts(metrics, c):
+            print(f"\n{text}")
 
 
 # ----------------------------------------------------------------------------------------------------------

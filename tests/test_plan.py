@@ -399,11 +399,9 @@ def test_the_plan_of_an_evaluation_is_of_an_evaluation(half, tmp_path):
     assert [line.split()[0] for line in lines if not line.startswith(" ")] == [
         "model", "ranks", "data", "plan", "prompt", "memory", "differs", "out"]  # fmt: skip
     assert lines[2].startswith(f"data     {tmp_path / 'q.json'}: 1 questions")
-    each = "16 responses to each question at temperature 0.6 and top-p 0.95, 1 for greedy"
-    assert (
-        f"plan     evaluation only: {each}" in lines
-        and "memory   GB on each rank, --sampler-ranks 1" in lines
-    )
+    asked = "1 questions x 16 responses = 16, at temperature 0.6 and top-p 0.95"
+    assert f"plan     evaluation only: {asked}" in lines
+    assert "memory   GB on each rank, --sampler-ranks 1" in lines
     assert "differs  --max-new-tokens 4000 (paper 3072, given)" in lines
     printed = program(*half, *evaluate).stdout  # on a CPU
     assert "micro-batches" not in printed and "sampler up to" in printed

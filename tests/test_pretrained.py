@@ -112,13 +112,25 @@ def test_save_pretrained_round_trip(tmp_path, monkeypatch, capfd, changes, file_
     files = "model.safetensors" if file_size > 20_000 else "model-*.safetensors"
     assert sorted(target.glob("*.safetensors")) == sorted(target.glob(files)) != []
     del config["torch_dtype"]
-    assert json.loads((target / "config.json").read_text()) == config | {"dtype": "float32"}
+    added = {"dtype": "float32", "architectures": [f"{config['model_type'].capitalize()}ForCausalLM"]}
+    assert json.loads((target / "config.json").read_text()) == config | added
     assert (target / "generation_config.json").read_text() == '{"eos_token_id": [1, 2]}'
     theirs = AutoModelForCausalLM.from_pretrained(target, attn_implementation="eager")
     assert theirs.dtype == torch.float32
     assert difference(ours, theirs, draw_tokens(FIXED, (2, 20))) < TOLERANCE
     again = Transformer.from_pretrained(target)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+
+
+def test_a_config_without_architectures_gets_them_when_it_is_saved(folder, tmp_path):
+    """Such configs come from converted files. vLLM finds a model's class by them."""
+    fields = json.loads((folder / "config.json").read_text())
+    changed = {"architectures": None, "rms_norm_eps": 9.999999974752427e-07}  # 1e-6, in fp32
+    (folder / "config.json").write_text(json.dumps(fields | changed))
+    Transformer.from_pretrained(folder).save_pretrained(tmp_path / "to")
+    written = json.loads((tmp_path / "to" / "config.json").read_text())
+    assert written["architectures"] == [f"{fields['model_type'].capitalize()}ForCausalLM"]
+    assert written["rms_norm_eps"] == changed["rms_norm_eps"]
 
 
 def test_tied_head_is_one_parameter(tmp_path):

@@ -194,6 +194,19 @@ def test_greedy_takes_the_most_likely_token(random_model):
     assert logits.argmax(-1).tolist() == rollout.response(0)
 
 
+def test_a_watcher_sees_rows_and_tokens_and_may_end_the_rollout(random_model):
+    seen = []
+    whole = sampled(random_model, rows=4, watch=lambda *counts: seen.append(counts))
+    finished, tokens = zip(*seen, strict=True)
+    assert seen[0] == (0, 0) and all(step >= 1 for step in map(int.__sub__, tokens[1:], tokens))
+    assert sorted(finished) == list(finished) and finished[-1] < len(whole)
+    assert tokens[1] == 2 * len(whole) and tokens[-1] <= int(whole.response_length.sum())
+    cut = sampled(random_model, rows=4, watch=lambda finished, tokens: finished >= 3)
+    done = cut.response_length > 0
+    assert 3 <= done.sum() < len(whole)
+    assert cut.response_length[done].equal(whole.response_length[done])
+
+
 def test_training_refuses_what_the_loss_does_not_know(random_model):
     for change in ({"top_p": 0.95}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match="evaluation only"):

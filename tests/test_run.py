@@ -373,6 +373,7 @@ def test_eval_only_on_other_questions(few_questions, tmp_path):
                       tmp_path / "run", "--eval-samples", "4", "--eval-temperature", "0.6", "--eval-top-p",
                       "0.95", ranks=2).stdout  # fmt: skip
     assert "pass@1" in printed and "maj@4" in printed
+    assert "plan     evaluation only: 1 questions x 4 responses = 4, " in printed and "greedy" not in printed
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"evaluation.json"}
 
 
