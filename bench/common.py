@@ -82,13 +82,12 @@ def peer(name):
 
 
 def model_folder(folder=None):
-    """The folder given, or by default SmolLM2-135M-Instruct, made by bench/smollm2.py on first use."""
+    """The folder given, or by default SmolLM2-135M-Instruct, made by bench/wheels.py on first use."""
     if folder is not None:
         return folder.resolve()
-    peer("gguf")
-    import smollm2
+    from wheels import made_model
 
-    return smollm2.made_model()
+    return made_model("smollm2-135m")
 
 
 def random_model(folder, device="cpu", dtype=torch.float32, **fields):

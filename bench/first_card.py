@@ -1,6 +1,6 @@
 """The first minutes on a GPU: one command that checks and times everything, and keeps what it has seen.
 
-    python bench/first_card.py --out card                          # all stages, about eight minutes
+    python bench/first_card.py --out card                          # all stages, about ten minutes
     python bench/first_card.py --out card --seconds 300 --until decode
     python bench/first_card.py --out card --seconds 300 --from learn --retry-failed
     python bench/first_card.py --out card --dry                    # the same stages on a CPU, with toy widths
@@ -49,6 +49,7 @@ STAGES = {  # {stage: {part: limit in seconds}}
     "profile": {"kernels of decoding and learning": 50},
     "kernels": {"kernels beside their bounds": 50},
     "speed": {"speeds of the tests": 60},
+    "real": {"a public model": 240},  # if it was carried there: docs/gpu.md
 }
 
 # ----------------------------------------------------------------------------------------------------------
@@ -311,7 +312,7 @@ def parse(argv, stages):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     files = "folder for results.jsonl, log.txt, summary.txt"
     parser.add_argument("--out", type=Path, required=True, help=files)
-    parser.add_argument("--seconds", type=float, default=600, help="for everything [%(default)g]")
+    parser.add_argument("--seconds", type=float, default=900, help="for everything [%(default)g]")
     parser.add_argument("--from", dest="start", choices=names, help="the first stage to run")
     parser.add_argument("--until", choices=names, help="the last stage to run")
     again = "also run the parts that did not end well, by an earlier results.jsonl [the one in --out]"

@@ -18,18 +18,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import first_card
 import torch
 import torch.nn.functional as F
 from common import ROOT, clocked, forget_peak, open_run, random_model
+from tasks import word_problems
+from wheels import CACHE, MODELS
 
 import rollout
+from distributed.memory import kv_bytes
 from kernels import cuda_graph, logprob, sampler
 from kernels.linear import TiedWeight
 from kernels.packing import pack_responses
 from rollout import Engine
+from support import questions
 
 DRY = "--dry" in sys.argv
 DEVICE = torch.device("cpu" if DRY else "cuda")
@@ -50,6 +55,7 @@ BYTES_OF_A_TOKEN = 2 * LAYERS * KV_HEADS * E * DTYPE.itemsize  # its keys and va
 COPY, PRODUCT = 3.0, 798.0  # TB/s, bytes read and written; TFLOP/s of bf16
 DECODE_SHARE = 0.64  # of the rate at which weights, keys and values could be read
 LEARNING, MFU = 32.0, 39.0  # us a token without checkpointing; % of PRODUCT
+LEARN_SECONDS = 0 if DRY else 120  # of the public model
 TOP_P_COST = 1.15  # times a decode step without
 PASS_AT_1 = {0: 0.405, 16: 0.716, 32: 0.849, 48: 0.887, 64: 0.901, 80: 0.904}  # by step, on a CPU
 
@@ -295,16 +301,16 @@ def step_seconds(rows, context, top_p=1.0, graphs=True):
     return (times[1] - times[0]) / (long - short)
 
 
-def floor(card, tokens):
+def floor(card, model, tokens):
     """Least seconds of a decode step whose rows hold so many tokens: weights, keys and values read once."""
-    weights = sum(p.numel() for p in decoder().parameters()) * DTYPE.itemsize
-    return (weights + tokens * BYTES_OF_A_TOKEN) / bandwidth(card)
+    weights = sum(p.numel() for p in model.parameters()) * DTYPE.itemsize
+    return (weights + tokens * kv_bytes(model.config, not DRY)) / bandwidth(card)
 
 
 def steps_of_decoding(card):
     for rows, context in [(ROWS, CONTEXT)] if DRY else ON_CARD:
         try:
-            each, least = step_seconds(rows, context), floor(card, rows * context)
+            each, least = step_seconds(rows, context), floor(card, decoder(), rows * context)
         except torch.OutOfMemoryError:
             card.record(f"{rows} rows x {context}", "does not fit")
             continue
@@ -326,13 +332,13 @@ def a_rollout(card):
     for step, name in enumerate(("with the capture of graphs", "again")):
         made, took, _ = clocked(generate, prompts, slots // 4, longest, engine, step=step)
         lengths = made.response_length.tolist()
-        least = floor_of_rollout(card, lengths, slots, prompt_tokens)
+        least = floor_of_rollout(card, decoder(), lengths, slots, prompt_tokens)
         note = f"{sum(lengths)} tokens in {took:.1f} s, {least / took:.0%} of the floor's rate"
         expected = sum(lengths) / least * DECODE_SHARE
         card.record(f"{slots} slots, {name}", sum(lengths) / took, expected, "tokens/s", note=note)
 
 
-def floor_of_rollout(card, lengths, slots, prompt_tokens):
+def floor_of_rollout(card, model, lengths, slots, prompt_tokens):
     """Least seconds of the decode steps of a rollout in which every slot is refilled at once."""
     free, spans = [0] * slots, []  # when each slot becomes free, counted in steps
     for length in lengths:
@@ -343,7 +349,7 @@ def floor_of_rollout(card, lengths, slots, prompt_tokens):
     for begin, end in spans:
         for step in range(begin, end):
             tokens[step] += prompt_tokens + step - begin
-    return sum(floor(card, held) for held in tokens)
+    return len(tokens) * floor(card, model, statistics.mean(tokens))
 
 
 @torch.no_grad()
@@ -411,14 +417,23 @@ def learn_twice(card, run, plan, how, expected=None, expected_mfu=None):
         seen, took, _ = clocked(lambda: ttrl.learn(run, made, advantage, 1))
     note = f"{tokens} tokens, {tokens / took:,.0f} tokens/s"
     card.record(how, 1e6 * took / tokens, expected, "us/token", note=note)
-    weights = sum(p.numel() for p in run.policy.parameters())
-    context = sum(length**2 for length in lengths) / sum(lengths) / 2  # half of the response on average
-    flops = tokens * (6 * weights + 12 * LAYERS * HEADS * E * context)  # forward and backward
-    card.record(f"MFU {how}", 100 * flops / took / peak_flops(card), expected_mfu, "% MFU")
+    card.record(f"MFU {how}", mfu(card, run, 2 * [(0, lengths)], took), expected_mfu, "% MFU")
     no_skipped(card, f" {how}", seen["skipped_updates"])
     planned = sum(plan.parts.values()) + plan.rows * sum(plan.row.values())
     peak = planned if DRY else torch.cuda.max_memory_allocated()
     card.record(f"peak {how}", peak / 1e9, planned / 1e9, "GB", note="expected: the plan")
+
+
+def mfu(card, run, groups, took):
+    """Model FLOPs utilisation in percent, of learning in `took` seconds.
+
+    groups: (length of a prompt, which is computed once, [lengths of the responses to it]).
+    """
+    config, weights = run.policy.config, sum(p.numel() for p in run.policy.parameters())
+    tokens = sum(prompt + sum(lengths) for prompt, lengths in groups)
+    pairs = sum(p * p / 2 + sum(r * (p + r / 2) for r in lengths) for p, lengths in groups)  # query and key
+    flops = 6 * weights * tokens + 12 * config.layers * config.heads * config.head_dim * pairs
+    return 100 * flops / took / peak_flops(card)
 
 
 def time_the_optimizer(card, run):
@@ -552,6 +567,70 @@ def time_decoding_attention(card):
 
 def speeds_of_the_tests(card):
     run_tests(card, "speed and cpu" if DRY else "speed and cuda", parallel=False)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# real: a public checkpoint
+
+
+def a_public_model(card):
+    """TTRL on Qwen2.5-Coder-0.5B-Instruct, evaluated before and after, and its speeds beside their bounds."""
+    import ttrl
+
+    folder = ROOT / "tiny" / "model" if DRY else CACHE / MODELS["qwen2.5-coder-0.5b"].folder
+    if not folder.exists():
+        return card.record("the model", "not here", note=f"{folder} is missing: docs/gpu.md")
+    flags = dict(votes=64, samples=32, questions_per_step=8, max_new_tokens=1024, temperature=0.6)
+    if DRY:
+        flags = dict(votes=8, samples=4, questions_per_step=3, max_new_tokens=48, temperature=1.0)
+    run, _ = open_run(DEVICE.type, model=str(folder), out=tempfile.mkdtemp(), epochs=5, lr=2e-6, kl=0.0,
+                      **flags, **real_questions(card))  # fmt: skip
+    record_an_evaluation(card, "before", ttrl.evaluate(run)[0])
+    begin, step, labels = time.monotonic(), 0, {}
+    while not step or (time.monotonic() - begin < LEARN_SECONDS and step < run.schedule.steps):
+        step += 1
+        record_a_step(card, run, step, *ttrl.train_step(run, step, labels))
+    record_an_evaluation(card, f"after {step} steps", ttrl.evaluate(run)[0])
+
+
+def real_questions(card):
+    """The flags for 32 questions: of MATH-500 if it is in the cache, else word problems."""
+    path, math500 = Path(tempfile.mkdtemp()) / "questions.jsonl", CACHE.parent / "math.json"
+    if math500.exists() and not DRY:
+        rows = [
+            dict(id=q.id, prompt=q.prompt, answer=q.answer) for q in questions.load(str(math500))[::15][:32]
+        ]
+    else:
+        rows = [dict(id=i, prompt=p, answer=a) for i, p, a in word_problems(0, 6 if DRY else 32)]
+        card.record("questions", "word problems", note=f"{math500} is missing")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return dict(data=str(path), template="none" if "<|im_start|>" in rows[0]["prompt"] else "auto")
+
+
+def record_an_evaluation(card, when, seen):
+    for name in ("pass@1", "pass@1_se", "maj@16", "no_answer", "truncated", "response_tokens"):
+        card.record(f"{name} {when}", seen[name])
+
+
+def record_a_step(card, run, step, seen, groups, rewards):
+    lengths, trained, prompt = [], [], statistics.mean(map(len, run.train_prompts))
+    for group, reward in zip(groups, rewards, strict=True):
+        own = [len(response.tokens) for response in group.responses]
+        lengths += own
+        if len(set(reward[: run.config.samples])) > 1:  # without advantages nothing is learned
+            trained.append((prompt, own[: run.config.samples]))
+    took, slots = seen["seconds_sampling"], run.engine.slots if run.engine else len(lengths)
+    least = floor_of_rollout(card, run.sampler, lengths, slots, prompt)
+    note = f"{least / took:.0%} of the floor's rate"
+    card.record(f"step {step}: sampling", sum(lengths) / took, unit="tokens/s", note=note)
+    took = seen["seconds_learning"]
+    note, tokens = f"{mfu(card, run, trained, took):.0f} % MFU", sum(sum(own) for _, own in trained)
+    card.record(f"step {step}: learning", tokens / took, unit="tokens/s", note=note)
+    if "logprob_gap" in seen:
+        card.check(f"step {step}: logprob_gap", seen["logprob_gap"], 0.02)
+    right = f"{seen['ground_truth_ratio']:.3f} right, labels {seen['label_accuracy']:.3f}"
+    card.record(f"step {step}: votes", right, note=f"{seen['no_answer']:.3f} without an answer")
+    no_skipped(card, f" in step {step}", seen["skipped_updates"])
 
 
 if __name__ == "__main__":

@@ -246,7 +246,7 @@ def test_all_stages_on_a_cpu(tmp_path):
     log = (tmp_path / "out" / "log.txt").read_text()
     assert done.returncode == 0, done.stderr
     lines = read(tmp_path / "out" / "results.jsonl")
-    named = "env smoke correct decode learn profile kernels speed".split()
+    named = "env smoke correct decode learn profile kernels speed real".split()
     assert states(lines) == dict.fromkeys(named, "ok"), done.stdout + log
     assert all(f"\n{name}\n" in done.stdout for name in named)
     files = [path.name for path in (tmp_path / "out").iterdir()]
