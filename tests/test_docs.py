@@ -24,7 +24,7 @@ RUN_FILES = set("""config.json metrics.jsonl rollouts.jsonl votes.jsonl curves.p
 TRAIN_FLAGS = {"--nproc", "--nnodes", "--rdzv-endpoint", "--local-addr", "--max-restarts"}
 FIRST_CARD_FLAGS = {"--seconds", "--until", "--from", "--retry-failed", "--dry", "--deadline"}
 OTHER_FLAGS = set("""--no-offload --no-checkpointing --nproc-per-node --rdzv-backend --help
-    --no-build-isolation --cases --models --tasks --rewards --check""".split())  # fmt: skip
+    --no-build-isolation --cases --models --tasks --rewards --seeds --check""".split())  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
