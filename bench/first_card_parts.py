@@ -25,7 +25,7 @@ import first_card
 import torch
 import torch.nn.functional as F
 from common import ROOT, clocked, forget_peak, open_run, random_model
-from tasks import word_problems
+from tasks import word_problems, write_questions
 from wheels import CACHE, MODELS
 
 import rollout
@@ -46,10 +46,9 @@ QWEN = dict(model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediat
 TOY = dict(QWEN, vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
            num_attention_heads=4)  # fmt: skip
 SHAPE = TOY if DRY else QWEN  # Qwen2.5-Math-1.5B's
-V, D, LAYERS = SHAPE["vocab_size"], SHAPE["hidden_size"], SHAPE["num_hidden_layers"]
+V, D = SHAPE["vocab_size"], SHAPE["hidden_size"]
 HEADS, KV_HEADS = SHAPE["num_attention_heads"], SHAPE["num_key_value_heads"]
 E = D // HEADS
-BYTES_OF_A_TOKEN = 2 * LAYERS * KV_HEADS * E * DTYPE.itemsize  # its keys and values
 
 # Expected of an H100: the ceilings were seen on one, the others are counts of kernels and bytes (NOTES.md)
 COPY, PRODUCT = 3.0, 798.0  # TB/s, bytes read and written; TFLOP/s of bf16
@@ -561,7 +560,7 @@ def time_decoding_attention(card):
     keys, values = normal(2, ROWS, KV_HEADS, CONTEXT + 64, E)
     length = torch.full((ROWS,), CONTEXT, device=DEVICE, dtype=torch.int32)
     took = seconds(replayed(lambda: attend_cached_triton(q, k, v, keys, values, length)))
-    least = ROWS * CONTEXT * BYTES_OF_A_TOKEN / LAYERS / bandwidth(card)
+    least = ROWS * CONTEXT * 2 * KV_HEADS * E * DTYPE.itemsize / bandwidth(card)
     card.record(f"attention of {ROWS} rows x {CONTEXT}", 1e6 * took, 1e6 * least / 0.8, "us")
 
 
@@ -597,14 +596,12 @@ def real_questions(card):
     """The flags for 32 questions: of MATH-500 if it is in the cache, else word problems."""
     path, math500 = Path(tempfile.mkdtemp()) / "questions.jsonl", CACHE.parent / "math.json"
     if math500.exists() and not DRY:
-        rows = [
-            dict(id=q.id, prompt=q.prompt, answer=q.answer) for q in questions.load(str(math500))[::15][:32]
-        ]
+        asked = [(q.id, q.prompt, q.answer) for q in questions.load(str(math500))[::15][:32]]
+        template = "auto"
     else:
-        rows = [dict(id=i, prompt=p, answer=a) for i, p, a in word_problems(0, 6 if DRY else 32)]
+        asked, template = word_problems(0, 6 if DRY else 32), "none"  # they are in the chat format already
         card.record("questions", "word problems", note=f"{math500} is missing")
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return dict(data=str(path), template="none" if "<|im_start|>" in rows[0]["prompt"] else "auto")
+    return dict(data=str(write_questions(asked, path)), template=template)
 
 
 def record_an_evaluation(card, when, seen):

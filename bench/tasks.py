@@ -6,6 +6,7 @@ Qwen2.5-Coder follow one worked example, which shows it to be brief. The questio
 for the report alone: the vote never sees them.
 """
 
+import json
 import random
 from dataclasses import dataclass
 
@@ -152,6 +153,13 @@ class Task:
     questions: object  # () -> list of (id, prompt, true answer)
     flags: str  # of ttrl.py
     held_out: object = None  # questions of the same kind that training never sees
+
+
+def write_questions(questions, path):
+    """A question file for --data, of (id, prompt, true answer)."""
+    rows = [{"id": key, "prompt": prompt, "answer": answer} for key, prompt, answer in questions]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 COUNTING = (

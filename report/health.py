@@ -107,9 +107,9 @@ def warnings(line, state, c):
     """What to say after a step, from its line of metrics.jsonl. `state` counts and notes what was said."""
     warned = state.setdefault("warned", [])  # names of `signs`, each said once in a run
     if line["step"] == 0:
-        said = first_doubts(state["before"]["metrics"], c)
-        warned += ["no answer", "truncated"] * bool(said)
-        return said
+        doubts = first_doubts(state["before"]["metrics"], c)
+        warned += doubts
+        return list(doubts.values())
     step, skipped, nothing = line["step"], line["train/skipped_updates"], taught_nothing([line], c)
     said = [f"step {step}: {skipped} updates skipped because their gradient was not finite"] * (skipped > 0)
     state["empty_steps"] += bool(nothing)
@@ -154,7 +154,7 @@ def unanswered(no_answer, truncated, c):
 
 
 def first_doubts(metrics, c):
-    """What an evaluation says against learning from these questions: no text, or one.
+    """What an evaluation says against learning from these questions: {name: text}, of one or none.
 
     metrics: of report.metrics.of_evaluation. Training never sees the true answers.
     """
@@ -163,7 +163,9 @@ def first_doubts(metrics, c):
         "no response to any question with a known answer is right, and TTRL can only strengthen what a model "
         "gets right now and then: read some responses, and try easier questions or another model"
     )
-    return [unheard] if unheard else [none_right] * (metrics.get("pass@1") == 0)
+    if unheard:
+        return {"no answer": unheard}
+    return {"none right": none_right} if metrics.get("pass@1") == 0 else {}
 
 
 def cut_off(truncated, c):

@@ -252,7 +252,7 @@ class Run(Inputs):
         whole = {"evaluation": metrics, "environment": environment(c), "config": dataclasses.asdict(c)}
         checkpoint.write_whole(Path(c.out) / "evaluation.json", json.dumps(whole, indent=1))
         print(screen.table({"evaluation": metrics}))
-        for text in health.first_doubts(metrics, c):
+        for text in health.first_doubts(metrics, c).values():
             print(f"\n{text}")
 
 
