@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from distributed import parallel, weights
 from kernels.fused import rotate, swiglu
 from kernels.linear import Linear, TiedWeight
-from kernels.logprob import linear_logprob, product
+from kernels.logprob import linear_logprob, product, self_certainty
 from kernels.packing import gather_rows, pack_responses, pack_rows
 from support.pretrained import read_config
 from support.rope import rope_frequencies
@@ -166,11 +166,12 @@ class Transformer(nn.Module):
         """Write config.json and fp32 safetensors to `folder`; transformers and vLLM load them."""
         weights.save(self, folder)
 
-    def forward(self, rows, temperature=1.0):
+    def forward(self, rows, temperature=1.0, certainty=False):
         """The learner's forward pass: log-probability and entropy of the response tokens, [B, R] each.
 
         rows: a rollout.Rollout; R is its longest response. Beyond the end of a response both are 0. Rows with
-        the same `question` share its prompt, which is computed once.
+        the same `question` share its prompt, which is computed once. certainty: return the self-certainty of
+        the policy at each token as well, without gradients.
         """
         batch = pack_responses(rows, self.config.windows).to(self.rope_frequency.device)
         embedded, head = None, self.lm_head.weight
@@ -179,8 +180,10 @@ class Transformer(nn.Module):
             embedded = F.embedding(batch.tokens, embedding, sparse=True)
         hidden = self.backbone(batch.tokens, batch.positions, batch.attend_packed, embedded)  # [T, D]
         predicting = gather_rows(hidden, batch.logit_positions)  # [N, D]
-        logprob, entropy = linear_logprob(predicting, head, batch.targets, temperature)  # [N] each
-        return batch.unpack(logprob), batch.unpack(entropy)
+        measured = linear_logprob(predicting, head, batch.targets, temperature)  # ([N], [N])
+        if certainty:
+            measured += (self_certainty(predicting, head, batch.targets, measured[0], temperature),)
+        return tuple(map(batch.unpack, measured))
 
     def backbone(self, tokens, positions, attend, embedded=None):
         """Hidden states before the head: tokens [T], positions [T] -> [T, D].

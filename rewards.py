@@ -1,23 +1,34 @@
 """The rewards of TTRL's critics and successors, for --reward. TTRL's own is ttrl.vote_reward.
 
-    soft        the share of the votes that an answer has           EMPO, arXiv 2504.05812
-    selective   the majority if it is clear, against rare answers   SCRL, arXiv 2603.19880
-    novel       the majority, and in it what differs most           EVOL-RL, arXiv 2509.15194
+    soft                 the share of the votes that an answer has           EMPO, arXiv 2504.05812
+    selective            the majority if it is clear, against rare answers   SCRL, arXiv 2603.19880
+    novel                the majority, and in it what differs most           EVOL-RL, arXiv 2509.15194
+    trajectory_entropy   the mean log-probability of the tokens              EM-RL, arXiv 2505.15134
+    probability          the probability of the response                     RLSC, arXiv 2506.06395
+    token_entropy        minus the mean entropy of the policy                EM-RL; RENT, arXiv 2505.22660
+    self_certainty       the mean distance of the policy from uniform        Intuitor, arXiv 2505.19590
 
 Each is that paper's method reduced to the reward; everything else in a step stays TTRL's, so a comparison
-changes one thing. To add one, write a function of a Group that returns a number per answer, and name it in
-OTHER_REWARDS. None may read the true answer. Metrics describe the hard vote whatever the reward is.
+changes one thing. TTRL's sequel (arXiv 2603.08660) compares the last four. Its code, too, takes a mean over
+the tokens of a response, and gives it to the last token; but there the trainer recomputes the
+log-probabilities, and here the sampler's are used. To add a reward, write a function of a Group that returns
+a number per answer, and name it in OTHER_REWARDS, which ttrl.REWARDS includes. A reward must not read the
+true answer, question.answer. Metrics describe the hard vote whatever the reward is.
 
 The advantage is computed from the rewards of the first M of the N responses (`advantages` in ttrl.py). The
 examples give the advantages for N = M = 8.
 """
 
+import math
+from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
+from distributed import parallel
 from grading import majority
+from kernels.packing import to_host
 from report.metrics import mean
 from support.questions import Question
 
@@ -25,17 +36,25 @@ from support.questions import Question
 CLEAR, MARGIN, RARE = 0.5, 0.15, 0.15
 
 
-class Response(NamedTuple):
-    """A sampled response, as its rank reports it."""
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """A sampled response, as its rank reports it. The last four are sequences with a value per token.
+
+    entropy and certainty are empty unless the reward is in NEED_POLICY.
+    """
 
     answer: str | None
-    text: str
-    tokens: Sequence  # of token ids
-    finished: bool  # False: truncated at --max-new-tokens
+    text: str = ""
+    finished: bool = True  # False: truncated at --max-new-tokens
+    tokens: Sequence = ()  # ids, with the final EOS
+    logprob: Sequence = ()  # under the distribution that the token was sampled from
+    entropy: Sequence = ()  # of that distribution, in nats
+    certainty: Sequence = ()  # its self-certainty, see kernels.logprob.self_certainty
 
 
-class Group(NamedTuple):
-    """The N responses to one question and their vote."""
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The N responses to one question and their vote. A reward takes what it needs, by name."""
 
     answers: list  # [N] of str or None
     classes: list  # lists of indices into answers, one for each class of equal answers
@@ -52,7 +71,7 @@ def soft_reward(group):
     0.1110 for each 7, -0.7771 for 9 and 5, -1.6652 for none. Of 4 4 4 4 4 7 7 7 they are those of the vote.
     Not EMPO: it also leaves out questions whose answers agree too much or too little.
 
-    >>> soft_reward(Group(["4", None, "7", "4"], [[0, 3], [2]]))
+    >>> soft_reward(Group(answers=["4", None, "7", "4"], classes=[[0, 3], [2]]))
     [0.5, 0.0, 0.25, 0.5]
     """
     rewards = [0.0] * len(group.answers)
@@ -71,7 +90,7 @@ def selective_reward(group):
     rest. Of 4 4 4 4 4 7 7 9: 0.6614, -0.6614 for each 7, -1.9843 for 9.
     Not SCRL: it punishes a rare answer only where the policy is unsure of it (the entropy gate).
 
-    >>> selective_reward(Group(list("44444779"), [[0, 1, 2, 3, 4], [5, 6], [7]]))
+    >>> selective_reward(Group(answers=list("44444779"), classes=[[0, 1, 2, 3, 4], [5, 6], [7]]))
     [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, -1.0]
     """
     count = len(group.answers)
@@ -93,15 +112,95 @@ def novel_reward(group):
     bonus are left out.
 
     >>> tokens = [[5, 5, 6, 7], [5, 5, 6, 7], [5, 5, 6, 8], [1, 2, 3]]
-    >>> responses = [Response(None, "", ids, True) for ids in tokens]
-    >>> novel_reward(Group(["4", "4", "4", "9"], [[0, 1, 2], [3]], responses=responses))
+    >>> responses = [Response(answer=None, tokens=ids) for ids in tokens]
+    >>> novel_reward(Group(answers=list("4449"), classes=[[0, 1, 2], [3]], responses=responses))
     [0.5, 0.5, 1.0, -0.5]
     """
     similarity = trigram_similarity([response.tokens for response in group.responses])
     return shaped_by_novelty(similarity.tolist(), group.classes)
 
 
-OTHER_REWARDS = {"soft": soft_reward, "selective": selective_reward, "novel": novel_reward}
+# The certainty rewards. They read no answer: a response without one gets what its tokens give it. Length
+# itself counts only for `probability`, which shrinks with every token. docs/rewards.md compares them.
+
+
+def of_each(group, measure):
+    """measure(response) for each response of a group. Responses with equal tokens get equal rewards exactly.
+
+    The sampler computes them in different batches, so their log-probabilities may differ in the last bits.
+    """
+    known = {}
+    return [known.setdefault(tuple(r.tokens), measure(r)) for r in group.responses]
+
+
+def trajectory_entropy_reward(group):
+    """The mean log-probability of the tokens: minus an estimate of the entropy per token of responses. EM-RL.
+
+    >>> one = Response(answer="4", logprob=[-0.5, -0.1])
+    >>> trajectory_entropy_reward(Group(answers=["4"], classes=[[0]], responses=[one]))
+    [-0.3]
+    """
+    return of_each(group, lambda response: mean(response.logprob))
+
+
+def probability_reward(group):
+    """The probability of the whole response, exp of the sum of its log-probabilities. RLSC.
+
+    In fp32 it underflows to 0 where the sum is below -104, and `advantages` adds 1e-6 to the standard
+    deviation: where responses are long, the differences vanish, and little or nothing is learned.
+
+    >>> one = Response(answer="4", logprob=[-0.5, -0.5])
+    >>> [round(p, 4) for p in probability_reward(Group(answers=["4"], classes=[[0]], responses=[one]))]
+    [0.3679]
+    """
+    return of_each(group, lambda response: math.exp(sum(response.logprob)))
+
+
+def token_entropy_reward(group):
+    """Minus the mean entropy of the policy over the tokens of a response, in nats. EM-RL, RENT.
+
+    >>> one = Response(answer="4", entropy=[0.5, 0.25])
+    >>> token_entropy_reward(Group(answers=["4"], classes=[[0]], responses=[one]))
+    [-0.375]
+    """
+    return of_each(group, lambda response: -mean(response.entropy))
+
+
+def self_certainty_reward(group):
+    """The mean over the tokens of the KL divergence from the uniform distribution to the policy. Intuitor.
+
+    >>> one = Response(answer="4", certainty=[8.0, 9.0])
+    >>> self_certainty_reward(Group(answers=["4"], classes=[[0]], responses=[one]))
+    [8.5]
+    """
+    return of_each(group, lambda response: mean(response.certainty))
+
+
+OTHER_REWARDS = {"soft": soft_reward, "selective": selective_reward, "novel": novel_reward,
+                 "trajectory_entropy": trajectory_entropy_reward, "probability": probability_reward,
+                 "token_entropy": token_entropy_reward, "self_certainty": self_certainty_reward}  # fmt: skip
+NEED_POLICY = {"token_entropy", "self_certainty"}  # they read what `measure` adds to a Response
+
+
+@torch.no_grad()
+def measure(run, rollout):
+    """Measure what the sampler does not record: {name in Response: values} for each row of a rank's rollout.
+
+    One pass of the policy over all responses, with less memory than an update; None, without a pass, if the
+    run's reward does not need it.
+    """
+    c, found = run.config, {}
+    if c.reward not in NEED_POLICY:
+        return None
+    for rows, _, _ in parallel.micro_batches(rollout, torch.arange(len(rollout)), c.micro_batch_tokens):
+        with parallel.mixed_precision(run.device, c.sharded):
+            _, entropy, certainty = run.policy(rows, c.temperature, certainty=True)
+        columns = (x.tolist() for x in (rows.question, rows.sample, rows.response_length))
+        for question, sample, length, *values in zip(*columns, *to_host(entropy, certainty), strict=True):
+            entropies, certainties = (array("f", value[:length]) for value in values)
+            found[question, sample] = {"entropy": entropies, "certainty": certainties}
+    return [found[key] for key in zip(rollout.question.tolist(), rollout.sample.tolist(), strict=True)]
+
 
 # -----------------------------------------------------------------------------------------------------------
 # novel: similarity and what it is worth

@@ -26,10 +26,9 @@ import torch
 
 import grading
 from distributed import parallel, ranks
-from kernels import packing
-from kernels.sampler import row_keys, uniform
+from kernels import packing, sampler
 from report import metrics
-from rewards import OTHER_REWARDS, Group, Response
+from rewards import OTHER_REWARDS, Group, Response, measure
 from rollout import generate
 from support.run import open_run
 
@@ -66,7 +65,7 @@ def vote_reward(group):
     group: a rewards.Group, the answers [N] to one question, the classes of their vote, and more. The answers
     4 4 4 7 7 9 none 5 give the advantages 1.2076 for each 4 and -0.7246 for the rest.
 
-    >>> vote_reward(Group(["4", None, "7", "4"], [[0, 3], [2]]))
+    >>> vote_reward(Group(answers=["4", None, "7", "4"], classes=[[0, 3], [2]]))
     [1.0, 0.0, 0.0, 1.0]
     """
     majority = grading.majority(group.classes)
@@ -81,7 +80,7 @@ def gold_reward(group):
 def random_reward(group):
     """1 or 0 by a fair coin, whatever the answer: the control of Spurious Rewards (arXiv 2506.10947).
 
-    >>> random_reward(Group(["4", "4", None], [[0, 1]], coins=[0.7, 0.2, 0.4]))
+    >>> random_reward(Group(answers=["4", "4", None], classes=[[0, 1]], coins=[0.7, 0.2, 0.4]))
     [0.0, 1.0, 1.0]
     """
     return [float(coin < 0.5) for coin in group.coins]
@@ -160,7 +159,7 @@ def train_step(run, step, last_labels):
 
     rollout = sample(run, prompts, c.votes, stream="train", step=step, temperature=c.temperature)
     watch.lap("sampling")
-    responses = extract(run, rollout, questions, c.votes)  # [P][N] on rank 0, [] elsewhere
+    responses = extract(run, rollout, questions, c.votes, measure(run, rollout))  # [P][N] on rank 0, else []
     groups = vote_on(questions, responses, toss_coins(c.seed, step, len(questions), c.votes))
     rewards = [REWARDS[c.reward](group) for group in groups]  # [P][N]
     measured = metrics.of_training(groups, rewards, c.samples, last_labels)
@@ -183,7 +182,7 @@ def draw_questions(step, count, per_step, seed):
     [0, 1, 2, 3, 4]
     """
     epoch, batch = divmod(step, math.ceil(count / per_step))
-    order = row_keys(seed, "draw", epoch, torch.arange(count), sample=0).argsort()
+    order = sampler.row_keys(seed, "draw", epoch, torch.arange(count), sample=0).argsort()
     return order[batch * per_step : (batch + 1) * per_step].tolist()
 
 
@@ -203,15 +202,20 @@ def sample(run, prompts, n, *, stream, step, temperature, top_p=1.0):
     return rollout
 
 
-def extract(run, rollout, questions, n):
-    """Find the answer in each response of this rank, and gather: [P][n] of Response on rank 0, else []."""
+def extract(run, rollout, questions, n, measures=None):
+    """Find the answer in each response of this rank, and gather: [P][n] of Response on rank 0, else [].
+
+    measures: what `rewards.measure` returned, for rewards that read more of a response.
+    """
     own = []
     for row in range(len(rollout) if rollout else 0):
         ids, finished = rollout.response(row), bool(rollout.finished[row])
-        text = run.decode(ids)
         question = questions[int(rollout.question[row])]
+        text, more = run.decode(ids), measures[row] if measures else {}
         answer = grading.extract_answer(text, question.kind, not finished, question.letters)
-        own.append(Response(answer, text, array("i", ids), finished))
+        logprob = array("f", rollout.logprob[row, : len(ids)].tolist())
+        own.append(Response(answer=answer, text=text, finished=finished, tokens=array("i", ids),
+                            logprob=logprob, **more))  # fmt: skip
     flat = ranks.gather(own)
     return [flat[start : start + n] for start in range(0, len(flat), n)]
 
@@ -222,15 +226,16 @@ def vote_on(questions, responses, coins=None):
     for index, (question, own) in enumerate(zip(questions, responses, strict=bool(responses))):
         answers = [response.answer for response in own]
         label, classes = vote(answers, question.kind)
-        groups.append(Group(answers, classes, label, question, own, coins[index] if coins else ()))
+        groups.append(Group(answers=answers, classes=classes, label=label, question=question, responses=own,
+                            coins=coins[index] if coins else ()))  # fmt: skip
     return groups
 
 
 def toss_coins(seed, step, questions, n):
     """The coins of --reward random, [P][n] in (0, 1): hashes, the same on any number of ranks."""
     question = torch.arange(questions).repeat_interleave(n)  # [P n]
-    key = row_keys(seed, "reward", step, question, torch.arange(n).repeat(questions))
-    return uniform(key, torch.zeros_like(key)).reshape(questions, n).tolist()
+    key = sampler.row_keys(seed, "reward", step, question, torch.arange(n).repeat(questions))
+    return sampler.uniform(key, torch.zeros_like(key)).reshape(questions, n).tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -283,9 +288,7 @@ def micro_batch_loss(run, micro_batch, mask, advantage, token_count, tally):
     old_logprob = packing.upload(micro_batch.logprob[:, : mask.shape[1]], device)  # [B, R]
     trained = micro_batch.sample.clamp(max=c.samples - 1)  # a masked filler row may have sample >= M
     row_advantage = packing.upload(advantage[micro_batch.question, trained][:, None], device)  # [B, 1]
-    # Shards are cast when they are gathered. No weight cache: it would keep bf16 copies of all weights.
-    mixed = device.type == "cuda" and not c.sharded
-    with torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):
+    with parallel.mixed_precision(device, c.sharded):
         logprob, entropy = run.learner(micro_batch, c.temperature)
         ref_logprob = None
         if run.reference:

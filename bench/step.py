@@ -154,7 +154,7 @@ def voting_reward(samples, seconds, lengths):
             group = completions[start : start + samples]
             assert len(set(prompts[start : start + samples])) == 1
             answers = [grading.extract_answer(text, truncated=True) for text in group]
-            rewards += vote_reward(Group(answers, ttrl.vote(answers)[1]))
+            rewards += vote_reward(Group(answers=answers, classes=ttrl.vote(answers)[1]))
         seconds["voting"] += time.perf_counter() - began
         return rewards
 

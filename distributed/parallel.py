@@ -68,6 +68,13 @@ def shard(model, grid, *, device, compute_dtype, offload=False):
     return torch.device("cpu") if offload else device
 
 
+def mixed_precision(device, sharded):
+    """A context for forward passes of the fp32 policy, in which a GPU computes in bf16; shards do anyway."""
+    enabled = device.type == "cuda" and not sharded
+    # No weight cache: it would keep bf16 copies of all weights.
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
 def exchange_gradients(learner, is_last_pass):
     """A context for a forward and backward pass that decides whether ranks exchange gradients in it.
 

@@ -39,7 +39,7 @@ def main():
     c = configure({})  # the embedded pair, seed 0
     question, texts, answers = sample_responses(c)
     label, classes = vote(answers, question.kind)
-    rewards = vote_reward(Group(answers, classes))
+    rewards = vote_reward(Group(answers=answers, classes=classes))
     advantage = advantages(torch.tensor([rewards])[:, : c.samples])[0].tolist()
 
     figure = Figure(figsize=(12, 5.6), layout="constrained")

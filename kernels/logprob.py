@@ -11,6 +11,8 @@ leave the registers, and `logits_to_gradient`. The rest is the same code on ever
 Letters in shape comments: T tokens, D width, V vocabulary; t, v those of a tile; N pieces of the vocabulary.
 """
 
+import math
+
 import torch
 
 try:
@@ -40,10 +42,30 @@ def linear_logprob(hidden, weight, targets, temperature=1.0):
     """
     assert hidden.shape[1] == weight.shape[1], "hidden [T, D], weight [V, D]"
     assert hidden.shape[:1] == targets.shape, "hidden [T, D], targets [T]"
+    return LinearLogprob.apply(autocast(hidden), weight, targets, float(temperature))
+
+
+def self_certainty(hidden, weight, targets, logprob, temperature=1.0):
+    """KL divergence from the uniform distribution to the softmax of `linear_logprob`, [T], in nats.
+
+    hidden, weight, targets, temperature: as there; logprob [T]: what it returned. Without gradients. The
+    divergence is lse - log V - mean logit (arXiv 2502.18581). As lse is the target's logit - logprob, and the
+    mean logit is the product with the mean row of the head, it takes two products of a row with a row.
+
+    >>> given = torch.tensor([[1.0]]), torch.tensor([[0.0], [math.log(3)]]), torch.tensor([1])  # p = 1/4, 3/4
+    >>> logprob, _ = linear_logprob(*given)
+    >>> round(self_certainty(*given, logprob).item(), 4)  # log(1/2 / sqrt(1/4 * 3/4))
+    0.1438
+    """
+    with torch.no_grad():
+        hidden, mean_row = autocast(hidden), weight.mean(0, dtype=torch.float32)
+        above_mean = weight[targets].to(hidden.dtype).float() - mean_row  # [T, D]
+        return (hidden.float() * above_mean).sum(-1) / temperature - logprob - math.log(len(weight))
+
+
+def autocast(hidden):
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    return LinearLogprob.apply(hidden, weight, targets, float(temperature))
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
 
 
 class LinearLogprob(torch.autograd.Function):

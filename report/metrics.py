@@ -47,6 +47,23 @@ def reward_accuracy(right, agreeing):
     return mean((index in agreeing) == bool(r) for index, r in enumerate(right))
 
 
+def reward_auc(right, rewards):
+    """The probability that a right response has a higher reward than a wrong one, ties counting one half.
+
+    right: each response's reward by the true answer, 1 or 0. 0.5 says that the reward cannot tell them apart.
+    nan if all are right or all wrong, or if a reward is.
+
+    >>> reward_auc([1.0, 1.0, 0.0], rewards=[-0.1, -0.3, -0.3])
+    0.75
+    """
+    if not all(map(math.isfinite, rewards)):
+        return math.nan
+    above = [reward for r, reward in zip(right, rewards, strict=True) if r]
+    below = [reward for r, reward in zip(right, rewards, strict=True) if not r]
+    wins = sum((a > b) + (a == b) / 2 for a in above for b in below)
+    return wins / (len(above) * len(below)) if above and below else math.nan
+
+
 def is_right(question, answer):
     """Whether an answer equals the true one; None never does."""
     return answer is not None and grading.same_answer(question.answer, answer, question.kind)
@@ -105,12 +122,16 @@ def of_training(groups, rewards, trained, last_labels):
     if not groups:
         return {}
     records = [grade(group) for group in groups]
+    learned = torch.tensor(rewards).tolist()  # in fp32, where differences may vanish
     fields = {**OF_VOTES, "ground_truth_ratio": "pass@1", "label_accuracy": "majority_right",
               "reward_accuracy": "reward_accuracy", f"pass@{len(rewards[0])}": "any_right"}  # fmt: skip
     metrics = {**means(records, fields), **of_responses(groups), **compared_with_last(records, last_labels)}
+    graded = [(r["right"], row) for r, row in zip(records, learned, strict=True) if "right" in r]
+    told_apart = [auc for auc in (reward_auc(*pair) for pair in graded) if not math.isnan(auc)]
+    metrics.update({"reward_auc": mean(told_apart)} if told_apart else {})
     metrics["most_common_label"] = most_common_label(last_labels)[1]
     metrics["reward"] = mean(map(mean, rewards))
-    metrics["zero_variance_groups"] = mean(len(set(row[:trained])) == 1 for row in rewards)
+    metrics["zero_variance_groups"] = mean(len(set(row[:trained])) == 1 for row in learned)
     return metrics
 
 

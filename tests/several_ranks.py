@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import fake_cuda
 import parity
 
+import rewards
 import ttrl
 from distributed import checkpoint, parallel, weights
 from distributed.shards import local, unshard
@@ -185,16 +186,24 @@ def train(case, models):
         if undo_late:
             undo_late(run)
         addresses = [p.data_ptr() for p in run.sampler.parameters()]
+        measures = measure(run, rollout)
         metrics = [learn(run, rollout, step) for step in (1, 2)]
     learned = dict(weights.whole_parameters(run.policy))
     return {
         "tokens": {pair: rollout.response(row) for row, pair in enumerate(pairs(rollout))},
+        "measures": dict(zip(pairs(rollout), measures, strict=True)),
         "norms": torch.stack(norms),
         "metrics": metrics,
         "weights": {name: tensor.clone() for name, tensor in learned.items()},
         "sampler": stale(run.sampler, learned),
         "moved": addresses != [p.data_ptr() for p in run.sampler.parameters()],
     }
+
+
+def measure(run, rollout):
+    asked, run.config = run.config, dataclasses.replace(run.config, reward="self_certainty")
+    measures, run.config = rewards.measure(run, rollout), asked
+    return measures
 
 
 def pairs(rollout):

@@ -31,7 +31,7 @@ from tiny import make
 def voted(answers, kind="math"):
     """(label, rewards) of the vote."""
     label, classes = ttrl.vote(answers, kind)
-    return label, ttrl.vote_reward(Group(answers, classes))
+    return label, ttrl.vote_reward(Group(answers=answers, classes=classes))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,8 @@ def test_every_reward_is_a_number_per_answer_and_metrics_do_not_depend_on_it(mon
     """A reward of one's own: a function in REWARDS, and nothing else."""
     monkeypatch.setitem(ttrl.REWARDS, "half", lambda group: [0.5 for _ in group.answers])
     question = Question("?", "3")
-    group = [Response(answer, answer, [7], True) for answer in ("3", "4", "3")]
+    fields = dict(tokens=[7], logprob=[-1.0], entropy=[1.0], certainty=[1.0])
+    group = [Response(answer=answer, text=answer, **fields) for answer in ("3", "4", "3")]
     measured = {}
     for name in ttrl.REWARDS:
         c = config.Config(**config.parse(["--reward", name, "--votes", "3", "--samples", "2"], ttrl.REWARDS))
@@ -96,6 +97,7 @@ def test_every_reward_is_a_number_per_answer_and_metrics_do_not_depend_on_it(mon
         assert (voted.label, voted.classes) == ("3", [[0, 2], [1]]) and len(rewards[0]) == 3
         assert measured[name].pop("reward") == sum(rewards[0]) / 3
         assert measured[name].pop("zero_variance_groups") == (rewards[0][0] == rewards[0][1])
+        assert measured[name].pop("reward_auc") == metrics.reward_auc([1.0, 0.0, 1.0], rewards[0])
     assert rewards[0] == [0.5] * 3 and all(other == measured["vote"] for other in measured.values())
 
 

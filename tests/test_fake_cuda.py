@@ -28,6 +28,7 @@ import kernels.fused
 import kernels.logprob
 import kernels.sampler
 import model
+import rewards
 import rollout
 import ttrl
 from distributed import parallel, ranks, weights
@@ -129,15 +130,15 @@ class NoExchange(torch.nn.Module):
 
 
 def patch_to_host(monkeypatch, replacement):
-    for module in (packing, metrics):
+    for module in (packing, metrics, rewards):
         monkeypatch.setattr(module, "to_host", replacement)
 
 
 def read_on_device(*numbers):
     """to_host up to the point where the host would wait."""
-    assert all(n.device.type == "cuda" and n.dim() == 0 for n in numbers)
-    assert torch.stack([n.double() for n in numbers]).is_cuda
-    return [1.0] * len(numbers)
+    together = torch.stack([n.double() for n in numbers])
+    assert all(n.device.type == "cuda" for n in numbers) and together.is_cuda
+    return torch.ones(together.shape, device="cpu").tolist()
 
 
 def dense(*tensors):
@@ -527,6 +528,10 @@ def fake_a_step_of_the_loop(gpu, tmp_path, monkeypatch):
     run.engine = ScriptedEngine(run.sampler, 5, longest, 40, EOS)
     measured, groups, rewards = ttrl.train_step(run, 1, {})
     assert measured["updates"] == 2 and measured["kl"] == 1.0 and len(groups) == 3 == len(rewards)
+    run.config = dataclasses.replace(run.config, reward="self_certainty")  # one more pass of the policy
+    _, groups, rewards = ttrl.train_step(run, 2, {})
+    flat = [response for group in groups for response in group.responses]
+    assert all(len(response.certainty) == len(response.tokens) for response in flat)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -665,8 +670,8 @@ IN_LEARNING = {
         (model.Attention, "forward", "cos, sin, v.dtype).split", "cos, sin, x.dtype).split",
          "torch.float32"),
     "no autocast":
-        (ttrl, "micro_batch_loss",
-         "enabled=mixed", "enabled=False", "torch.float32"),
+        (parallel, "mixed_precision",
+         "enabled=enabled", "enabled=False", "torch.float32"),
     "the policy in bf16":
         (run_module, "load_models", "folder, torch.float32, device, shard",
          "folder, compute_dtype, device, shard", "bfloat16, True, True"),

@@ -9,6 +9,7 @@ are trivial, but the comparing code has run.
 import copy
 import importlib
 import inspect
+import math
 import time
 from functools import partial
 
@@ -122,6 +123,19 @@ def test_log_probabilities(device, shape, dtype, temperature, monkeypatch):
         logits = (hidden.double() @ weight.double().T).abs().max().item()
         rounding = 2e-3 if dtype != torch.float32 else 1e-5 + shape[1] ** 0.5 * 2**-24 * logits / temperature
         assert kernel_error <= 1.5 * twin_error + rounding, name
+
+
+@on_both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_self_certainty(device, dtype):
+    hidden, weight, targets, _ = logprob_inputs(device, 37, 24, 101, dtype)
+    of_targets, _ = logprob.linear_logprob(hidden, weight, targets, 0.6)
+    logits = hidden.double() @ weight.double().T / 0.6
+    exact = logits.logsumexp(-1) - logits.mean(-1) - math.log(101)
+    got = logprob.self_certainty(hidden, weight, targets, of_targets, 0.6)
+    # A CPU rounds the logits of linear_logprob to their dtype. A GPU sums them in fp32.
+    rounding = torch.finfo(dtype if device == "cpu" else torch.float32).eps * logits.abs().max().item()
+    assert (got - exact).abs().max().item() < 1e-5 + 4 * rounding
 
 
 @on_both

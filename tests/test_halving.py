@@ -89,9 +89,9 @@ def test_an_update_in_halves_is_the_same(models, monkeypatch, capsys, when, budg
             rows_of.clear()
             raise ERRORS[0]
 
-    def failing(self, rows, temperature):
-        if not torch.is_grad_enabled():  # the reference
-            return forward(self, rows, temperature)
+    def failing(self, rows, temperature, **options):
+        if not torch.is_grad_enabled():  # the reference, or what rewards.measure asks for
+            return forward(self, rows, temperature, **options)
         rows_of.append(len(rows))
         fails = len(rows) > 3 and (budget == 5000 or len(rows_of) == 2)
         if fails and when == "forward":

@@ -8,7 +8,7 @@ from conftest import rollout_of
 from fake_memory import Held
 
 from kernels import logprob as module
-from kernels.logprob import linear_logprob
+from kernels.logprob import linear_logprob, self_certainty
 from model import ModelConfig, Transformer
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -104,6 +104,20 @@ def test_temperatures(temperature, far, used, monkeypatch):
     given = hidden, weight, targets, gradients_of(used, 9), temperature
     largest = (hidden.double() @ weight.double().T).abs().max().item()
     assert_close(*exact_eager_and_ours(torch.float32, *given), rounding=2**-24 * largest / temperature)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_self_certainty_is_the_divergence_from_uniform(dtype, temperature):
+    hidden, weight, targets = inputs(13, 8, 50, dtype)
+    logprob, _ = linear_logprob(hidden, weight, targets, temperature)
+    logits = hidden.double() @ weight.double().T / temperature
+    uniform = torch.full_like(logits, 1 / 50)
+    exact = torch.nn.functional.kl_div(logits.log_softmax(-1), uniform, reduction="none").sum(-1)
+    got = self_certainty(hidden, weight, targets, logprob, temperature)
+    # A CPU rounds the logits of `linear_logprob` to their dtype; a GPU does not.
+    rounding = torch.finfo(dtype).eps * logits.abs().max()
+    assert got.dtype == torch.float32 and (got - exact).abs().max() < 1e-6 + 2 * rounding
 
 
 def test_no_memory_is_read_before_it_is_written(monkeypatch):

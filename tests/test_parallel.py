@@ -4,6 +4,7 @@ The cases are those of several_ranks.py. Two processes of gloo run all of them, 
 what is compared here is what each of them saw. Four processes are the long tier.
 """
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,20 @@ def test_several_ranks_learn_what_one_learns(request, folder, alone, ranks, name
     assert differences(case, one, [results[name] for results in seen], folder / "models") == set()
 
 
+@pytest.mark.parametrize("name", TWO)
+def test_several_ranks_measure_what_one_measures(alone, two, name):
+    """Entropy and certainty of every response, whatever it is that the ranks share out."""
+    one, several = alone(TWO[name])["measures"], {}
+    for seen in two:
+        several.update(seen[name]["measures"])
+    assert several.keys() == one.keys() and len(one) == 18
+    for key, values in one.items():
+        assert len(values["certainty"]) == len(alone(TWO[name])["tokens"][key])
+        for field in ("entropy", "certainty"):
+            assert several[key][field].tolist() == pytest.approx(values[field].tolist(), abs=1e-5)
+        assert min(values["certainty"]) > 0 and min(values["entropy"]) > 0
+
+
 @pytest.mark.parametrize("one, other", [
     ("DDP", "whole shards"),  # DDP is shards that are whole
     ("DDP, one micro-batch", "shards, one micro-batch"),  # and two numbers have one sum
@@ -185,9 +200,11 @@ def test_a_sampler_on_several_ranks_has_the_logits_of_one(folder, several):
 
 def test_an_evaluation_may_have_fewer_rows_than_ranks(folder, several):
     """Ranks and groups without a row wait for none."""
-    alone = several_ranks.evaluate_few(folder / "models", Split())["unsharded"]
+    [[alone]] = several_ranks.evaluate_few(folder / "models", Split())["unsharded"]
     for key in {2: ("few 1", "few 2"), 4: ("few 2", "few 4")}[len(several)]:
-        assert several[0][key]["unsharded"] == alone
+        [[response]] = several[0][key]["unsharded"]
+        assert response.logprob.tolist() == pytest.approx(alone.logprob.tolist(), abs=1e-5)
+        assert dataclasses.replace(response, logprob=alone.logprob) == alone
         assert [seen[key]["rows"] for seen in several] == [1] + [0] * (len(several) - 1)
 
 

@@ -1,6 +1,7 @@
 """The rewards of rewards.py by hand, that only gold reads the truth, and what is counted of votes."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -20,10 +21,13 @@ C = ["4"] * 5 + ["7"] * 3
 
 def group_of(answers, **fields):
     tokens = fields.pop("tokens", [[1, 2, 3, i] for i in range(len(answers))])
-    responses = [rewards.Response(answer, "", ids, True) for answer, ids in zip(answers, tokens, strict=True)]
+    responses = [
+        rewards.Response(answer=answer, tokens=ids, logprob=[-0.1], entropy=[0.2], certainty=[3.0])
+        for answer, ids in zip(answers, tokens, strict=True)
+    ]
     fields = {"question": Question("?", "7"), "responses": responses, **fields}
     coins = [(i % 4 + 0.5) / 4 for i in range(len(answers))]
-    return rewards.Group(answers, ttrl.vote(answers)[1], coins=coins, **fields)
+    return rewards.Group(answers=answers, classes=ttrl.vote(answers)[1], coins=coins, **fields)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -57,6 +61,68 @@ def test_rewards_and_advantages_by_hand(name, answers, given, advantages):
     assert got == [float(reward) for reward in given]
     of_them = ttrl.advantages(torch.tensor([got]))[0].tolist()
     assert of_them == pytest.approx(advantages, abs=5e-5)
+
+
+PER_TOKEN = {
+    "trajectory_entropy": ("logprob", [-0.5, -0.25], -0.375),
+    "probability": ("logprob", [math.log(0.5), math.log(0.4)], 0.2),
+    "token_entropy": ("entropy", [0.25, 1.0, 0.25], -0.5),
+    "self_certainty": ("certainty", [7.0, 10.0], 8.5),
+}
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_certainty_rewards_by_hand(name):
+    """Of the second response alone, although it has no answer; the first's other numbers are not read."""
+    field, values, expected = PER_TOKEN[name]
+    fields = {other: [-9.0] for other in ("logprob", "entropy", "certainty")}
+    first, second = (
+        rewards.Response(answer=None, tokens=range(len(row)), **{**fields, field: row})
+        for row in ([-1.0], values)
+    )
+    group = rewards.Group(answers=[None, None], classes=[], responses=[first, second])
+    assert ttrl.REWARDS[name](group)[1] == pytest.approx(expected)
+    # of the first response, whose only token has -1: exp(-1), minus -1, -1
+    of_first = {"probability": math.exp(-1), "token_entropy": 1.0}.get(name, -1.0)
+    assert ttrl.REWARDS[name](group)[0] == pytest.approx(of_first)
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_rounding_does_not_tell_equal_responses_apart(name):
+    """A sampler computes the same response in other batches, and its numbers differ in the last bits."""
+    given = [([5, 7], 0.5), ([5, 7], 0.5000001), ([5, 8], 0.5000001)]
+    field = PER_TOKEN[name][0]
+    responses = [rewards.Response(answer="4", tokens=ids, **{field: [value]}) for ids, value in given]
+    group = rewards.Group(answers=["4"] * 3, classes=[[0, 1, 2]], responses=responses)
+    first, same, other = ttrl.REWARDS[name](group)
+    assert first == same != other
+
+
+def test_differences_that_fp32_does_not_have_teach_nothing():
+    groups, _, _ = scored("vote", "7")
+    tiny = [[10.0**-n for n in range(50, 58)]] * 2
+    measured = metrics.of_training(groups, tiny, 8, {})
+    assert measured["zero_variance_groups"] == 1 and measured["reward_auc"] == 0.5
+    assert ttrl.advantages(torch.tensor(tiny)).eq(0).all()
+
+
+def test_longer_responses_are_not_worth_more_but_for_probability():
+    short, long = ({"logprob": [-0.5] * n, "entropy": [0.3] * n, "certainty": [4.0] * n} for n in (2, 8))
+    responses = [rewards.Response(answer="4", tokens=fields["logprob"], **fields) for fields in (short, long)]
+    for name in PER_TOKEN:
+        group = rewards.Group(answers=["4", "4"], classes=[[0, 1]], responses=responses)
+        one, other = ttrl.REWARDS[name](group)
+        assert other == pytest.approx(one**4 if name == "probability" else one)
+
+
+@pytest.mark.parametrize("right, given, expected", [
+    ([1, 1, 0, 0], [1, 1, 0, 0], 1.0), ([1, 1, 0, 0], [0, 0, 1, 1], 0.0), ([1, 0, 0], [0.3, 0.3, 0.3], 0.5),
+    ([1, 1, 0], [-0.1, -0.3, -0.3], 0.75),
+])  # fmt: skip
+def test_reward_auc_by_hand(right, given, expected):
+    assert metrics.reward_auc(right, given) == expected
+    assert math.isnan(metrics.reward_auc([1.0] * len(given), given))
+    assert math.isnan(metrics.reward_auc(right, [*given[:-1], math.nan]))
 
 
 SIMILARITY = [[1, 0.8, 0.2, 0.1], [0.8, 1, 0.4, 0.3], [0.2, 0.4, 1, 0.5], [0.1, 0.3, 0.5, 1]]
@@ -178,7 +244,13 @@ def scored(name, truth, samples=8):
     flags = ["--reward", name, "--votes", "8", "--samples", str(samples)]
     c = config.Config(**config.parse(flags, ttrl.REWARDS))
     groups = [
-        [rewards.Response(answer, "", [1, i, i % 3], True) for i, answer in enumerate(row)] for row in (A, B)
+        [
+            rewards.Response(
+                answer=answer, tokens=[1, i, i % 3], logprob=[-i / 9], entropy=[i / 9], certainty=[i / 9]
+            )
+            for i, answer in enumerate(row)
+        ]
+        for row in (A, B)
     ]
     questions = [Question("?", truth, "0"), Question("?", truth, "1")]
     groups = ttrl.vote_on(questions, groups, ttrl.toss_coins(c.seed, 1, 2, 8))
@@ -250,5 +322,5 @@ def test_many_different_answers_are_summed_up():
 
 
 def counted(answers):
-    group = [rewards.Response(answer, "", [7], True) for answer in answers]
+    group = [rewards.Response(answer=answer, tokens=[7]) for answer in answers]
     return screen.counted_votes(9, ttrl.vote_on([Question("?", None, "q")], [group]))
