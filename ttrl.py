@@ -320,17 +320,17 @@ def evaluate(run, lower_temperatures=False):
 
 
 def train(run, state):
-    """From `state` (a new run's, or a checkpoint's) to the last step, in place.
+    """From `state` (a new run's, or a checkpoint's) to the last step, in place; or till its votes settle.
 
     A step is finished when its updates are made. Then it is evaluated, if that is due, and logged: that part
     is made again if a run stops in it.
     """
     c, watch = run.config, metrics.Stopwatch(state["seconds"])
     for step in range(state["step"], run.schedule.steps + 1):
-        is_last = step == run.schedule.steps
         if step > state["step"]:
             labels = dict(state["labels"])  # `state` stays as it is until the step is finished
             run.finish_step(state, step, labels, train_step(run, step, labels))
+        is_last = step == run.schedule.steps or run.health.has_settled(state, run.schedule, run.bar.write)
         if state["unlogged"] is not None:
             evaluation = None
             if is_last or step % c.eval_every == 0:
@@ -340,6 +340,8 @@ def train(run, state):
             run.log(state, evaluation)
             if is_last or (step and step % c.save_every == 0):
                 run.save_checkpoint(state)
+        if is_last:
+            break
 
 
 def main(argv=None):

@@ -82,9 +82,10 @@ def read_state(inputs, out, folder):
     """The state in the checkpoint `folder`; if there is none, that of a new run."""
     c = inputs.config
     # labels: {question id: label of its last vote}; logs: {file: its bytes}
+    # agreement: of health.note_agreement; settled: has --stop-when-settled ended the run?
     # unlogged: {file: lines} of a step that is finished but not logged; a run begins so
     state = {"step": 0, "seconds": 0.0, "updates": 0, "skipped_updates": 0, "empty_steps": 0, "labels": {},
-             "unlogged": {"metrics.jsonl": [{}]}, "logs": {}}  # fmt: skip
+             "agreement": {}, "settled": False, "unlogged": {"metrics.jsonl": [{}]}, "logs": {}}  # fmt: skip
     if folder is None:
         if (out / "model").exists():
             raise ValueError(f"{c.out} holds a model, but not its checkpoint; choose another --out")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from distributed.ranks import all_reduce, is_rank0
+from distributed.ranks import all_reduce, is_rank0, on_rank0
 from distributed.shards import local
 from report.metrics import mean, most_common_label
 from support.pretrained import is_finite
@@ -81,6 +81,22 @@ class Health:
             write(f"step {step}: no checkpoint, because {doubt}")
         return not doubt
 
+    def has_settled(self, state, schedule, write):
+        """Does --stop-when-settled end the run after the newest step of `state`? All ranks have to call it.
+
+        It is decided once, when the step is logged; a resumed run keeps to that. write: see `may_save`.
+        """
+        passes = schedule.config.stop_when_settled
+        if passes is None:
+            return False
+        if state["unlogged"] is not None:
+            ends_pass = state["step"] > 0 and state["step"] % schedule.steps_per_epoch == 0
+            known = ends_pass and on_rank0(lambda: have_settled(means_of_passes(state), passes))
+            state["settled"] = known
+        if state["settled"]:
+            write(f"step {state['step']}: the votes have settled (--stop-when-settled {passes}): the end")
+        return state["settled"]
+
     def may_finish(self, policy, state, saved):
         """End a run, too, that has nothing good to leave."""
         count = state["skipped_updates"]
@@ -134,6 +150,12 @@ def signs(line, state, c):
         f"{agreement:.0%} of the samples agree, and {share:.0%} of the questions have the same label, "
         f"{label!r:.30}: the policy may answer everything so; try a lower --lr or a higher --kl"
     )
+    passes = max(2, c.epochs // 10)
+    settled = c.stop_when_settled is None and have_settled(means_of_passes(state), passes)
+    found["settled"] = settled and (
+        f"the samples agreed no more in the last {passes} passes than in the {passes} before: the votes have "
+        f"settled, right or wrong; --stop-when-settled {passes} would end the run here"
+    )
     if math.isfinite(entropy):
         first = state.setdefault("first_entropy", entropy)
         found["entropy"] = entropy < ENTROPY_LEFT * first and (
@@ -141,6 +163,31 @@ def signs(line, state, c):
             "any more, and teach little; try a lower --lr, a higher --temperature or a higher --kl"
         )
     return found
+
+
+def note_agreement(agreement, epoch, majority_ratio, questions):
+    """Add a step to {epoch: [sum of the majority ratios of its questions, their number]}, in place."""
+    total, count = agreement.get(str(epoch), (0.0, 0))
+    agreement[str(epoch)] = [total + majority_ratio * questions, count + questions]
+
+
+def means_of_passes(state):
+    """The mean majority ratio of each whole pass over the questions. Only whole passes can be compared."""
+    sums = state["agreement"].values()
+    most = max((count for _, count in sums), default=0)
+    return [total / count for total, count in sums if 0 < count == most]
+
+
+def have_settled(means, passes):
+    """Have the votes settled: did the samples agree no more in the last `passes` passes than before?
+
+    means: of `means_of_passes`. As many passes before are compared, which evens out the noise of sampling.
+
+    >>> have_settled([0.5, 0.7, 0.8, 0.7, 0.75], passes=2), have_settled([0.5, 0.7, 0.8, 0.7, 0.9], passes=2)
+    (True, False)
+    """
+    newest, before = means[-passes:], means[-2 * passes : -passes]
+    return len(before) == passes and mean(newest) <= mean(before)
 
 
 def unanswered(no_answer, truncated, c):

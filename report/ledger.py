@@ -1,5 +1,6 @@
 """Before and after training: the fate of each question, paired changes, and the best evaluation."""
 
+import itertools
 import math
 from collections import Counter
 
@@ -131,8 +132,30 @@ def better(best, step, records):
     }
 
 
-def summarize(state):
-    """The contents of summary.json for a finished run."""
+def collapse_step(lines):
+    """The first step from which fewer votes are right than in the first pass: the model collapse step.
+
+    lines: of metrics.jsonl; their label_accuracy is averaged over each whole pass. Fewer by more than 0.05,
+    to the end, and in two passes at least; else None, as without true answers. (arXiv 2603.08660 has the step
+    at which reward accuracy falls below 1 %. Here that returns to 1 when no response has an answer any more:
+    then nothing is rewarded, and nothing is right.)
+
+    >>> right = [0.7, 0.8, 0.6, 0.8, 0.6, 0.5]
+    >>> collapse_step([{"step": i, "epoch": i, "train/label_accuracy": x} for i, x in enumerate(right, 1)])
+    5
+    """
+    passes = {}
+    for line in lines:
+        if "train/label_accuracy" in line:
+            passes.setdefault(line["epoch"], []).append(line)
+    whole = [of_pass for of_pass in passes.values() if len(of_pass) == len(next(iter(passes.values())))]
+    means = [mean(line["train/label_accuracy"] for line in of_pass) for of_pass in whole]
+    below = len(list(itertools.takewhile(lambda right: right < means[0] - 0.05, reversed(means))))
+    return whole[-below][0]["step"] if below > 1 else None
+
+
+def summarize(state, lines):
+    """The contents of summary.json for a finished run, from its last state and the lines of metrics.jsonl."""
     before, after = state["before"], state["after"]
     rows = ledger(before["records"], after["records"])
     counts = Counter(row["fate"] for row in rows)
@@ -145,6 +168,7 @@ def summarize(state):
         "after": after["metrics"],
         "change": paired_changes(before["records"], after["records"], names),
         "best": state["best"],
+        "collapse_step": collapse_step(lines),
         "ledger": {name: counts[name] for name in FATES},
         "expected_by_chance": sum(row["false_alarms"] for row in rows),
         "questions": rows,

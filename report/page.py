@@ -15,7 +15,7 @@ from typing import NamedTuple
 from distributed.checkpoint import write_whole
 from report import drawing
 from report.drawing import LONGEST_TEXT, chart, code, marked, text
-from report.ledger import FATES, summarize
+from report.ledger import FATES, collapse_step, summarize
 from report.screen import CHANCE, cells_of, read_lines, read_metrics
 from support.config import flag_name, papers_values
 from support.schedule import Schedule
@@ -47,7 +47,7 @@ def write_page(out, state, c, train_set, about):
 def page(lines, votes, state, c, train_set, about):
     """The HTML of the page, a pure function of its arguments: the same run gives the same bytes."""
     template = TEMPLATE.read_text(encoding="utf-8")
-    summary = summarize(state) if "after" in state else None
+    summary = summarize(state, lines) if "after" in state else None
     rows = rows_of(state, summary, votes, None if c.data == c.eval_data else train_set)
     shown = most_interesting(rows)
     return Template(template).substitute(
@@ -112,12 +112,14 @@ def warnings(lines, c, state):
     )
     gap = max((line.get("train/logprob_gap", 0) for line in lines), default=0)
     most_gap = 0.05 if c.device == "cuda" else 1e-4  # nats; see docs/metrics.md for usual values
+    collapsed = collapse_step(lines)
     timeouts = max((line.get("train/grading_timeouts", 0) for line in lines), default=0)
     skipped, updates = state["skipped_updates"], state["updates"] + state["skipped_updates"]
     found = [
         (agree > agreed + 0.05 and right < was_right - 0.05,
          f"Collapse: the votes agree more (majority ratio {agreed:.2f} → {agree:.2f}) and are right less "
          f"often (label accuracy {was_right:.2f} → {right:.2f})."),
+        (collapsed, f"Since step {collapsed} (collapse step) fewer votes are right than in the first pass."),
         (narrow < 0.2 * wide,
          f"Entropy fell from {wide:.3f} to {narrow:.3f} nats per token: samples hardly vary any more."),
         (after < before - 0.02, f"pass@1 fell from {before:.3f} to {after:.3f}."),

@@ -148,6 +148,8 @@ def render(summary, state):
             f"\nBest evaluation: step {best['step']}, pass@1 {best['pass@1']:.3f} ± {best['pass@1_se']:.3f} "
             "(chosen on the even samples, measured on the odd ones)"
         )
+    if summary["collapse_step"]:
+        parts.append(f"Since step {summary['collapse_step']} fewer votes are right than in the first pass.")
     if summary["questions"]:
         parts += ["", f"What became of the {len(summary['questions'])} questions:"]
         parts += [f"  {count:4d} {name:<12} {FATES[name]}" for name, count in summary["ledger"].items()]
@@ -212,7 +214,8 @@ def shown_responses(step, groups, rewards, how_many=4):
     for group, reward in list(zip(groups, rewards, strict=True))[:how_many]:
         line = {"step": step, "id": group.question.id, "prompt": group.question.prompt}
         line.update(response=group.responses[0].text, answer=group.answers[0])
-        lines.append({**line, "label": group.label, "reward": reward[0]})
+        shown = reward[0] if math.isfinite(reward[0]) else None  # JSON has no nan
+        lines.append({**line, "label": group.label, "reward": shown})
     return lines
 
 

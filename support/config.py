@@ -49,7 +49,7 @@ class Config:
     )
     # learning
     samples: int = flag(32, "train on the first SAMPLES of the votes")
-    reward: str = flag("vote", "reward function")  # choices: REWARDS in rewards.py
+    reward: str = flag("vote", "reward function")  # choices: REWARDS in ttrl.py
     epochs: int | None = flag(
         None, "passes over the questions [aime 80, amc 30, math 10, math-l* and gpqa 30, a file 10]", type=int
     )
@@ -87,6 +87,9 @@ class Config:
     seed: int = flag(0, "seed of sampling and of the order of the questions")
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda"))
     save_every: int = flag(10, "steps between checkpoints")
+    stop_when_settled: int | None = flag(
+        None, "end once samples agree no more in this many passes than in as many before [never]", type=int
+    )
     max_minutes: float | None = flag(
         None, "stop after this many minutes, and one step at least; the same command resumes", type=float
     )
@@ -117,9 +120,9 @@ TINY = dict(temperature=1.0, lr=5e-5, epochs=10, max_new_tokens=96, questions_pe
 # Models with one of these in their name use temperature 1.0 (paper, 3.1).
 REASONING_MODELS = ("qwen2.5-math", "deepseek-r1", "skywork-or1")
 # These change nothing that is computed, except by rounding.
-RESUME_MAY_CHANGE = {"out", "max_minutes", "allow_changed_flags", "dry_run", "wandb", "save_every",
-                     "shard", "sampler_ranks", "offload", "gpus", "rollout_tokens", "micro_batch_tokens",
-                     "checkpointing"}  # fmt: skip
+RESUME_MAY_CHANGE = {"out", "max_minutes", "stop_when_settled", "allow_changed_flags", "dry_run", "wandb",
+                     "save_every", "shard", "sampler_ranks", "offload", "gpus", "rollout_tokens",
+                     "micro_batch_tokens", "checkpointing"}  # fmt: skip
 # Further evaluations before the first step and after the last: samples, temperature, top-p
 LOWER_TEMPERATURES = {"greedy": (1, 0.0, 1.0), "pass@1 at 0.6/0.95": (16, 0.6, 0.95)}
 
@@ -242,7 +245,7 @@ def check(c):
     """Raise ValueError for the first flag with an invalid value."""
     positive = """shard sampler_ranks votes samples questions_per_step questions_per_update epochs
         max_prompt_tokens max_new_tokens eval_every eval_samples save_every rollout_tokens
-        micro_batch_tokens max_minutes lr clip grad_clip"""
+        micro_batch_tokens max_minutes stop_when_settled lr clip grad_clip"""
     rules = [(name, lambda v: 0 < v < math.inf, "must be above 0") for name in positive.split()]
     rules += [
         (name, lambda v: 0 <= v < math.inf, "must not be negative")

@@ -96,10 +96,7 @@ class Run(Inputs):
         return True
 
     def save_model(self):
-        """Write out/model in Hugging Face format, with the tokenizer, for transformers or vLLM.
-
-        On all ranks.
-        """
+        """Write out/model in Hugging Face format, with the tokenizer. All ranks have to call it."""
         if not is_rank0():
             deque(weights.whole_parameters(self.policy), maxlen=0)  # rank 0 may need this rank's shards
             return
@@ -158,6 +155,8 @@ class Run(Inputs):
         line = {f"train/{name}": value for name, value in measured.items()}
         shown, votes = screen.shown_responses(step, groups, rewards), screen.counted_votes(step, groups)
         unlogged = {"metrics.jsonl": [line], "rollouts.jsonl": shown, "votes.jsonl": votes}
+        epoch = math.ceil(step / self.schedule.steps_per_epoch)
+        health.note_agreement(state["agreement"], epoch, measured.get("majority_ratio", 0), len(groups))
         state.update(step=step, labels=labels, unlogged=unlogged)
         if self.config.max_minutes is not None:  # one step is made in any case, or a run might never end
             interrupts.stop_after(self.config.max_minutes)
@@ -238,8 +237,8 @@ class Run(Inputs):
         """Write summary.json and the page, and lines that the logs lack: the summary. On rank 0."""
         c, out = self.config, Path(self.config.out)
         self.flush()
-        summary = {**summarize(state), "seconds": state["seconds"], **screen.speeds(out)}
-        summary.update(environment=environment(c), config=dataclasses.asdict(c))
+        summary = {**summarize(state, screen.read_metrics(out)), **screen.speeds(out)}
+        summary.update(seconds=state["seconds"], environment=environment(c), config=dataclasses.asdict(c))
         checkpoint.write_whole(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
         self.draw_page(state)
         return summary

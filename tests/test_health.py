@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ EVALUATED = {"no_answer": 0.2, "truncated": 0.2, "pass@1": 0.3}
 ])  # fmt: skip
 def test_the_first_evaluation_says_what_speaks_against_training(changes, starts, names):
     state = {"before": {"metrics": {**EVALUATED, **changes}}}
-    said = health.warnings({"step": 0}, state, Config())
+    said = health.warnings({"step": 0}, state, C)
     assert len(said) == len(starts) and all(map(str.startswith, said, starts))
     assert state["warned"] == names  # the first step does not say it again, but may say others
 
@@ -125,11 +126,14 @@ SIGNS = {
 }
 
 
+C = Config(epochs=20)  # the program decides it
+
+
 def a_state(count=8, same=5):
     """After the first step: of the newest labels `same` are 7, one is missing."""
     labels = {str(i): "7" if i < same else str(100 + i) for i in range(count - 1)}
-    state = {"empty_steps": 0, "labels": {**labels, "none": None}}
-    assert health.warnings({**HEALTHY, "step": 1}, state, Config()) == []
+    state = {"empty_steps": 0, "agreement": {}, "labels": {**labels, "none": None}}
+    assert health.warnings({**HEALTHY, "step": 1}, state, C) == []
     return state
 
 
@@ -137,10 +141,10 @@ def a_state(count=8, same=5):
 def test_a_sign_of_collapse_is_said_once_in_a_run(name):
     change, words = SIGNS[name]
     line, state = {**HEALTHY, **{f"train/{key}": value for key, value in change.items()}}, a_state()
-    [said] = health.warnings(line, state, Config())
+    [said] = health.warnings(line, state, C)
     assert said.startswith(f"step 3: {words}")
     resumed = json.loads(json.dumps(state))  # as in a checkpoint
-    assert health.warnings(line, resumed, Config()) == []
+    assert health.warnings(line, resumed, C) == []
 
 
 @pytest.mark.parametrize("change, count, same", [
@@ -153,18 +157,63 @@ def test_a_sign_of_collapse_is_said_once_in_a_run(name):
 ])  # fmt: skip
 def test_what_is_no_sign_is_not_said(change, count, same):
     line = {**HEALTHY, **{f"train/{key}": value for key, value in change.items()}}
-    assert health.warnings(line, a_state(count, same), Config()) == []
+    assert health.warnings(line, a_state(count, same), C) == []
 
 
 def test_a_reason_is_not_said_twice():
     """A step that taught nothing says why; skipped updates are said each time."""
     line, state = {**HEALTHY, "train/zero_variance_groups": 1, "train/no_answer": 1.0}, a_state()
-    [said] = health.warnings(line, state, Config())
+    [said] = health.warnings(line, state, C)
     assert said.startswith("step 3 taught nothing: no answer was found in 100%")
-    assert health.warnings({**line, "train/zero_variance_groups": 0}, state, Config()) == []
+    assert health.warnings({**line, "train/zero_variance_groups": 0}, state, C) == []
     for step in (4, 5):
-        [said] = health.warnings({**HEALTHY, "step": step, "train/skipped_updates": 2}, state, Config())
+        [said] = health.warnings({**HEALTHY, "step": step, "train/skipped_updates": 2}, state, C)
         assert said == f"step {step}: 2 updates skipped because their gradient was not finite"
+
+
+@pytest.mark.parametrize("means, settled", [
+    ([0.5, 0.6, 0.7, 0.8], False),
+    ([0.5, 0.6, 0.5, 0.6], True),  # no more is not more
+    ([0.5, 0.7, 0.6, 0.5], True),
+    ([0.5, 0.7, 0.6, 0.61], False),  # one is less, and both together are more
+    ([0.9, 0.9, 0.1, 0.1, 0.2, 0.3], False),  # what was long ago does not count
+    ([0.9, 0.9, 0.1], False), ([], False),
+])  # fmt: skip
+def test_votes_have_settled_after_two_passes_without_more_agreement(means, settled):
+    assert health.have_settled(means, 2) == settled
+    agreement = {str(epoch): [8 * ratio, 8] for epoch, ratio in enumerate(means, 1)}
+    state = {**a_state(), "agreement": agreement}
+    for c, said in ((Config(epochs=20), settled), (Config(epochs=20, stop_when_settled=2), False)):
+        found = health.warnings({**HEALTHY, "step": 7}, {**state, "warned": []}, c)
+        assert len(found) == said and all("--stop-when-settled 2 would end the run" in text for text in found)
+
+
+def test_agreement_is_a_mean_over_questions_of_whole_passes():
+    """Eight questions and one; then a pass that is not over. A resumed run may have begun in mid-pass."""
+    state = {"agreement": {"1": [0.3, 1]}}
+    for epoch, ratio, questions in ((2, 0.5, 8), (2, 0.95, 1), (3, 0.7, 8), (3, 0.7, 1), (4, 0.1, 8)):
+        health.note_agreement(state["agreement"], epoch, ratio, questions)
+    assert health.means_of_passes(json.loads(json.dumps(state))) == pytest.approx([0.55, 0.7])
+    assert health.means_of_passes({"agreement": {}}) == []
+    health.note_agreement(state["agreement"], 5, 0, 0)  # of a rank that sees no votes
+
+
+@pytest.mark.parametrize("passes, step, unlogged, decided, ends", [
+    (1, 4, {}, False, True),
+    (None, 4, {}, False, False),
+    (1, 3, {}, False, False),  # in mid-pass
+    (1, 4, None, False, False),  # logged without its last evaluation, before the flag was given
+    (1, 4, None, True, True),  # a run that has ended so
+    (2, 4, {}, True, False),  # another number of passes
+])  # fmt: skip
+def test_a_settled_run_ends_after_a_pass_and_once_for_all(passes, step, unlogged, decided, ends):
+    agreement = {"1": [4.0, 6], "2": [3.0, 6]}
+    state = {"step": step, "unlogged": unlogged, "settled": decided, "agreement": agreement}
+    schedule, said = SimpleNamespace(config=Config(stop_when_settled=passes), steps_per_epoch=2), []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(health, "on_rank0", lambda action: action())
+        assert health.Health().has_settled(state, schedule, said.append) == ends
+    assert len(said) == ends
 
 
 def test_labels_of_no_question():

@@ -126,3 +126,19 @@ def test_the_best_evaluation_of_a_policy_that_never_changes_is_no_better_than_it
 @pytest.mark.parametrize("row", [{"truth": None}, {"truth": "7", "right": [1.0]}])
 def test_there_is_no_best_without_answers_or_with_one_sample(row):
     assert ledger.better(None, 0, [row]) is None
+
+
+@pytest.mark.parametrize("right, step", [
+    ([[0.7, 0.7], [0.8, 0.8], [0.6, 0.6], [0.6, 0.6]], 5),
+    ([[0.7, 0.7], [0.6, 0.6], [0.8, 0.8], [0.6, 0.6]], None),  # one pass may be noise
+    ([[0.7, 0.7], [0.66, 0.66], [0.66, 0.66]], None),  # and so may a vote or two
+    ([[0.9, 0.5], [0.6, 0.6], [0.5, 0.7], [0.5]], 3),  # a pass that is not over does not count
+    ([[0.9, 0.5], [0.8, 0.8], [0.6, 0.6], [0.5]], None),
+    ([[0.7, 0.7], [0.1, 0.1], [0.1, 0.1], [0.7, 0.7]], None),  # it came back
+    ([], None),
+])  # fmt: skip
+def test_the_collapse_step_by_hand(right, step):
+    shares = [(epoch, share) for epoch, of_pass in enumerate(right, 1) for share in of_pass]
+    lines = [{"step": i, "epoch": e, "train/label_accuracy": share} for i, (e, share) in enumerate(shares, 1)]
+    assert ledger.collapse_step([{"step": 0, "epoch": 0}, *lines]) == step
+    assert ledger.collapse_step([{"step": i, "epoch": e} for i, (e, _) in enumerate(shares, 1)]) is None

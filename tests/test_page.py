@@ -5,6 +5,7 @@ import dataclasses
 import html.parser
 import itertools
 import json
+import math
 import random
 import re
 import time
@@ -54,7 +55,8 @@ def metrics_of(steps, **courses):
     for step in range(1, steps + 1):
         share = (step - 1) / max(1, steps - 1)
         values = {name: a + (b - a) * share for name, (a, b) in {**usual, **courses}.items()}
-        lines.append({"step": step, **{f"train/{name}": value for name, value in values.items()}})
+        metrics = {f"train/{name}": value for name, value in values.items()}
+        lines.append({"step": step, "epoch": math.ceil(step / 4), **metrics})
     lines[-1].update({"eval/pass@1": 0.75, "eval/pass@1_se": 0.02, "eval/maj@8": 0.8})
     return lines
 
@@ -141,7 +143,7 @@ def test_more_votes_than_bars_are_thinned_and_the_rest_is_one_class():
 
 @pytest.mark.parametrize("courses, words", [
     ({}, []),
-    ({"majority_ratio": (0.5, 0.9), "label_accuracy": (0.6, 0.3)}, ["Collapse"]),
+    ({"majority_ratio": (0.5, 0.9), "label_accuracy": (0.6, 0.3)}, ["Collapse", "Since step 5"]),
     ({"majority_ratio": (0.5, 0.9), "label_accuracy": (0.3, 0.6)}, []),
     ({"entropy": (0.5, 0.01)}, ["Entropy"]),
     ({"truncated": (0.1, 0.5), "no_answer": (0, 0.6)}, ["truncated at --max-new-tokens", "No answer"]),

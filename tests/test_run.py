@@ -1,5 +1,6 @@
 """The real program as a subprocess: its files, the answers it never reads, ranks, resuming, errors."""
 
+import itertools
 import json
 import re
 import shutil
@@ -136,6 +137,24 @@ def test_the_votes_of_every_step_add_up(finished):
         assert measured[step].get("train/flip_rate") == (sum(flips) / 3 if flips else None)
         assert ("train/locked_wrong" in measured[step]) == (step > 2) == bool(flips)
         labels.update({line["question"]: line["label"] for line in votes})
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_a_run_ends_when_its_votes_have_settled(few_questions, tmp_path, ranks):
+    """At the end of the first pass without more agreement; the same command finds the run at its end."""
+    flags = ["--epochs", "12", "--stop-when-settled", "1", "--lr", "1e-9"]  # agreement goes up and down
+    printed = train(few_questions, tmp_path, *flags, ranks=ranks)
+    lines = lines_of(tmp_path / "metrics.jsonl")
+    ratios = [line["train/majority_ratio"] for line in lines[1:]]
+    means = [sum(ratios[start : start + 2]) / 2 for start in range(0, len(ratios), 2)]
+    assert 4 <= len(ratios) < 24 and len(ratios) % 2 == 0
+    falls = [later <= earlier for earlier, later in itertools.pairwise(means)]
+    assert falls == [False] * (len(means) - 2) + [True]
+    assert f"step {len(ratios)}: the votes have settled (--stop-when-settled 1): the end" in printed
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == len(ratios)
+    files = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "model/model.safetensors")}
+    train(few_questions, tmp_path, *flags)  # on one rank: the weights are read, and nothing is computed
+    assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
 
 
 def test_rollouts_show_answer_label_and_reward(finished):
