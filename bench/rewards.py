@@ -1,8 +1,9 @@
 r"""Is it the vote? Every reward on the embedded pair, at the same budget, and the paper's analyses in small.
 
-    python bench/rewards.py                           # all; about an hour on one core
-    python bench/rewards.py --experiments rewards     # some of EXPERIMENTS
-    python bench/rewards.py --experiments voting --seeds 0         # does it run? a minute
+    python bench/rewards.py                          # all but long; about an hour on one core
+    python bench/rewards.py --what rewards           # some of EXPERIMENTS
+    python bench/rewards.py --what voting --seeds 0  # does it run? a minute
+    python bench/rewards.py --what long              # rise, fall and when to stop (long.py): three hours
 
 Each run is ttrl.py as a user would start it, with the settings of the demo but half of its votes (BUDGET). It
 trains on every other question of the embedded set, and is evaluated on all of them before and after: on those
@@ -23,6 +24,7 @@ import os
 import subprocess
 import sys
 
+import long
 from common import ROOT, arguments, last_line, over, run_ttrl, say, table
 from matplotlib.figure import Figure
 
@@ -30,18 +32,17 @@ from grading import extract_answer
 from model import Transformer
 from report.metrics import is_right, mean, standard_error
 from report.screen import read_metrics
-from rewards import REWARDS
 from rollout import generate
 from support import questions
 from support.config import TINY, flag_name
 from support.prompts import decode_response, encode_prompt, load_tokenizer
-from ttrl import vote
+from ttrl import REWARDS, vote
 
 BUDGET = """--votes 32 --samples 16 --eval-samples 32 --eval-data tiny --eval-every 1000
     --save-every 1000""".split()
 BASES = {"errs less": 0.6, "as it is": 1.0, "errs more": 1.6}  # factor on the probabilities of a mistake
 EXPERIMENTS = {  # {name: {label: flags}}
-    "rewards": {name: ["--reward", name] for name in REWARDS},
+    "rewards": {name: ["--reward", name] for name in REWARDS if name not in long.CERTAINTY},
     "votes": {str(n): ["--votes", str(n), "--samples", str(n // 2)] for n in (4, 8, 32, 128)},
     "temperature": {t: ["--temperature", t] for t in ("0.6", "1.0", "1.3")},
     "lr": {lr: ["--lr", lr] for lr in ("1e-5", "5e-5", "2e-4", "1e-3")},
@@ -71,11 +72,16 @@ def flags_of(experiment, label, runs):
     asked = runs / "asked.json"
     asked.write_text(json.dumps(json.loads((ROOT / "tiny/questions.json").read_text())[::2]))
     flags = [*EXPERIMENTS[experiment][label], "--data", asked]
-    if experiment == "base" and BASES[label] != 1:  # another model does not get the preset of tiny
-        preset = {name: value for name, value in TINY.items() if name not in ("eval_every", "eval_samples")}
-        given = [(flag_name(name), str(value)) for name, value in preset.items()]
-        flags += ["--model", make_base(runs, label), *sum(given, ())]
+    if experiment == "base" and BASES[label] != 1:
+        flags += base_flags(runs, label)
     return flags
+
+
+def base_flags(runs, label):
+    """The flags of another base, which is made; it does not get the preset of tiny by itself."""
+    preset = {name: value for name, value in TINY.items() if name not in ("eval_every", "eval_samples")}
+    given = [(flag_name(name), str(value)) for name, value in preset.items()]
+    return ["--model", make_base(runs, label), *sum(given, ())]
 
 
 def make_base(runs, label):
@@ -139,20 +145,32 @@ def experiment(name, seeds, runs):
 # plain voting
 
 
+def answers_of_base(asked, seed, samples):
+    """The answers of the embedded model, `samples` to each question in turn."""
+    folder = ROOT / "tiny/model"
+    policy, (tokenizer, eos_ids) = Transformer.from_pretrained(folder), load_tokenizer(folder)
+    prompts = [encode_prompt(tokenizer, question.prompt) for question in asked]
+    options = dict(max_new_tokens=96, eos_ids=eos_ids, seed=seed, stream="train", step=1)
+    rollout = generate(policy, prompts, samples, budget_tokens=64 * 256, **options)
+    texts = [decode_response(tokenizer, rollout.response(row)) for row in range(len(rollout))]
+    return [extract_answer(*pair) for pair in zip(texts, (~rollout.finished).tolist(), strict=True)]
+
+
+def wrong_at_first(seed):
+    """Indices of the questions on which the embedded model's vote over 32 samples is wrong."""
+    asked = questions.load("tiny")
+    answers = answers_of_base(asked, seed, 32)
+    labels = [vote(answers[start : start + 32])[0] for start in range(0, len(answers), 32)]
+    return [index for index, label in enumerate(labels) if not is_right(asked[index], label)]
+
+
 def plain_voting(seed, samples=320):
     """{N: accuracy of the vote over N samples of the base}, up to all that training draws for a question.
 
     For each N the mean over the disjoint groups of N among the samples.
     """
-    folder = ROOT / "tiny/model"
-    policy, (tokenizer, eos_ids) = Transformer.from_pretrained(folder), load_tokenizer(folder)
-    asked = questions.load("tiny")[::2]
-    prompts = [encode_prompt(tokenizer, question.prompt) for question in asked]
-    options = dict(max_new_tokens=96, eos_ids=eos_ids, seed=seed, stream="train", step=1)
-    rollout = generate(policy, prompts, samples, budget_tokens=64 * 256, **options)
-    texts = [decode_response(tokenizer, rollout.response(row)) for row in range(len(rollout))]
-    answers = [extract_answer(*pair) for pair in zip(texts, (~rollout.finished).tolist(), strict=True)]
-    accuracy = {}
+    asked, accuracy = questions.load("tiny")[::2], {}
+    answers = answers_of_base(asked, seed, samples)
     for count in (1, 4, 16, 32, 64, 160, 320):
         groups = [(number // samples, answers[number : number + count])
                   for number in range(0, len(answers), count)]  # fmt: skip
@@ -241,14 +259,16 @@ def curve(ax, steps, metric, label):
 
 def main():
     parser, names = arguments(__doc__), [*EXPERIMENTS, "voting"]
-    parser.add_argument("--experiments", nargs="+", choices=names, default=names, help="[all of them]")
+    parser.add_argument("--what", nargs="+", choices=[*names, "long"], default=names, help="[all but long]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[0 1 2]")
     args, runs = parser.parse_args(), ROOT / "runs/rewards"
     runs.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the runs
-    found, voting = {}, {}
-    for name in args.experiments:
-        if name == "voting":
+    found, voting, found_long = {}, {}, {}
+    for name in args.what:
+        if name == "long":
+            found_long = long.main(runs, base_flags(runs, "errs more"), wrong_at_first)
+        elif name == "voting":
             voting = over(mean, [plain_voting(seed) for seed in args.seeds])
             rows = [[count, f"{value:.3f}"] for count, value in voting.items()]
             say(f"\nplain voting of the base\n{table(['samples', 'accuracy'], rows)}")
@@ -261,7 +281,7 @@ def main():
         draw_analyses(ROOT / "docs/analyses.png", found)
     results = {name: {label: {column: mean(numbers) for column, numbers in columns.items()}
                       for label, columns in found[name][0].items()} for name in found}  # fmt: skip
-    last_line(**results, voting=voting)
+    last_line(**results, voting=voting, long=found_long)
 
 
 if __name__ == "__main__":

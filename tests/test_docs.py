@@ -24,7 +24,7 @@ RUN_FILES = set("""config.json metrics.jsonl rollouts.jsonl votes.jsonl curves.p
 TRAIN_FLAGS = {"--nproc", "--nnodes", "--rdzv-endpoint", "--local-addr", "--max-restarts"}
 FIRST_CARD_FLAGS = {"--seconds", "--until", "--from", "--retry-failed", "--dry", "--deadline"}
 OTHER_FLAGS = set("""--no-offload --no-checkpointing --nproc-per-node --rdzv-backend --help
-    --no-build-isolation --cases --models --tasks --rewards --seeds --check""".split())  # fmt: skip
+    --no-build-isolation --cases --models --tasks --rewards --seeds --check --what""".split())  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -41,6 +41,15 @@ def test_the_names_to_change_exist():
     for name in names:
         module, attribute = name.rsplit(".", 1)
         assert hasattr(importlib.import_module(module), attribute), name
+
+
+@pytest.mark.parametrize("bench", sorted(path.name for path in (ROOT / "bench").glob("*.py")))
+def test_every_bench_says_what_it_does(bench):
+    """With all that it imports."""
+    if "parse_args()" in (ROOT / "bench" / bench).read_text():
+        line = [sys.executable, ROOT / "bench" / bench, "--help"]
+        shown = subprocess.run(line, capture_output=True, text=True)
+        assert shown.returncode == 0 and "--" in shown.stdout, shown.stderr
 
 
 def test_commands_are_found():
