@@ -26,7 +26,7 @@ from common import ROOT, say, table
 from matplotlib.figure import Figure
 
 from report.health import have_settled
-from report.ledger import collapse_step
+from report.ledger import collapse_step, whole_passes
 from report.metrics import mean, standard_error
 from report.screen import read_lines, read_metrics
 
@@ -73,22 +73,16 @@ def run(folder, flags):
 
 def ended(folder):
     """Were all votes wrong in each of the last GONE whole passes?"""
-    right = [mean(line["train/label_accuracy"] for line in of_pass) for of_pass in lines_of(folder).values()]
+    lines = whole_passes(read_metrics(folder)[1:])
+    right = [mean(line["train/label_accuracy"] for line in of_pass) for of_pass in lines.values()]
     return len(right) >= GONE and not any(right[-GONE:])
-
-
-def lines_of(folder):
-    """{epoch: lines of metrics.jsonl} of the whole passes of a run."""
-    lines = defaultdict(list)
-    for line in read_metrics(folder)[1:]:
-        lines[line["epoch"]].append(line)
-    return {epoch: of_pass for epoch, of_pass in lines.items() if len(of_pass) == len(lines[1])}
 
 
 def passes(folder):
     """A dict for each whole pass of a run: its last step, and the means of its training metrics."""
-    lines, votes = lines_of(folder), defaultdict(list)
-    evaluated = [line for line in read_metrics(folder) if "eval/pass@1" in line]
+    metrics, votes = read_metrics(folder), defaultdict(list)
+    lines = whole_passes(metrics[1:])
+    evaluated = [line for line in metrics if "eval/pass@1" in line]
     epochs = {line["step"]: epoch for epoch, of_pass in lines.items() for line in of_pass}
     for line in read_lines(folder / "votes.jsonl"):
         votes[epochs.get(line["step"])].append(line)
@@ -105,7 +99,7 @@ def passes(folder):
     if found:
         found[0]["before"] = evaluated[0]["eval/pass@1"]
         found[-1]["evaluations"] = [(line["step"], line["eval/pass@1"]) for line in evaluated]
-        found[-1]["collapse_step"] = collapse_step(read_metrics(folder))
+        found[-1]["collapse_step"] = collapse_step(metrics)
     return found
 
 

@@ -91,8 +91,7 @@ class Health:
             return False
         if state["unlogged"] is not None:
             ends_pass = state["step"] > 0 and state["step"] % schedule.steps_per_epoch == 0
-            known = ends_pass and on_rank0(lambda: have_settled(means_of_passes(state), passes))
-            state["settled"] = known
+            state["settled"] = ends_pass and on_rank0(lambda: have_settled(means_of_passes(state), passes))
         if state["settled"]:
             write(f"step {state['step']}: the votes have settled (--stop-when-settled {passes}): the end")
         return state["settled"]

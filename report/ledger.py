@@ -132,6 +132,14 @@ def better(best, step, records):
     }
 
 
+def whole_passes(lines):
+    """{epoch: its lines of metrics.jsonl}, of the passes that have as many as the first."""
+    passes = {}
+    for line in lines:
+        passes.setdefault(line["epoch"], []).append(line)
+    return {epoch: own for epoch, own in passes.items() if len(own) == len(next(iter(passes.values())))}
+
+
 def collapse_step(lines):
     """The first step from which fewer votes are right than in the first pass: the model collapse step.
 
@@ -144,11 +152,7 @@ def collapse_step(lines):
     >>> collapse_step([{"step": i, "epoch": i, "train/label_accuracy": x} for i, x in enumerate(right, 1)])
     5
     """
-    passes = {}
-    for line in lines:
-        if "train/label_accuracy" in line:
-            passes.setdefault(line["epoch"], []).append(line)
-    whole = [of_pass for of_pass in passes.values() if len(of_pass) == len(next(iter(passes.values())))]
+    whole = list(whole_passes(line for line in lines if "train/label_accuracy" in line).values())
     means = [mean(line["train/label_accuracy"] for line in of_pass) for of_pass in whole]
     below = len(list(itertools.takewhile(lambda right: right < means[0] - 0.05, reversed(means))))
     return whole[-below][0]["step"] if below > 1 else None
