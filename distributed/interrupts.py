@@ -9,6 +9,7 @@ With several ranks, each counts up a number in torchrun's store once a second. A
 still is gone.
 """
 
+import atexit
 import contextlib
 import datetime
 import math
@@ -137,13 +138,21 @@ class Pulse:
         self.store.set(self.keys[self.rank], "0 0")
         self.seen, self.missed = [b"0 0"] * len(self.keys), [0] * len(self.keys)
         dist.all_reduce(torch.zeros(1))  # all have set theirs
-        threading.Thread(target=self.go_on, daemon=True).start()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.go_on, daemon=True)
+        self.thread.start()
+        atexit.register(self.end)
 
     def go_on(self):
-        while _outside or max(self.missed) < PATIENCE:  # a rank that has done its part may leave
-            time.sleep(SECOND)
+        while not self.ended.wait(SECOND):
             self.beat()
-        leave(1, self.gone(PATIENCE), alone=True)
+            if not _outside and max(self.missed) >= PATIENCE:  # a rank that has done its part may leave
+                leave(1, self.gone(PATIENCE), alone=True)
+
+    def end(self):
+        """Wait for the thread: if it comes back from torch's C++ as Python ends, the process is aborted."""
+        self.ended.set()
+        self.thread.join()
 
     def beat(self):
         """Give a sign of life, and look for those of the others."""

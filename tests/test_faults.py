@@ -452,6 +452,21 @@ def test_a_rank_that_dies_is_named_and_the_same_command_goes_on(few_questions, t
     assert_same(out, tmp_path / "undisturbed")
 
 
+def test_signs_of_life_end_before_python_does(tmp_path):
+    """A thread that comes back from torch's C++ while Python ends is aborted, and the process with it."""
+    script = tmp_path / "ending.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from distributed import interrupts, ranks
+interrupts.SECOND = 0  # no pause between two signs
+ranks.start_processes("cpu")
+for _ in range(8):
+    interrupts.feel_pulse()
+""")
+    program(ranks=2, script=script)
+
+
 def test_a_rank_that_is_behind_is_named():
     pulse = object.__new__(interrupts.Pulse)
     pulse.missed, pulse.seen, pulse.place = [0, 0], [b"9 3", b"9 2"], 3
