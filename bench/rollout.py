@@ -1,31 +1,44 @@
-"""Tokens a second: our sampler against transformers' generate, with the same model, prompts and threads.
+"""Tokens a second: our sampler against transformers' generate and vLLM, by the same model, prompts, threads.
 
-    python bench/rollout.py                          # SmolLM2-135M-Instruct, all cases; an hour on one core
-    python bench/rollout.py --cases a b --threads 1  # minutes
+    python bench/rollout.py                             # SmolLM2-135M-Instruct, all cases; hours on one core
+    python bench/rollout.py --cases a b --threads 1     # minutes
+    python bench/rollout.py --peers vllm --neighbour    # and what a busy neighbour takes
     python bench/rollout.py --model tiny/model --cases a --repeats 1 --no-bounds      # does it run?
 
     (a) 1 row, a prompt of 64 tokens and 64 new ones
     (b) 4 questions x 16 samples, prompts of 64 tokens, 64 new ones, every row to its full length
+    (b-top-p) as (b), sampled with top-p 0.95, and beside it (b) once more: what top-p costs
     (c) 8 questions x 64 samples in the chat template, up to 128 tokens, as long as the model makes them
-    (d) as (b), sampled with top-p 0.95, and beside it (b) once more: what top-p costs
+    (d) 4 questions x 64 samples, prompts of 256 tokens, 256 new ones, every row to its full length
 
-The peer is first screened: attention, cache, the way rows are repeated, rows a call, threads. Of what was
+transformers is first screened: attention, cache, the way rows are repeated, rows a call, threads. Of what was
 tried the best takes part, twice: as `generate` alone, and as `generate` behind a prompt cache filled by hand
 (transformers' recipe for shared prompts), for which the caller has to write what we call prefill. Threads are
-those that suit the peer best. Only tokens up to and including a row's end count, on both sides. Then, with
-the same threads, what bounds us (without --cases nothing else): the machine's largest product and its memory
-bandwidth, and what the model's own matrices reach at 64 rows and at 1.
+those that suit it best; where vLLM takes part, the most that are asked for.
+
+vLLM takes part eager and compiled, each in a process of its own that holds about 6 GB and, idle, takes 2 % of
+a core; the faster one counts. It lives in a virtual environment, --vllm, which pip makes on first use (3.4
+GB). Compiling takes minutes, once.
+
+Only tokens up to and including a row's end count, on all sides. With --neighbour all sides then run again
+beside a process that spins. Last, with the same threads, what bounds us (with an empty --cases nothing else):
+the machine's largest product and its memory bandwidth, and what the model's own matrices reach at 64 rows and
+at 1.
 """
 
 import os
 import statistics
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
-from common import ROOT, arguments, clocked, in_turn, last_line, model_folder, over, say, seconds_of, table
+import common
+from common import ROOT, arguments, clocked, in_turn, model_folder, over, say, seconds_of, table
+from vllm_peer import ENVIRONMENT, VllmPeer
 
 import torch  # isort: skip
 import transformers  # isort: skip
@@ -45,7 +58,10 @@ ASKED = (
     "Anna reads 5 pages a day. How many pages does she read in 6 days?",
     "Is the sun a star or a planet?",
 )
-AIMS = {"a": 1.5, "b": 2.0, "c": 4.0, "d": 2.0}  # times the peer's tokens a second
+CASES = ("a", "b", "b-top-p", "c", "d")
+AIMS = {"a": 1.5, "b": 2.0, "b-top-p": 2.0, "c": 4.0}  # times transformers' tokens a second
+AIMS_VLLM = {"a": 1.3, "b": 1.4, "b-top-p": 1.3, "c": 1.15, "d": 1.15}  # a second, and a CPU-second
+AIM_KEPT = 0.55  # of our quiet speed, beside a neighbour
 AIM_BANDWIDTH, AIM_GEMM = 0.8, 0.6
 TOP_P_COST = 0.15  # of the time without it, at most
 WITHOUT_TOP_P = "ours without top-p"
@@ -65,6 +81,11 @@ class Case:
     def rows(self):
         return len(self.prompts) * self.samples
 
+    def check(self, lengths):
+        """lengths: of the responses that a peer gave."""
+        complete = self.eos_ids or set(lengths) == {self.new_tokens}
+        assert len(lengths) == self.rows and complete, "rows or tokens are missing"
+
     def __str__(self):
         end = "until the model ends" if self.eos_ids else "full length"
         lengths = "/".join(str(n) for n in sorted({len(prompt) for prompt in self.prompts}))
@@ -75,19 +96,21 @@ class Case:
 def make_cases(folder):
     tokenizer, eos_ids = load_tokenizer(folder)
     text = tokenizer.encode((ROOT / "README.md").read_text(encoding="utf-8"), add_special_tokens=False)
-    prompts = [text[start : start + 64] for start in (0, 500, 1000, 1500)]
+    short, long = ([text[start : start + n] for start in (0, 500, 1000, 1500)] for n in (64, 256))
     asked = [encode_prompt(tokenizer, question, suffix="none") for question in ASKED]
     return {
-        "a": Case("a", prompts[:1], 1, 64, (), 5),
-        "b": Case("b", prompts, 16, 64, (), 3),
+        "a": Case("a", short[:1], 1, 64, (), 5),
+        "b": Case("b", short, 16, 64, (), 3),
+        "b-top-p": Case("b-top-p", short, 16, 64, (), 3, top_p=0.95),
         "c": Case("c", asked, 64, 128, tuple(eos_ids), 1),
-        "d": Case("d", prompts, 16, 64, (), 3, top_p=0.95),
+        "d": Case("d", long, 64, 256, (), 1),
     }
 
 
 def figures(lengths, wall, cpu):
     """What one rollout of a case is worth; lengths: of the responses, in tokens."""
-    return {"tokens/s": sum(lengths) / wall, "s": wall, "CPU s": cpu, "length": statistics.mean(lengths)}
+    return {"tokens/s": sum(lengths) / wall, "tokens/CPU s": sum(lengths) / cpu, "s": wall,
+            "length": statistics.mean(lengths)}  # fmt: skip
 
 
 def ours(model, case, step=1):
@@ -99,7 +122,7 @@ def ours(model, case, step=1):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# the peer
+# transformers
 
 
 @dataclass(frozen=True)
@@ -118,7 +141,7 @@ class Setting:
         return f"{self.attention}, {self.cache}, {self.repeat}, {rows} rows a call, {self.threads} threads"
 
 
-class Peer:
+class TransformersPeer:
     """transformers' model, and the one way in which we call it."""
 
     def __init__(self, folder):
@@ -173,8 +196,7 @@ class Peer:
         """(response lengths, seconds, CPU-seconds) of a case."""
         calls = self.calls(case, setting)
         lengths, wall, cpu = clocked(lambda: [n for call in calls for n in self.call(case, setting, *call)])
-        complete = case.eos_ids or set(lengths) == {case.new_tokens}
-        assert len(lengths) == case.rows and complete, "rows or tokens are missing"
+        case.check(lengths)
         return lengths, wall, cpu
 
     def stamp(self, ids, scores, **_):
@@ -205,7 +227,7 @@ CANDIDATES = {
           *(Setting(repeat=repeat, rows=rows) for repeat, rows in (("prefix", 128), ("prefix", None),
             ("num_return_sequences", 64), ("num_return_sequences", 128), ("num_return_sequences", None)))],
 }  # fmt: skip
-CANDIDATES["d"] = CANDIDATES["b"]
+CANDIDATES["b-top-p"], CANDIDATES["d"] = CANDIDATES["b"], CANDIDATES["c"]
 
 
 def screen(peer, case, threads, longest):
@@ -235,24 +257,43 @@ def screen(peer, case, threads, longest):
 # the comparison
 
 
-def compare(case, model, peer, threads, repeats):
-    """Screen the peer and run both sides in turn: what the table needs."""
+def compare(case, model, peer, engines, threads, repeats, neighbour):
+    """Screen transformers and run all sides in turn: what the table needs.
+
+    peer: a TransformersPeer or None. engines: {name: VllmPeer}.
+    """
     say(f"\n{case}")
-    settings = screen(peer, case, threads, longest_responses(model, case, threads))
-    threads = settings["generate"].threads
+    settings = screen(peer, case, threads, longest_responses(model, case, threads)) if peer else {}
+    threads = settings["generate"].threads if settings else threads[-1]
     torch.set_num_threads(threads)
-    ours(model, replace(case, new_tokens=2))  # warm
-    sides = {"ours": partial(ours, model, case)}
+    sides = {"ours": partial(ours, model)}
+    sides.update({name: partial(peer.run, setting=setting) for name, setting in settings.items()})
+    sides.update({name: engine.run for name, engine in engines.items()})
+    settings.update({name: engine.setting for name, engine in engines.items()})
+    for name in ("ours", *engines):
+        sides[name](replace(case, new_tokens=2, eos_ids=()))  # warm
+    sides = {name: partial(side, case) for name, side in sides.items()}
     if case.top_p < 1:
         sides[WITHOUT_TOP_P] = partial(ours, model, replace(case, top_p=1.0))
-    sides.update({name: partial(peer.run, case, setting) for name, setting in settings.items()})
-    runs = in_turn({name: partial(shown, name, action) for name, action in sides.items()}, repeats)
-    results = {name: over(statistics.median, samples) for name, samples in runs.items()}
+    results = medians(sides, repeats)
+    if neighbour:
+        say("  beside a process that spins")
+        with common.spinning():
+            beside = medians(sides, repeats)
     for name, result in results.items():
         result["ours is x"] = results["ours"]["tokens/s"] / result["tokens/s"]
-        result["by CPU x"] = result["CPU s"] / results["ours"]["CPU s"]  # a shared machine shows in the other
+        # a shared machine shows in the other
+        result["by CPU x"] = results["ours"]["tokens/CPU s"] / result["tokens/CPU s"]
+        if neighbour:
+            result["kept"] = beside[name]["tokens/s"] / result["tokens/s"]
         result["setting"] = str(settings.get(name, "rollout.generate"))
     return {"case": case.name, "what": str(case), "threads": threads, "sides": results}
+
+
+def medians(sides, repeats):
+    """{name: the median figures of a side} from runs in turn."""
+    runs = in_turn({name: partial(shown, name, side) for name, side in sides.items()}, repeats)
+    return {name: over(statistics.median, found) for name, found in runs.items()}
 
 
 def shown(name, action):
@@ -339,13 +380,28 @@ def decode_seconds(model, case, repeats):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def aims_of(result):
+    """(what, reached, aim) of a case. Of vLLM's modes the faster counts."""
+    case, sides = result["case"], result["sides"]
+    engines = [name for name in sides if name.startswith("vllm")]
+    best = max(engines, key=lambda name: sides[name]["tokens/s"], default=None)
+    aims = []
+    for name, found in sides.items():
+        if name == "ours" and "kept" in found:
+            aims.append(("of ours kept beside a neighbour", found["kept"], AIM_KEPT))
+        elif name == WITHOUT_TOP_P:
+            aims.append((f"times {name}", found["ours is x"], 1 / (1 + TOP_P_COST)))
+        elif name.startswith("generate") and case in AIMS:
+            aims.append((f"times {name}", found["ours is x"], AIMS[case]))
+        elif name == best:
+            aims.append((f"times {name}", found["ours is x"], AIMS_VLLM[case]))
+            aims.append((f"times {name} by CPU-seconds", found["by CPU x"], AIMS_VLLM[case]))
+    return [(f"({case}) {what}", reached, aim) for what, reached, aim in aims]
+
+
 def verdicts(compared, bound):
     """Print the aims, and whether they were reached."""
-    aims = []
-    for result in compared:
-        for side, found in list(result["sides"].items())[1:]:
-            aim = 1 / (1 + TOP_P_COST) if side == WITHOUT_TOP_P else AIMS[result["case"]]
-            aims.append((f"({result['case']}) times {side}", found["ours is x"], aim))
+    aims = [aim for result in compared for aim in aims_of(result)]
     if bound:
         aims.append(("bandwidth share at 1 row", bound[1]["bandwidth share"], AIM_BANDWIDTH))
         aims.append(("gemm share at 64 rows", bound[64]["gemm share"], AIM_GEMM))
@@ -353,18 +409,39 @@ def verdicts(compared, bound):
         say(f"{name}: {reached:.2f}, aim {aim:.2f}: {'met' if reached >= aim else 'not met'}")
 
 
-def main():
-    parser = arguments(__doc__, model=None)
-    parser.add_argument("--cases", nargs="*", choices=list("abcd"), default=list("abcd"), help="[a b c d]")
-    parser.add_argument("--threads", nargs="+", type=int, help="numbers of threads to try [1, and all cores]")
-    parser.add_argument("--repeats", type=int, help="runs of each side [a 5, b 3, c 1, d 3]")
-    parser.add_argument("--no-bounds", action="store_true", help="only the comparison")
-    args = parser.parse_args()
-    threads = args.threads or sorted({1, torch.get_num_threads(), len(os.sched_getaffinity(0))})
-    folder = model_folder(args.model)
-    model, peer, cases = Transformer.from_pretrained(folder), Peer(folder), make_cases(folder)
-    compared = [compare(case, model, peer, threads, args.repeats or case.repeats)
+def compare_all(args, model, folder, cases, threads):
+    """compare for every case that is asked for, with the peers that are."""
+    peer, engines = TransformersPeer(folder) if "transformers" in args.peers else None, {}
+    with ExitStack() as stack:
+        if "vllm" in args.peers and args.cases:
+            threads = threads[-1:]
+            for mode in ("eager", "compiled"):
+                engine = VllmPeer(args.vllm, mode, folder, cases.values(), *threads)
+                stack.callback(engine.close)
+                engines[f"vllm {mode}"] = engine
+        return [compare(case, model, peer, engines, threads, args.repeats or case.repeats, args.neighbour)
                 for name, case in cases.items() if name in args.cases]  # fmt: skip
+
+
+def parsed():
+    parser = arguments(__doc__, model=None)
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=CASES, help=f"[{' '.join(CASES)}]")
+    parser.add_argument("--peers", nargs="+", choices=("transformers", "vllm"), default=["transformers"],
+                        help="[transformers]")  # fmt: skip
+    parser.add_argument("--vllm", type=Path, default=ENVIRONMENT, help=f"environment of vLLM [{ENVIRONMENT}]")
+    parser.add_argument("--threads", nargs="+", type=int, help="numbers of threads to try [1, and all cores]")
+    parser.add_argument("--repeats", type=int, help="runs of each side [a 5, b 3, b-top-p 3, c 1, d 1]")
+    parser.add_argument("--neighbour", action="store_true", help="all runs again beside a process that spins")
+    parser.add_argument("--no-bounds", action="store_true", help="only the comparison")
+    return parser.parse_args()
+
+
+def main():
+    args = parsed()
+    threads = sorted(args.threads or {1, torch.get_num_threads(), len(os.sched_getaffinity(0))})
+    folder = model_folder(args.model)
+    model, cases = Transformer.from_pretrained(folder), make_cases(folder)
+    compared = compare_all(args, model, folder, cases, threads)
     usual = Counter(result["threads"] for result in compared).most_common(1)
     bound = None
     if not args.no_bounds:
@@ -376,7 +453,7 @@ def main():
     if rows:
         say("\n" + table(["", "threads", *sides[0][2]], rows))
     verdicts(compared, bound)
-    last_line(model=folder.name, cases=compared, bounds=bound)
+    common.last_line(model=folder.name, cases=compared, bounds=bound)
 
 
 if __name__ == "__main__":
