@@ -192,7 +192,7 @@ class Transformer(nn.Module):
         looked them up.
         """
         x = self.embed_tokens(tokens) if embedded is None else embedded  # [T, D]
-        cos, sin = rope_cos_sin(positions, self.rope_frequency, self.rope_scale)
+        cos, sin = self.rotation(positions)
         for index, layer in enumerate(self.layers):
             attend_here = partial(attend, index)
             if self.checkpointing and torch.is_grad_enabled():
@@ -201,6 +201,10 @@ class Transformer(nn.Module):
             else:
                 x = layer(x, cos, sin, attend_here)
         return self.norm(x)
+
+    def rotation(self, positions):
+        """What turns queries and keys at positions [T]: cos and signed sin, [T, 1, E] each."""
+        return rope_cos_sin(positions, self.rope_frequency, self.rope_scale)
 
     def next_token_logits(self, hidden):
         """The logits that tokens are sampled from: hidden states [B, D] -> [B, V], without gradients.

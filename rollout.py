@@ -229,8 +229,14 @@ def prefill(model, prompts):
 
 def decode(model, cache, token, position, context):
     """One more token per row: tokens [B] at positions [B] below `context` -> next-token logits [B, V]."""
-    cache.open_step(position, context)
-    return model.next_token_logits(model.backbone(token, position, cache.attend_cached))
+
+    def plain(rows):
+        cache.open_step(position[:rows], context)
+        return model.next_token_logits(model.backbone(token[:rows], position[:rows], cache.attend_cached))
+
+    if cache.native:
+        return cache.native(token, position, model.rotation(position), plain)
+    return plain(len(token))
 
 
 class Engine:

@@ -24,6 +24,7 @@ from exercises.targets import EXERCISES, ROOT, short_name, student_file
 
 def swap(exercise, folder):
     """Replace the functions of an exercise by those of the student's file, which may import the project."""
+    os.environ["TTRL_C"] = "0"  # Python samples with the student's functions, C would not
     modules = [importlib.import_module(function.split(":")[0]) for function in exercise.functions]
     student = load(student_file(exercise, folder))
     for function, module in zip(exercise.functions, modules, strict=True):

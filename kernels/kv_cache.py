@@ -16,6 +16,7 @@ from kernels.attention import (
     sdpa_one_query,
     triton_available,
 )
+from kernels.native import native_step
 
 
 class KVCache:
@@ -33,6 +34,7 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         if self.flash:  # flash-attn needs [S, T, K, E] in memory; the index order stays [S, K, T, E]
             self.k, self.v = self.k.transpose(2, 3), self.v.transpose(2, 3)
+        self.native = native_step(model, self)  # a whole step in C; None where there is none
 
     def insert(self, slot, k, v):
         """Copy a prompt's k and v [L, K, Tp, E] into a slot."""

@@ -1,15 +1,17 @@
 """Sampling tokens: counter-based random numbers and inverse-CDF sampling.
 
 A random number is a hash of what it is for (seed, step, question, sample, position), so it does not depend on
-the batch. Decoding calls `sample_tokens`. On a GPU with Triton it runs the kernels of sampler_triton.py,
-elsewhere the torch functions below; the kernels are tested against them. On a GPU neither synchronizes or
-has data-dependent shapes, so both can be captured in a CUDA graph.
+the batch. Decoding calls `sample_tokens`. On a GPU with Triton it runs the kernels of sampler_triton.py, on a
+CPU with a C compiler the loop of decode.c, elsewhere the torch functions below, against which both are
+tested. On a GPU neither synchronizes or has data-dependent shapes, so both can be captured in a CUDA graph.
 
 Letters in shape comments: B rows, V vocabulary, N blocks of the vocabulary.
 """
 
 import torch
 import torch.nn.functional as F
+
+from kernels import native
 
 try:
     from kernels import sampler_triton
@@ -38,6 +40,8 @@ def sample_tokens(logits, key, position, temperature=1.0, top_p=1.0):
     """
     if logits.is_cuda and sampler_triton is not None and temperature > 0:
         return sampler_triton.sample_tokens_triton(logits, key, position, temperature, top_p)
+    if native.can_sample(logits, temperature):
+        return native.sample_rows(logits, uniform(key, position), temperature, top_p)
     rows = max(1, CHUNK[logits.device.type] // logits.shape[1])
     chunks = zip(logits.split(rows), uniform(key, position).split(rows), strict=True)
     sampled = [sample_inverse_cdf(chunk, u, temperature, top_p) for chunk, u in chunks]

@@ -128,6 +128,7 @@ def engine_as_on_a_gpu(model, monkeypatch, slots=20):
     """An engine that polls every 8 tokens and replays recorded steps of several sizes."""
     monkeypatch.setattr("kernels.cuda_graph.capture", Recording)
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+    monkeypatch.setattr("kernels.native.library", lambda: None)  # of a CPU
     engine = Engine(model, slots, capacity=48, max_new_tokens=40, eos_ids=EOS)
     engine.poll_every, engine.graphs = 8, GraphCache()
     return engine

@@ -1,0 +1,115 @@
+"""decode.c against the torch code that it stands for. Without a C compiler there is nothing to test."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+
+from kernels import native
+from kernels.kv_cache import KVCache
+from kernels.sampler import sample_inverse_cdf
+from model import Transformer
+from rollout import decode, generate
+
+TINY = ROOT / "tiny" / "model"
+pytestmark = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
+
+
+@pytest.fixture
+def random_model():
+    torch.manual_seed(0)
+    config = Transformer.from_pretrained(TINY).config
+    config = replace(config, windows=(None, 5, None, 40), qk_norm=True, o_bias=True, mlp_bias=True)
+    model = Transformer(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.requires_grad_(False)
+
+
+def filled(model, rows, longest=48):
+    """(cache, tokens, positions) of a step in which every row has another length."""
+    torch.manual_seed(1)
+    cache = KVCache(model, rows, longest)
+    cache.k.normal_(), cache.v.normal_()
+    return cache, torch.randint(0, model.config.vocab_size, (rows,)), torch.randint(0, longest, (rows,))
+
+
+def computed(model, rows, in_c, threads=1):
+    """(logits, keys, values) after a step of `filled`."""
+    cache, token, position = filled(model, rows)
+    cache.native = cache.native if in_c else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    logits = decode(model, cache, token, position, context=int(position.max()) + 1)
+    torch.set_num_threads(before)
+    return logits, cache.k, cache.v
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 17, 50])
+def test_a_step_in_c_is_the_step_in_torch(random_model, rows):
+    for got, expected in zip(*(computed(random_model, rows, in_c) for in_c in (True, False)), strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_threads_and_neighbours_change_no_bit(random_model):
+    alone = computed(random_model, 20, in_c=True)
+    for _ in range(100):
+        for one, other in zip(alone, computed(random_model, 20, in_c=True, threads=3), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_model_that_was_changed_in_python_alone_is_sampled_in_torch(random_model):
+    cache, token, position = filled(random_model, 4)
+    layer = random_model.layers[1].mlp
+    plain = layer.forward
+    layer.forward = lambda x: 2 * plain(x)
+    with pytest.warns(UserWarning, match="differ; torch is used"):
+        got = decode(random_model, cache, token, position, context=int(position.max()) + 1)
+    assert torch.equal(got, computed(random_model, 4, in_c=False)[0])
+    assert KVCache(random_model, 4, 48).native is None
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.3])
+@pytest.mark.parametrize("vocab", [5, 256, 257, 5000])
+def test_a_draw_in_c_is_the_draw_in_torch(vocab, top_p):
+    torch.manual_seed(0)
+    logits, u = 3 * torch.randn(400, vocab), torch.rand(400).clamp(1e-6, 1 - 1e-6)
+    logits[::3, 1] = -torch.inf
+    token, logprob = native.sample_rows(logits, u, 0.7, top_p)
+    expected, its_logprob = sample_inverse_cdf(logits, u, 0.7, top_p)
+    same = token == expected
+    assert same.float().mean() > 0.99  # a number at the edge of two tokens may fall to either
+    torch.testing.assert_close(logprob[same], its_logprob[same], atol=1e-5, rtol=1e-5)
+    p = (logits / 0.7).softmax(-1).gather(1, token[:, None])
+    assert (p > 0).all()
+
+
+@pytest.mark.parametrize("place", [0, 3, 300])
+def test_a_nan_in_the_logits_is_one_of_the_log_probability(place):
+    logits = torch.zeros(2, 301)
+    logits[1, place] = torch.nan
+    for top_p in (1.0, 0.9):
+        token, logprob = native.sample_rows(logits, torch.tensor([0.5, 0.5]), 1.0, top_p)
+        assert logprob[0].isfinite() and logprob[1].isnan() and (token >= 0).all() and (token < 301).all()
+
+
+def test_a_rollout_in_c_is_the_rollout_in_torch(monkeypatch):
+    model, prompts = Transformer.from_pretrained(TINY), [[5, 9, 7], [8, 4]]
+    options = dict(max_new_tokens=20, eos_ids=[330], seed=3, stream="train", step=1)
+    in_c = generate(model, prompts, 8, **options)
+    monkeypatch.setattr(native, "library", lambda: None)
+    in_torch = generate(model, prompts, 8, **options)
+    assert torch.equal(in_c.tokens, in_torch.tokens)
+    torch.testing.assert_close(in_c.logprob, in_torch.logprob, atol=1e-4, rtol=0)
+
+
+def test_without_a_compiler_nothing_is_said(tmp_path):
+    code = "import torch; from kernels import native; print(native.library())"
+    for change in ({"PATH": str(tmp_path), "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}, {"TTRL_C": "0"}):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=change, capture_output=True, text=True
+        )
+        assert (done.stdout, done.stderr) == ("None\n", "")
