@@ -67,9 +67,8 @@ class Rollout:
 
     def trim(self):
         """Cut off the columns that no row uses."""
-        longest, longest_response = self.prompt_length + self.response_length, self.response_length.max()
-        self.tokens = self.tokens[:, : int(longest.max())].clone()
-        self.logprob = self.logprob[:, : int(longest_response)].clone()
+        self.tokens = self.tokens[:, : int((self.prompt_length + self.response_length).max())].clone()
+        self.logprob = self.logprob[:, : int(self.response_length.max())].clone()
         return self
 
 
@@ -229,14 +228,10 @@ def prefill(model, prompts):
 
 def decode(model, cache, token, position, context):
     """One more token per row: tokens [B] at positions [B] below `context` -> next-token logits [B, V]."""
-
-    def plain(rows):
-        cache.open_step(position[:rows], context)
-        return model.next_token_logits(model.backbone(token[:rows], position[:rows], cache.attend_cached))
-
-    if cache.native:
-        return cache.native(token, position, model.rotation(position), plain)
-    return plain(len(token))
+    if cache.native:  # decode.c does the same
+        return cache.native(cache, token, position, context)
+    cache.open_step(position, context)
+    return model.next_token_logits(model.backbone(token, position, cache.attend_cached))
 
 
 class Engine:
@@ -296,8 +291,7 @@ class Engine:
     def step(self, count, context, temperature, top_p):
         """Run the newest token of each of the first `count` slots through the model and sample the next."""
         num_generated = self.num_generated[:count]
-        last = (num_generated - 1).clamp(min=0)
-        token = self.tokens[:count].gather(1, last[:, None])[:, 0]
+        token = self.tokens[:count].gather(1, (num_generated - 1).clamp(min=0)[:, None])[:, 0]
         position = self.prompt_length[:count] + num_generated - 1  # of that token, not yet in the cache
         logits = decode(self.model, self.cache, token, position, context)
         self.sample(logits, 0, temperature, top_p)

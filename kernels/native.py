@@ -118,33 +118,36 @@ class NativeStep:
     """decode_step of decode.c for a model and its KVCache: where their numbers are, and room to compute."""
 
     def __init__(self, model, cache):
-        c, self.model, self.cache = model.config, model, cache
+        c, self.model = model.config, model
         self.layers = (Layer * c.layers)(*layers_of(model))
         ends = map(address, (model.embed_tokens.weight, model.norm.weight, model.lm_head.weight))
         sizes = c.layers, c.hidden_size, c.intermediate_size, c.heads, c.kv_heads, c.head_dim, c.vocab_size
         self.whole = ctypes.byref(Model(*sizes, *ends, ctypes.addressof(self.layers), c.norm_eps))
         self.work = torch.zeros(library().work_size(self.whole, ctypes.c_int64(cache.k.shape[1])))
 
-    def __call__(self, token, position, rotation, plain):
-        """Next-token logits [B, V] of tokens [B] at positions [B]; rotation is what rope_cos_sin returns.
+    def __call__(self, cache, token, position, context):
+        """Next-token logits [B, V] of tokens [B] at positions [B], all below `context`.
 
-        plain(rows) is the same in torch. With a model's first step its first row is computed in both ways. If
-        they differ, as they would if somebody had changed model.py alone, torch computes all from then on.
+        With a model's first step, its first row is computed in torch, too. If the two differ, as they would
+        if somebody had changed model.py alone, torch computes all from then on.
         """
-        k, v = self.cache.k, self.cache.v
-        expected = None if self.model in _agrees else plain(1)
+        expected = None if self.model in _agrees else self.in_torch(cache, token[:1], position[:1], context)
         logits = torch.empty(len(token), self.model.config.vocab_size)
-        inputs = [x.contiguous() for x in (token, position, *rotation)]
-        arrays = map(address, (*inputs, k, v, logits, self.work))
-        step = Step(len(token), k.shape[1], k.shape[3], *arrays)
+        k, v = cache.k, cache.v
+        inputs = [x.contiguous() for x in (token, position, *self.model.rotation(position))]
+        step = Step(len(token), k.shape[1], k.shape[3], *map(address, (*inputs, k, v, logits, self.work)))
         library().decode_step(self.whole, ctypes.byref(step), torch.get_num_threads())
         if expected is not None:
             allowed = GAP * float(expected.abs().max().clamp(min=1))
             _agrees[self.model] = torch.allclose(expected, logits[:1], rtol=0, atol=allowed, equal_nan=True)
         if not _agrees[self.model]:
-            self.cache.native = None
+            cache.native = None
             warnings.warn(
                 "a decoding step in C and in torch differ; torch is used from here on", stacklevel=1
             )
-            return plain(len(token))
+            return self.in_torch(cache, token, position, context)
         return logits
+
+    def in_torch(self, cache, token, position, context):
+        cache.open_step(position, context)
+        return self.model.next_token_logits(self.model.backbone(token, position, cache.attend_cached))

@@ -62,8 +62,9 @@ def gradient(run):
 def position(run):
     """The sampler's positions of response tokens are one too large for RoPE."""
     native.library = lambda: None  # decode.c would differ from the torch code, and would not be used
-    old, new = "(token[:rows], position[:rows],", "(token[:rows], position[:rows] + 1,"
-    fake_cuda.plant(pytest.MonkeyPatch(), rollout, "decode", old, new)
+    fake_cuda.plant(
+        pytest.MonkeyPatch(), rollout, "decode", "backbone(token, position,", "backbone(token, position + 1,"
+    )
 
 
 def slot(run):
