@@ -21,7 +21,7 @@ FORKS = multiprocessing.get_context("forkserver")
 SLOW_TO_IMPORT = "torch.distributed.fsdp transformers.modeling_utils triton sympy mpmath pytest hypothesis"
 FORKS.set_forkserver_preload(SLOW_TO_IMPORT.split())
 ENVIRONMENT = dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1",
-                   TRITON_INTERPRET="1", TRITON_DEFAULT_FP_FUSION="1")  # fmt: skip
+                   TRITON_INTERPRET="1", TRITON_DEFAULT_FP_FUSION="1", TTRL_C="0")  # fmt: skip
 
 
 def run(job, *arguments):

@@ -3,8 +3,7 @@
 // It computes what model.Transformer.backbone and KVCache.attend_cached do, in fp32, for rows side by side:
 // 16 rows are a panel, and element f of all its rows is one run of 16 floats. So an operation on a feature of
 // 16 rows is one or two SIMD instructions, written like that on a number, and nothing is transposed between
-// two layers. A sum runs over its terms in order, whatever the number of rows and threads, the slot, and the
-// machine: results are bitwise the same.
+// two layers. The order of a sum depends neither on the threads nor on the slots, so neither does any bit.
 //
 // kernels/native.py compiles this file, if there is a compiler. Shapes are in the letters of model.py.
 
@@ -59,7 +58,8 @@ typedef struct {
 // threads: units of work are handed out one by one, so a thread that a neighbour holds up takes fewer
 
 #define SPIN 1000        // pauses, some 20 microseconds, before a thread that waits gives others a chance
-#define HELD_UP 0.3e-3   // seconds that no unit takes by itself
+#define STACK (8 << 20)  // bytes of a thread, as native.py has it
+#define HELD_UP 0.3e-3   // seconds: who takes longer, and twice as long as this thread did, is held up
 
 typedef void (*Work)(void *argument, int64_t unit);
 
@@ -84,18 +84,25 @@ static inline void wait_briefly(int64_t count) {
 #endif
 }
 
-// Take units of the present job until there are none; returns whether there were any.
-static int take_units(void) {
-    int any = 0;
+static double seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec + 1e-9 * now.tv_nsec;
+}
+
+// Take units of the present job until there are none; returns the seconds of the longest, 0 if there were none.
+static double take_units(void) {
+    double longest = 0.0;
     for (;;) {
         uint64_t now = atomic_load(&pool.next);
         Work work = atomic_load(&pool.work);
         void *argument = atomic_load(&pool.argument);
-        if ((int64_t)(uint32_t)now >= atomic_load(&pool.units)) return any;
+        if ((int64_t)(uint32_t)now >= atomic_load(&pool.units)) return longest;
         if (!atomic_compare_exchange_weak(&pool.next, &now, now + 1)) continue; // another job, or unit
+        double began = seconds();
         work(argument, (uint32_t)now);
         atomic_fetch_add(&pool.done, 1);
-        any = 1;
+        longest = fmax(longest, seconds() - began);
     }
 }
 
@@ -113,12 +120,6 @@ static void *help(void *number) {
         idle = 0;
     }
     return NULL;
-}
-
-static double seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec + 1e-9 * now.tv_nsec;
 }
 
 // Call work(argument, unit) for all units, on this thread and on helpers that are free.
@@ -143,20 +144,25 @@ static void parallel(Work work, void *argument, int64_t units, int threads) {
         pthread_mutex_unlock(&pool.lock);
         waited = seconds() - began;
     }
-    take_units();
+    double longest = take_units();
     if (atomic_load(&pool.done) == units) return;
     began = seconds(); // a helper has a unit, perhaps since it looked for one of the job before
     for (int64_t count = 0; atomic_load(&pool.done) < units; count++) wait_briefly(count);
     waited += seconds() - began;
-    if (waited > HELD_UP) alone_until = began + 21 * waited;
+    if (waited > fmax(HELD_UP, 2.0 * longest)) alone_until = began + 21 * waited;
 }
 
 // Start the helpers that are missing; returns how many threads there are, this one included.
 static int start_threads(int threads) {
     while (pool.helpers < threads - 1) {
         pthread_t thread;
-        if (pthread_create(&thread, NULL, help, (void *)(intptr_t)pool.helpers)) break;
-        pthread_detach(thread);
+        pthread_attr_t options;
+        pthread_attr_init(&options);
+        pthread_attr_setstacksize(&options, STACK);
+        pthread_attr_setdetachstate(&options, PTHREAD_CREATE_DETACHED);
+        int failed = pthread_create(&thread, &options, help, (void *)(intptr_t)pool.helpers);
+        pthread_attr_destroy(&options);
+        if (failed) break;
         pool.helpers++;
     }
     return pool.helpers + 1 < threads ? pool.helpers + 1 : threads;
@@ -492,7 +498,9 @@ static void keep_nucleus(float *p, int64_t vocab, float total, float top_p) {
     }
     qsort(likely, count, sizeof(float), falling);
     double mass = 0.0;
-    for (int64_t i = 0; i < count && mass < (double)top_p * total; i++) mass += floor = likely[i];
+    int64_t i = 0;
+    do mass += floor = likely[i];
+    while (++i < count && mass < (double)top_p * total);
     for (int64_t i = 0; i < vocab; i++) p[i] = p[i] < floor ? 0.0f : p[i];
 }
 

@@ -54,7 +54,7 @@ def test_a_step_in_c_is_the_step_in_torch(random_model, rows):
         torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
 
 
-def test_threads_and_neighbours_change_no_bit(random_model):
+def test_threads_change_no_bit(random_model):
     alone = computed(random_model, 20, in_c=True)
     for _ in range(100):
         for one, other in zip(alone, computed(random_model, 20, in_c=True, threads=3), strict=True):
@@ -69,7 +69,18 @@ def test_a_model_that_was_changed_in_python_alone_is_sampled_in_torch(random_mod
     with pytest.warns(UserWarning, match="differ; torch is used"):
         got = decode(random_model, cache, token, position, context=int(position.max()) + 1)
     assert torch.equal(got, computed(random_model, 4, in_c=False)[0])
-    assert KVCache(random_model, 4, 48).native is None
+    assert cache.native is None
+
+
+def test_weights_that_are_not_numbers_are_no_error(random_model):
+    random_model.norm.weight.data[0] = torch.nan
+    assert computed(random_model, 4, in_c=True)[0].isnan().all()
+
+
+def test_files_of_others_are_not_loaded(tmp_path):
+    tmp_path.chmod(0o777)
+    with pytest.raises(PermissionError, match="others may write in"):
+        native.compiled(tmp_path, "decode.so")
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.95, 0.3])
