@@ -28,7 +28,6 @@
 #define UNIT 24     // rows of a weight matrix that a thread takes at a time
 
 typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
-typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef float vec8 __attribute__((vector_size(32), aligned(4)));
 typedef int32_t ivec8 __attribute__((vector_size(32), aligned(4)));
 
@@ -90,7 +89,7 @@ static double seconds(void) {
     return now.tv_sec + 1e-9 * now.tv_nsec;
 }
 
-// Take units of the present job until there are none; returns the seconds of the longest, 0 if there were none.
+// Take units of the present job until there are none; returns the seconds of the longest, 0 without any.
 static double take_units(void) {
     double longest = 0.0;
     for (;;) {
@@ -113,7 +112,8 @@ static void *help(void *number) {
         if (++idle < 2 * SPIN) { wait_briefly(idle); continue; }
         pthread_mutex_lock(&pool.lock);
         atomic_fetch_add(&pool.sleeping, 1);
-        while (own >= atomic_load(&pool.active) || (int64_t)(uint32_t)atomic_load(&pool.next) >= atomic_load(&pool.units))
+        while (own >= atomic_load(&pool.active)
+               || (int64_t)(uint32_t)atomic_load(&pool.next) >= atomic_load(&pool.units))
             pthread_cond_wait(&pool.wake, &pool.lock);
         atomic_fetch_sub(&pool.sleeping, 1);
         pthread_mutex_unlock(&pool.lock);
@@ -125,7 +125,7 @@ static void *help(void *number) {
 // Call work(argument, unit) for all units, on this thread and on helpers that are free.
 //
 // Where another program has the core of a helper, the unit that it holds may take milliseconds instead of
-// microseconds. Then this thread goes on alone, for 20 times as long as it had to wait, before it tries again.
+// microseconds. Then this thread goes on alone for 20 times as long as it had to wait, and tries again.
 static void parallel(Work work, void *argument, int64_t units, int threads) {
     static double alone_until = 0.0;
     double began = seconds(), waited = 0.0;
@@ -176,7 +176,9 @@ static inline void store(float *x, vec y) { *(vec *)x = y; }
 static inline vec all(float x) { return x - (vec){0}; }
 static inline vec8 load8(const float *x) { return *(const vec8 *)x; }
 static inline vec8 all8(float x) { return x - (vec8){0}; }
-static inline vec8 choose8(ivec8 which, vec8 a, vec8 b) { return (vec8)((which & (ivec8)a) | (~which & (ivec8)b)); }
+static inline vec8 choose8(ivec8 which, vec8 a, vec8 b) {
+    return (vec8)((which & (ivec8)a) | (~which & (ivec8)b));
+}
 
 // e^x for x <= 0, within 2 ulp; 0 below -87, NaN of NaN (Cephes' polynomial)
 static inline vec8 exp8(vec8 x) {
@@ -207,6 +209,15 @@ static inline float sum_of(vec8 x) {
     return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 }
 
+// The largest of `size` numbers and of those after them up to a multiple of 8
+static inline float largest(const float *x, int64_t size) {
+    vec8 top = all8(-INFINITY);
+    for (int64_t i = 0; i < size; i += 8) top = choose8(load8(x + i) > top, load8(x + i), top);
+    float most = top[0];
+    for (int i = 1; i < 8; i++) most = fmaxf(most, top[i]);
+    return most;
+}
+
 // The inner product of two arrays of 16 n numbers
 static inline float dot(const float *a, const float *b, int64_t size) {
     vec8 one = all8(0.0f), other = all8(0.0f);
@@ -222,8 +233,9 @@ static inline float dot(const float *a, const float *b, int64_t size) {
 
 // `count` rows of w [., K], `row` apart, times x [K][16], `next` apart -> y [count][16]. The first `vecs`
 // registers of x and y take part. count and vecs are constants: the sums stay in registers.
-static inline __attribute__((always_inline)) void multiply(const float *w, int64_t row, int64_t K, const float *x,
-                                                           int64_t next, int count, int vecs, float *y) {
+static inline __attribute__((always_inline))
+void multiply(const float *w, int64_t row, int64_t K, const float *x, int64_t next, int count, int vecs,
+              float *y) {
     vec sum[12][VECS];
     for (int i = 0; i < count; i++)
         for (int v = 0; v < vecs; v++) sum[i][v] = all(0.0f);
@@ -244,8 +256,8 @@ static inline __attribute__((always_inline)) void multiply(const float *w, int64
 }
 
 // Rows [from, to) of w [., K] times a panel with `used` rows -> y[from..to)
-static inline void rows_times_panel(const float *w, int64_t K, const float *x, int64_t from, int64_t to, int used,
-                                    float *y) {
+static inline void rows_times_panel(const float *w, int64_t K, const float *x, int64_t from, int64_t to,
+                                    int used, float *y) {
     int64_t n = from;
     if (used == 1) { // nothing is side by side, so the sums run over 8 terms at a time
         float first[K];
@@ -282,7 +294,8 @@ static void embed(void *argument, int64_t panel) {
     int64_t D = p->m->hidden;
     float *x = p->x + panel * D * PANEL;
     for (int r = 0; r < PANEL; r++) {
-        const float *row = r < rows_of(p, panel) ? p->m->embedding + p->s->token[panel * PANEL + r] * D : NULL;
+        int used = r < rows_of(p, panel);
+        const float *row = used ? p->m->embedding + p->s->token[panel * PANEL + r] * D : NULL;
         for (int64_t f = 0; f < D; f++) x[f * PANEL + r] = row ? row[f] : 0.0f;
     }
 }
@@ -365,7 +378,8 @@ static void project_logits(void *argument, int64_t unit) {
     int64_t from = unit * UNIT, to = from + UNIT < V ? from + UNIT : V;
     float product[UNIT * PANEL];
     for (int64_t panel = 0; panel < p->panels; panel++) {
-        rows_times_panel(p->m->head, D, p->normed + panel * D * PANEL, from, to, rows_of(p, panel), product - from * PANEL);
+        const float *x = p->normed + panel * D * PANEL;
+        rows_times_panel(p->m->head, D, x, from, to, rows_of(p, panel), product - from * PANEL);
         for (int r = 0; r < rows_of(p, panel); r++)
             for (int64_t n = from; n < to; n++)
                 p->s->logits[(panel * PANEL + r) * V + n] = product[(n - from) * PANEL + r];
@@ -391,11 +405,9 @@ static void rotate(const Pass *p, const float *x, const float *norm, int64_t row
 
 // e^(scale (x - max)) in place, x [T]: returns its sum. x has room for 8 more.
 static float softmax(float *x, int64_t T, float scale) {
-    vec8 top = all8(-INFINITY), total = all8(0.0f);
+    vec8 total = all8(0.0f);
     for (int64_t t = T; t % 8; t++) x[t] = -INFINITY;
-    for (int64_t t = 0; t < T; t += 8) top = choose8(load8(x + t) > top, load8(x + t), top);
-    float most = top[0];
-    for (int i = 1; i < 8; i++) most = fmaxf(most, top[i]);
+    float most = largest(x, T);
     for (int64_t t = 0; t < T; t += 8) {
         vec8 e = exp8((load8(x + t) - most) * scale);
         *(vec8 *)(x + t) = e;
@@ -433,7 +445,8 @@ static void attend(void *argument, int64_t unit) {
             else multiply(weight + g * room, room, T, v, E, 1, VECS, out);
             for (int64_t i = 0; i < count; i++) {
                 float *target = p->out + ((row / PANEL * m->heads + head * group + g + i) * E + e) * PANEL;
-                for (int64_t j = 0; j < PANEL; j++) target[j * PANEL + row % PANEL] = out[i * PANEL + j] / total[g + i];
+                for (int64_t j = 0; j < PANEL; j++)
+                    target[j * PANEL + row % PANEL] = out[i * PANEL + j] / total[g + i];
             }
         }
     }
@@ -488,7 +501,7 @@ static int falling(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
-// Zero what top-p drops. Tokens below the mean of the dropped mass are dropped in any case: few have to be sorted.
+// Zero what top-p drops. Tokens below the mean of the dropped mass are dropped in any case, few are sorted.
 static void keep_nucleus(float *p, int64_t vocab, float total, float top_p) {
     float likely[vocab], bound = fminf((1.0f - top_p) * total / vocab, 1.0f), floor = 0.0f;
     int64_t count = 0;
@@ -515,7 +528,7 @@ static float block_sums(const float *p, int64_t blocks, float *mass) {
     return total;
 }
 
-// The first index with mass whose running sum exceeds the target, else the last with mass; the rest of target.
+// The first index with mass whose running sum exceeds the target, else the last; and the rest of the target.
 static int64_t inverse_cdf(const float *mass, int64_t size, float target, float *rest) {
     float sum = 0.0f;
     int64_t hit = 0;
@@ -536,11 +549,9 @@ static void draw(void *argument, int64_t row) {
     float p[blocks * BLOCK], mass[blocks], rest = 0.0f;
     memcpy(p, logits, V * sizeof(float));
     for (int64_t i = V; i < blocks * BLOCK; i++) p[i] = -INFINITY;
-    vec8 top = all8(-INFINITY);
-    for (int64_t i = 0; i < blocks * BLOCK; i += 8) top = choose8(load8(p + i) > top, load8(p + i), top);
-    float most = top[0];
-    for (int i = 1; i < 8; i++) most = fmaxf(most, top[i]);
-    for (int64_t i = 0; i < blocks * BLOCK; i += 8) *(vec8 *)(p + i) = exp8((load8(p + i) - most) / d->temperature);
+    float most = largest(p, blocks * BLOCK);
+    for (int64_t i = 0; i < blocks * BLOCK; i += 8)
+        *(vec8 *)(p + i) = exp8((load8(p + i) - most) / d->temperature);
     float total = block_sums(p, blocks, mass);
     if (d->top_p < 1.0f) {
         keep_nucleus(p, V, total, d->top_p);

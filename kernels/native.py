@@ -139,15 +139,19 @@ class NativeStep:
         size = library().work_size(self.whole, ctypes.c_int64(cache.k.shape[1]))
         self.work = torch.zeros(size, dtype=torch.float32)
         self.weights = list(model.parameters())  # so that they stay where they are
-        self.agrees = None  # with torch; not known yet
+        self.checked = False
 
-    def __call__(self, cache, token, position, context):
+    def __call__(self, decode, cache, token, position, context):
         """Next-token logits [B, V] of tokens [B] at positions [B], all below `context`.
 
-        At the first step, the first row is computed in torch, too. If the two differ, as they would if
-        somebody had changed model.py alone, torch computes from then on. Weights may change in place only.
+        decode: rollout.decode. At the first step it computes the first row in torch. If the two differ, as
+        they would if somebody had changed model.py alone, torch computes from then on. Weights may change in
+        place only.
         """
-        expected = self.in_torch(cache, token[:1], position[:1], context) if self.agrees is None else None
+        expected = None
+        if not self.checked:
+            cache.native = None  # so that decode computes in torch
+            expected = decode(self.model, cache, token[:1], position[:1], context)
         logits = torch.empty(len(token), self.model.config.vocab_size, dtype=torch.float32)
         k, v = cache.k, cache.v
         inputs = [x.contiguous() for x in (token, position, *self.model.rotation(position))]
@@ -155,15 +159,9 @@ class NativeStep:
         library().decode_step(self.whole, ctypes.byref(step), torch.get_num_threads())
         if expected is not None:
             allowed = GAP * float(expected.nan_to_num(0, 0, 0).abs().max().clamp(min=1))
-            self.agrees = torch.allclose(expected, logits[:1], rtol=0, atol=allowed, equal_nan=True)
-            if not self.agrees:
+            if not torch.allclose(expected, logits[:1], rtol=0, atol=allowed, equal_nan=True):
                 text = "a decoding step in C and in torch differ; torch is used from here on"
                 warnings.warn(text, stacklevel=1)
-        if not self.agrees:
-            cache.native = None
-            return self.in_torch(cache, token, position, context)
+                return decode(self.model, cache, token, position, context)
+            self.checked, cache.native = True, self
         return logits
-
-    def in_torch(self, cache, token, position, context):
-        cache.open_step(position, context)
-        return self.model.next_token_logits(self.model.backbone(token, position, cache.attend_cached))
