@@ -90,8 +90,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x, cos, sin, attend):
-        qkv = self.qkv_proj(x).contiguous()  # attention reads the numbers of a head contiguously
-        qkv = qkv.unflatten(-1, (-1, self.head_dim))  # [T, H + 2K, E]
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2K, E]
         if self.qk_norm:
             q, k, v = qkv.split(self.heads, dim=1)  # [T, H, E], [T, K, E], [T, K, E]
             q = rotate(self.q_norm(q), cos, sin, v.dtype)  # under autocast the norm is in fp32
@@ -144,7 +143,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, group) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, by_row=True)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         with torch.device("cpu"):  # real numbers even while the parameters are built on the meta device

@@ -228,7 +228,7 @@ def prefill(model, prompts):
 
 def decode(model, cache, token, position, context):
     """One more token per row: tokens [B] at positions [B] below `context` -> next-token logits [B, V]."""
-    if cache.native:  # decode.c does the same
+    if cache.native:  # cpu/decode.c does the same
         return cache.native(decode, cache, token, position, context)
     cache.open_step(position, context)
     return model.next_token_logits(model.backbone(token, position, cache.attend_cached))

@@ -43,7 +43,7 @@ from vllm_peer import ENVIRONMENT, VllmPeer
 import torch  # isort: skip
 import transformers  # isort: skip
 
-from kernels.linear import ONEDNN, onednn_product  # isort: skip
+from kernels import native  # isort: skip
 from model import Transformer  # isort: skip
 from rollout import generate  # isort: skip
 from support.prompts import encode_prompt, load_tokenizer  # isort: skip
@@ -320,11 +320,11 @@ def longest_responses(model, case, threads):
 
 
 def gemm_peaks(size=2048):
-    """FLOP/s of one large square product in fp32, by each library that torch has here: {name: FLOP/s}."""
+    """FLOP/s of one large square product in fp32, by torch and by us: {name: FLOP/s}."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     products = {"torch.mm": lambda: a @ b}
-    if ONEDNN:
-        products["oneDNN"] = lambda: onednn_product(a, b)
+    if native.can_multiply(a, b):
+        products["kernels/cpu"] = lambda: native.product(a, b)
     return {name: 2 * size**3 / seconds_of(product, 1.5) for name, product in products.items()}
 
 

@@ -9,13 +9,12 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
-
 from distributed.checkpoint import nearest
 from distributed.layout import first_that_fits, listed
 from distributed.machine import USABLE
 from distributed.memory import count_parameters, kv_bytes
 from distributed.ranks import print0
+from kernels import native
 from support.config import differences, flags
 
 
@@ -45,7 +44,7 @@ def print_plan(inputs, job, layout, given, shown_prompt):
 
 def ranks_line(machine):
     if not machine.cuda:
-        return f"{machine.ranks} on cpu, {torch.get_num_threads()} threads each"
+        return f"{machine.ranks} on cpu, {native.threads()} threads each"
     name = f" ({machine.card.name})" if machine.card else ""
     nodes = machine.ranks // machine.per_node
     return f"{machine.ranks} on cuda{name}" + (f", {machine.per_node} on each of {nodes} nodes" * (nodes > 1))

@@ -13,11 +13,13 @@ import torch
 import transformers
 
 from distributed.ranks import print0, world_size
+from kernels import native
 from support.config import RESUME_MAY_CHANGE, flag_name
 
 HERE = Path(__file__).resolve().parents[1]
 PACKAGES = "distributed grading kernels report support".split()  # with the files beside ttrl.py, the program
 FILES = [path for folder in ("", *PACKAGES) for path in (HERE / folder).glob("*.py")]
+FILES += (HERE / "kernels" / "cpu").glob("*.[ch]")
 # {file: SHA-256 of its content} at the start: what runs is what was read then, not what is edited meanwhile
 SOURCES = {
     path.relative_to(HERE).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(FILES)
@@ -61,8 +63,9 @@ def environment(c):
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "machine": torch.cuda.get_device_name() if c.device == "cuda" else cpu,
+        "kernels/cpu": native.version() if c.device == "cpu" else "unused",
         "ranks": world_size(),
-        "threads": torch.get_num_threads(),
+        "threads": native.threads(),
     }
 
 

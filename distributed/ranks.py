@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from distributed import interrupts
+from kernels import native
 
 # A rank may wait for the slowest rollout, or for rank 0 to write a checkpoint: hours for a large model.
 TIMEOUT = datetime.timedelta(hours=4)
@@ -38,6 +39,8 @@ def start_processes(device):
     """Join torchrun's process group, or create one of a single process. Returns this rank's device."""
     if device == "cuda":
         let_segments_grow()
+    else:
+        native.share_threads()
     by_torchrun = "RANK" in os.environ
     where = {} if by_torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
     if "GLOO_SOCKET_IFNAME" not in os.environ:

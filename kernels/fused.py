@@ -1,13 +1,17 @@
 """The elementwise steps of a layer, each in one pass over memory: rotary positions and SwiGLU.
 
 These steps are memory-bound, and with the few tokens of a decoding step, launch-bound. On a GPU each is one
-Triton kernel forward and one backward (fused_triton.py) instead of two to seven torch operations. Elsewhere
-the torch functions below run; the kernels are tested against them.
+Triton kernel forward and one backward (fused_triton.py) instead of two to seven torch operations. On a
+CPU with a C compiler so is SwiGLU (cpu/swiglu.c). Elsewhere the torch functions below run; the kernels are
+tested against them.
 
 Letters in shape comments: T tokens, H heads, E head width, I width of the MLP.
 """
 
+import torch
 import torch.nn.functional as F
+
+from kernels import native
 
 try:
     from kernels import fused_triton
@@ -39,5 +43,21 @@ def swiglu(gate_up):
     """silu(gate) * up, for gate and up concatenated: [T, 2 I] -> [T, I] (Shazeer 2020)."""
     if on_gpu(gate_up):
         return fused_triton.SwiGLU.apply(gate_up)
+    if native.can_swiglu(gate_up):
+        return NativeSwiGLU.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)  # [T, I] each
     return F.silu(gate) * up
+
+
+class NativeSwiGLU(torch.autograd.Function):
+    """`swiglu` on a CPU with a C compiler."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        return native.swiglu(gate_up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return native.swiglu(*ctx.saved_tensors, grad)

@@ -40,11 +40,15 @@ class KVCache:
         """Copy a prompt's k and v [L, K, Tp, E] into a slot."""
         self.k[:, slot, :, : k.shape[2]] = k
         self.v[:, slot, :, : v.shape[2]] = v
+        if self.native:
+            self.native.insert(slot, k)
 
     def move(self, source, target, length):
         """Copy the first `length` tokens of slots `source` [G] to slots `target` [G]."""
         for layer in (*self.k, *self.v):  # layer by layer, so the temporary copy stays small
             layer[target, :, :length] = layer[source, :, :length]
+        if self.native:
+            self.native.move(source, target)
 
     def open_step(self, position, context):
         """Begin a step: the next token of slot b goes to position[b], for the first B slots.

@@ -1,65 +1,45 @@
-"""Linear layers: fast matrix products for decoding on a CPU, and one gradient for a tied weight.
+"""Linear layers: matrix products on the threads of kernels/cpu, and one gradient for a tied weight.
 
-A CPU that decodes a small batch spends its time in the matrix products of the linear layers, and nn.Linear
-is not the fastest way to compute them. The plain form is x @ weight.T + bias. Linear computes it in one of
-three ways, by the number of rows of x:
-
-    1 row         MKL runs a matrix-vector product on one thread, so the weight is cut into parts and
-                  multiplied as a batch, which uses all threads
-    up to 128     oneDNN repacks its second operand at each call, so the small x comes second:
-                  (weight @ x.T).T, a result that is stored column by column
-    more          (or by_row=True) oneDNN with x first and the weight second
-
-With gradients, on a GPU, and in any dtype other than fp32, it is nn.Linear.
+nn.Linear computes x @ weight.T + bias. On a CPU with a C compiler, Linear computes the product and its two
+gradients in C (kernels/cpu/product.c), whose threads do not wait for each other where another program takes
+their core. Elsewhere, in a dtype other than fp32, and for few rows it is nn.Linear.
 
 Letters in shape comments: T tokens, D width, V vocabulary.
 """
 
-import math
-
 import torch
 from torch import nn
 
-# The operator is private to torch. In a version without it, Linear is nn.Linear.
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-FEW_ROWS = 128  # measured: x second is faster up to here; from 256 rows on the order makes no difference
+from kernels import native
 
 
 class Linear(nn.Linear):
-    """nn.Linear with a faster forward pass for decoding on a CPU.
-
-    by_row=True returns a contiguous result; the sampler reads logits row by row. Otherwise the result may be
-    stored column by column.
-    """
-
-    def __init__(self, *args, by_row=False, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.by_row = by_row
+    """nn.Linear, on a CPU with products in C."""
 
     def forward(self, x):
         """x [T, in_features] -> x @ weight.T + bias, [T, out_features]."""
-        if not ONEDNN or not x.is_cpu or x.dtype != torch.float32 or torch.is_grad_enabled():
+        if not native.can_multiply(x, self.weight) or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        parts = math.gcd(self.out_features, 64)
-        if len(x) == 1 and parts > 1:
-            y = one_row_product(x, self.weight, parts)
-        elif self.by_row or len(x) > FEW_ROWS:
-            y = onednn_product(x.contiguous(), self.weight)
-        else:
-            stored_by_column = x.T.is_contiguous()  # onednn_product accepts it as it is
-            y = onednn_product(self.weight, x if stored_by_column else x.contiguous()).T
+        y = NativeProduct.apply(x, self.weight)
         return y if self.bias is None else y.add_(self.bias)
 
 
-def one_row_product(x, weight, parts):
-    """x @ weight.T for a single row, as a batch of `parts` products."""
-    weight = weight.view(parts, -1, weight.shape[1])
-    return torch.bmm(weight, x.T.expand(parts, -1, 1)).view(1, -1)
+class NativeProduct(torch.autograd.Function):
+    """x @ weight.T."""
 
+    @staticmethod
+    def forward(ctx, x, weight):
+        want_x, want_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x if want_weight else None, weight if want_x else None)
+        return native.product(x, weight.T)
 
-def onednn_product(a, b):
-    """a @ b.T: [M, D], [N, D] -> [M, N]. oneDNN is very slow on operands whose rows have gaps."""
-    return torch.ops.mkldnn._linear_pointwise.default(a, b, None, "none", [], "")
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        want_x, want_weight = ctx.needs_input_grad
+        return (native.product(grad, weight) if want_x else None,
+                native.product(grad.T, x) if want_weight else None)  # fmt: skip
 
 
 class TiedWeight(torch.autograd.Function):

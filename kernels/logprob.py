@@ -15,13 +15,15 @@ import math
 
 import torch
 
+from kernels import native
+
 try:
     from kernels import logprob_triton
 except ImportError:  # torch's CPU wheels come without triton
     logprob_triton = None
 
-# (tokens, vocabulary) of a tile. CPU: 6 MB, which fits in the cache; no other shape was faster (87 GFLOP/s on
-# one core, against 50 with the whole vocabulary at once). GPU: cuBLAS needs large products.
+# (tokens, vocabulary) of a tile. CPU: 6 MB, which fits in the cache; with torch's products no other shape was
+# faster (87 GFLOP/s on one core, 50 with the whole vocabulary at once). GPU: cuBLAS needs large products.
 TILE = {"cpu": (2048, 768), "cuda": (8192, 8192)}
 
 # Older versions cannot accumulate a product of bf16 operands into fp32 in place; they need a temporary tile.
@@ -160,7 +162,9 @@ def write_product(out, a, b, add):
 
     Autocast, under which backward may run, does not touch operations in place or with out=.
     """
-    if out.dtype == a.dtype:
+    if native.can_multiply(a, b) and out.stride(1) == 1 and out.dtype == a.dtype:
+        native.product(a, b, out, add)
+    elif out.dtype == a.dtype:
         out.addmm_(a, b, beta=int(add))
     elif a.is_cuda and ADDMM_SUMS_IN_FP32:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), out=out)

@@ -239,7 +239,8 @@ def distinct(question):
     (tensor([1, 0]), tensor([1, 0, 1]))
     """
     unique, which = torch.unique(question, return_inverse=True)
-    return (question == unique[:, None]).int().argmax(1), which
+    first = torch.full_like(unique, len(which))
+    return first.scatter_reduce_(0, which, torch.arange(len(which)), "amin"), which
 
 
 def cu_seqlens(lengths):

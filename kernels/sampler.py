@@ -2,7 +2,7 @@
 
 A random number is a hash of what it is for (seed, step, question, sample, position), so it does not depend on
 the batch. Decoding calls `sample_tokens`. On a GPU with Triton it runs the kernels of sampler_triton.py, on a
-CPU with a C compiler the loop of decode.c, elsewhere the torch functions below, against which both are
+CPU with a C compiler the loop of cpu/sample.c, elsewhere the torch functions below, against which both are
 tested. On a GPU neither synchronizes or has data-dependent shapes, so both can be captured in a CUDA graph.
 
 Letters in shape comments: B rows, V vocabulary, N blocks of the vocabulary.

@@ -1,35 +1,44 @@
-"""The product of few rows on a CPU against float64, and the gradient of a tied weight."""
-
-import runpy
-from types import SimpleNamespace
+"""Products of a linear layer and their gradients against float64, and the gradient of a tied weight."""
 
 import pytest
 import torch
-from conftest import ROOT
 
-from kernels.linear import FEW_ROWS, Linear, TiedWeight
+from kernels.linear import Linear, TiedWeight
+from kernels.native import FEW_ROWS
 
 
 @pytest.mark.parametrize("layout", ["by row", "by column", "with gaps"])
-@pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("features", [24, 37])  # 37 cannot be cut into parts
-@pytest.mark.parametrize("rows", [1, 2, 9, FEW_ROWS + 1])
-def test_a_product_without_gradients_is_the_product(rows, features, bias, by_row, layout):
+@pytest.mark.parametrize("rows", [1, FEW_ROWS - 1, FEW_ROWS, 100])
+def test_a_layer_and_its_gradients_are_those_of_float64(rows, bias, layout):
     torch.manual_seed(0)
-    linear, x = Linear(10, features, bias=bias, by_row=by_row), torch.randn(rows, 10)
-    x = {"by row": x, "by column": x.T.contiguous().T, "with gaps": torch.cat((x, x), 1)[:, :10]}[layout]
-    with torch.no_grad():
-        y = linear(x)
-    expected = x.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
-    torch.testing.assert_close(y.double(), expected, atol=1e-6, rtol=1e-6)
-    assert y.is_contiguous() or not by_row
+    linear, x, grad = Linear(40, 37, bias=bias), torch.randn(rows, 40), torch.randn(rows, 37)
+    x = {"by row": x, "by column": x.T.contiguous().T, "with gaps": torch.cat((x, x), 1)[:, :40]}[layout]
+    grad = grad if layout == "by row" else grad[:, :1].expand(-1, 37)  # as of a sum
+    exact = torch.nn.Linear(40, 37, bias=bias).double()
+    exact.load_state_dict(linear.state_dict())
+    found = []
+    for layer, kind in ((linear, torch.float32), (exact, torch.float64)):
+        leaf = x.detach().to(kind).requires_grad_()
+        y = layer(leaf)
+        y.backward(grad.to(kind))
+        found.append([y, leaf.grad, *(p.grad for p in layer.parameters())])
+    for got, expected in zip(*found, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=1e-5)
 
 
-def test_a_torch_without_the_private_product_takes_its_own(monkeypatch):
-    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
-    linear, x = runpy.run_path(ROOT / "kernels" / "linear.py")["Linear"](10, 24), torch.randn(3, 10)
-    with torch.no_grad():
+@pytest.mark.parametrize("frozen", ["weight", "x"])
+def test_only_the_gradients_that_are_asked_for_are_computed(frozen):
+    linear, x = Linear(40, 24, bias=False), torch.randn(32, 40, requires_grad=frozen != "x")
+    linear.weight.requires_grad_(frozen != "weight")
+    linear(x).sum().backward()
+    assert (x.grad is None) == (frozen == "x") and (linear.weight.grad is None) == (frozen == "weight")
+
+
+def test_under_autocast_a_layer_is_torchs():
+    linear, x = Linear(40, 24), torch.randn(32, 40)
+    with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias))
 
 

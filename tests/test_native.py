@@ -1,4 +1,4 @@
-"""decode.c against the torch code that it stands for. Without a C compiler there is nothing to test."""
+"""kernels/cpu against the torch code that it stands for. Without a C compiler there is nothing to test."""
 
 import subprocess
 import sys
@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 
 from kernels import native
+from kernels.fused import swiglu
 from kernels.kv_cache import KVCache
 from kernels.sampler import sample_inverse_cdf
 from model import Transformer
@@ -41,10 +42,10 @@ def computed(model, rows, in_c, threads=1):
     """(logits, keys, values) after a step of `filled`."""
     cache, token, position = filled(model, rows)
     cache.native = cache.native if in_c else None
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    logits = decode(model, cache, token, position, context=int(position.max()) + 1)
-    torch.set_num_threads(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "THREADS", threads)
+        patch.setattr(native, "ENABLED", in_c)
+        logits = decode(model, cache, token, position, context=int(position.max()) + 1)
     return logits, cache.k, cache.v
 
 
@@ -61,15 +62,28 @@ def test_threads_change_no_bit(random_model):
             assert torch.equal(one, other)
 
 
-def test_a_model_that_was_changed_in_python_alone_is_sampled_in_torch(random_model):
+def test_a_position_inside_the_prompt_sees_what_is_before_it(random_model):
+    cache, token, _ = filled(random_model, 1)
+    expected = decode(random_model, cache, token, torch.tensor([3]), context=4)
+    cache.native.prompts[0] = torch.tensor([1, 40])
+    got = decode(random_model, cache, token, torch.tensor([3]), context=4)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["swiglu", "layer"])
+def test_a_model_that_was_changed_in_python_alone_is_sampled_in_torch(random_model, monkeypatch, where):
+    monkeypatch.setattr(native, "ENABLED", True)  # and back after the test
     cache, token, position = filled(random_model, 4)
-    layer = random_model.layers[1].mlp
-    plain = layer.forward
-    layer.forward = lambda x: 2 * plain(x)
+    if where == "layer":
+        layer = random_model.layers[1].mlp
+        plain = layer.forward
+        layer.forward = lambda x: 2 * plain(x)
+    else:
+        monkeypatch.setattr(torch.nn.functional, "silu", torch.relu)  # in kernels/fused.py
     with pytest.warns(UserWarning, match="differ; torch is used"):
         got = decode(random_model, cache, token, position, context=int(position.max()) + 1)
     assert torch.equal(got, computed(random_model, 4, in_c=False)[0])
-    assert cache.native is None
+    assert cache.native is None and native.library() is None
 
 
 def test_weights_that_are_not_numbers_are_no_error(random_model):
@@ -107,14 +121,93 @@ def test_a_nan_in_the_logits_is_one_of_the_log_probability(place):
         assert logprob[0].isfinite() and logprob[1].isnan() and (token >= 0).all() and (token < 301).all()
 
 
-def test_a_rollout_in_c_is_the_rollout_in_torch(monkeypatch):
-    model, prompts = Transformer.from_pretrained(TINY), [[5, 9, 7], [8, 4]]
-    options = dict(max_new_tokens=20, eos_ids=[330], seed=3, stream="train", step=1)
+@pytest.mark.parametrize("budget", [None, 5 * 32])  # 5: rows enter slots that others left
+@pytest.mark.parametrize("windows", [(None,) * 4, (None, 5, 11, None)])
+def test_a_rollout_in_c_is_the_rollout_in_torch(budget, windows):
+    """Rows end at different lengths, so that prompts, which samples share, move from slot to slot."""
+    model, prompts = Transformer.from_pretrained(TINY), [[5, 9, 7, 11, 12, 8], [8, 4], [9] * 12]
+    model.config = replace(model.config, windows=windows)
+    options = dict(
+        max_new_tokens=20, eos_ids=range(0, 300, 30), seed=3, stream="train", step=1, budget_tokens=budget
+    )
     in_c = generate(model, prompts, 8, **options)
-    monkeypatch.setattr(native, "library", lambda: None)
-    in_torch = generate(model, prompts, 8, **options)
+    assert len(set(in_c.response_length.tolist())) > 3
+    with native.in_torch():
+        in_torch = generate(model, prompts, 8, **options)
     assert torch.equal(in_c.tokens, in_torch.tokens)
     torch.testing.assert_close(in_c.logprob, in_torch.logprob, atol=1e-4, rtol=0)
+
+
+def test_samples_read_their_prompt_in_one_slot(random_model):
+    cache, token, position = filled(random_model, 6)
+    prompts = [torch.randn(4, 2, 9, 32) for _ in range(2)]
+    for slot in range(6):
+        cache.insert(slot, prompts[slot // 3], -prompts[slot // 3])
+    position = position.clamp(min=10)
+    expected = decode(random_model, cache, token, position, context=48)
+    unread = torch.tensor([1, 2, 4, 5])
+    cache.k[:, unread, :, :9] = cache.v[:, unread, :, :9] = torch.nan
+    cache.native = native.native_step(random_model, cache)
+    for slot in range(6):
+        cache.native.insert(slot, prompts[slot // 3])
+    cache.native.checked = True
+    assert torch.equal(decode(random_model, cache, token, position, context=48), expected)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("sizes", [(16, 5, 3), (100, 33, 700), (17, 1, 1), (130, 3100, 385), (16, 4, 0)])
+def test_a_product_in_c_is_that_of_float64(sizes, transposed, add):
+    torch.manual_seed(0)
+    rows, columns, terms = sizes
+    a = torch.randn(terms, rows).T if transposed[0] else torch.randn(rows, 2 * terms)[:, ::2]
+    b = torch.randn(columns, terms).T if transposed[1] else torch.randn(terms, columns)
+    before = torch.ones(rows, columns + 3)
+    out = before.clone()
+    native.product(a, b, out[:, :columns], add)
+    expected = a.double() @ b.double() + add * before[:, :columns]
+    torch.testing.assert_close(out[:, :columns].double(), expected, atol=2e-4, rtol=1e-5)
+    assert torch.equal(out[:, columns:], before[:, columns:])  # nothing is written beside it
+
+
+def test_a_row_of_a_product_depends_on_neither_threads_nor_neighbours(monkeypatch):
+    torch.manual_seed(0)
+    a, b = torch.randn(100, 700), torch.randn(700, 90)
+    whole = native.product(a, b)
+    for threads in (2, 3):
+        monkeypatch.setattr(native, "THREADS", threads)
+        for _ in range(50):
+            assert torch.equal(native.product(a, b), whole)
+    assert torch.equal(native.product(a[41:60], b[:, 7:50]), whole[41:60, 7:50])
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 37])
+def test_swiglu_in_c_is_that_of_torch(monkeypatch, tokens):
+    torch.manual_seed(0)
+    gate_up, grad, found = 5 * torch.randn(tokens, 96), torch.randn(tokens, 48), []
+    gate_up[0, :4] = torch.tensor([1e4, -1e4, 90, -90])
+    for _ in range(2):
+        leaf = gate_up.clone().requires_grad_()
+        y = swiglu(leaf)
+        y.backward(grad)
+        found.append((y, leaf.grad))
+        monkeypatch.setattr(native, "library", lambda: None)
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-6, rtol=2e-6)
+
+
+def test_torch_keeps_a_quarter_of_the_threads():
+    code = """
+import torch
+from kernels import native
+torch.set_num_threads({})
+native.share_threads()
+print(native.threads(), torch.get_num_threads())
+"""
+    for given, expected in ((1, "1 1"), (3, "3 1"), (9, "9 2")):
+        line = [sys.executable, "-c", code.format(given)]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
 
 
 def test_without_a_compiler_nothing_is_said(tmp_path):
