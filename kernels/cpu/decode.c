@@ -42,8 +42,8 @@ typedef struct {
 // ---------------------------------------------------------------------------------------------------------
 // products
 
-// `count` rows of w [., K], `row` apart, times x [K][.], `next` apart -> y [count][.], as far apart. The first
-// `vecs` registers of x and y take part. count and vecs are constants: the sums stay in registers.
+// `count` rows of w [., K], `row` apart, times x [K][.], `next` apart -> y [count][.], as far apart. Of x and y
+// the first `vecs` registers take part. count and vecs are constants: the sums stay in registers.
 static inline __attribute__((always_inline))
 void multiply(const float *w, int64_t row, int64_t K, const float *x, int64_t next, int count, int vecs,
               float *y) {
@@ -260,12 +260,13 @@ static void add_values(const float *weight, int64_t room, int64_t T, const float
 }
 
 // Append a row's key and value of one head to the cache, and attend from the queries that share them. The
-// samples of a question read its prompt in the same slot, so that its keys come from memory once.
+// samples of a question read its prompt in the same slot, so that its keys come from memory once. Neighbouring
+// units are heads of one row: two threads with the same head of two rows would write to the same lines.
 static void attend(void *argument, int64_t unit) {
     Pass *p = argument;
     const Model *m = p->m;
     const Step *s = p->s;
-    int64_t E = m->head_dim, K = m->kv_heads, group = m->heads / K, row = unit % s->rows, head = unit / s->rows;
+    int64_t E = m->head_dim, K = m->kv_heads, group = m->heads / K, row = unit / K, head = unit % K;
     int64_t position = s->position[row], window = p->layer->window, prompt = s->prompt_length[row];
     const float *qkv = p->qkv + row / PANEL * (m->heads + 2 * K) * E * PANEL + row % PANEL;
     int64_t slot = s->capacity * E, start = ((p->index * s->slots + row) * K + head) * slot;
