@@ -71,9 +71,10 @@ static void *help(void *number) {
 }
 
 // Where another program has the core of a helper, the unit that it holds takes milliseconds more than one of
-// this thread. Then this thread goes on alone for 20 times as long as it had to wait, and tries again.
+// this thread. Then this thread goes on alone for `alone` times as long as it had to wait, and tries again: 2
+// times after a short disturbance, 20 beside a program that never stops.
 void parallel(Work work, void *argument, int64_t units, int threads) {
-    static double alone_until = 0.0;
+    static double alone_until = 0.0, alone = 1.0;
     double began = seconds(), waited = 0.0;
     int helpers = threads > 1 && units > 1 && began > alone_until ? threads - 1 : 0;
     uint64_t job = (atomic_load(&pool.next) >> 32) + 1;
@@ -91,11 +92,15 @@ void parallel(Work work, void *argument, int64_t units, int threads) {
         waited = seconds() - began;
     }
     double longest = take_units();
+    if (helpers) alone = fmax(0.98 * alone, 1.0);
     if (atomic_load(&pool.done) == units) return;
     began = seconds(); // a helper has a unit, perhaps since it looked for one of the job before
     for (int64_t count = 0; atomic_load(&pool.done) < units; count++) wait_briefly(count);
     waited += seconds() - began;
-    if (longest > 0.0 && waited > fmax(HELD_UP, 2.0 * longest)) alone_until = began + 21 * waited;
+    if (longest > 0.0 && waited > fmax(HELD_UP, 2.0 * longest)) {
+        alone = fmin(2.0 * alone, 20.0);
+        alone_until = began + (1.0 + alone) * waited;
+    }
 }
 
 int begin_call(int threads) {
