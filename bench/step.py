@@ -69,10 +69,8 @@ def our_step(folder, samples):
     import torch
 
     import ttrl
-    from kernels import native
 
-    native.share_threads()  # as ttrl.py does
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True)  # as ttrl.py does
     torch.utils.deterministic.fill_uninitialized_memory = False
     with tempfile.TemporaryDirectory() as out:
         data = Path(out) / "questions.jsonl"
